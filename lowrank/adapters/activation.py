@@ -1,0 +1,59 @@
+"""Which adapters act: switching, stacking, silencing, and one adapter for each row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from lowrank.adapters.record import record_of
+from lowrank.errors import InputError
+
+
+def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Makes one adapter, or several whose deltas add, the active ones; an empty list silences all.
+
+    What trains is not changed by this: parameters keep their `requires_grad`.
+    """
+    record = record_of(model)
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    record.check_known(chosen)
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"an adapter is named twice: {', '.join(chosen)}")
+    record.activity.names = chosen
+
+
+@contextmanager
+def using(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
+    """`set_active` for as long as the block lasts."""
+    activity = record_of(model).activity
+    before = activity.names
+    set_active(model, names)
+    try:
+        yield
+    finally:
+        activity.names = before
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model alone, for as long as the block lasts."""
+    with using(model, ()):
+        yield
+
+
+@contextmanager
+def routed(model: nn.Module, rows: Sequence[str | None]) -> Iterator[None]:
+    """Gives every row of the batch an adapter of its own, or none, for as long as the block lasts.
+
+    The base runs once for the whole batch; each adapter that is present adds its delta to its rows. Adapters that are
+    loaded and not named cost nothing.
+    """
+    record = record_of(model)
+    record.check_known(tuple(dict.fromkeys(name for name in rows if name is not None)))
+    record.activity.rows = tuple(rows)
+    try:
+        yield
+    finally:
+        record.activity.rows = None

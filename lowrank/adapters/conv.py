@@ -1,0 +1,76 @@
+"""Convolutions: A is a convolution with r channels out, B a 1 x 1 one; W is the kernel flattened (out, in · k ...)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lowrank.adapters.kinds import HostModule
+from lowrank.ops.low_rank import LowRank
+
+_Conv = nn.Conv1d | nn.Conv2d
+
+
+class ConvKind:
+    """`torch.nn.Conv1d` and `Conv2d` with one group."""
+
+    linear = False
+    looked_up = False
+
+    def fits(self, module: HostModule) -> bool:
+        """One group and zero padding: with more groups a rank-r term is not what peft's files describe."""
+        return isinstance(module, _Conv) and module.groups == 1 and module.padding_mode == "zeros"
+
+    def shape(self, module: HostModule) -> tuple[int, int]:
+        """(out_channels, in_channels · kernel size)."""
+        return module.out_channels, module.in_channels * math.prod(module.kernel_size)
+
+    def weight(self, module: HostModule) -> torch.Tensor:
+        """The kernel, flattened per output channel."""
+        return module.weight.flatten(1)
+
+    def write(self, module: HostModule, weight: torch.Tensor) -> None:
+        """Back in the kernel's shape."""
+        merged = weight.view(module.weight.shape).to(module.weight.dtype)
+        module.weight = nn.Parameter(merged, requires_grad=module.weight.requires_grad)
+
+    def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
+        """Three convolutions."""
+        y = type(module).forward(module, x)
+        if bias is not module.bias:
+            y = y + self.spread(module, bias - module.bias)
+        return y + self._delta(module, x, y, term, bias)
+
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank) -> torch.Tensor:
+        """See `Kind.delta`."""
+        return self._delta(module, x, y, term, module.bias)
+
+    def _delta(
+        self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        convolve = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+        kernel = term.A.to(x.dtype).view(-1, *module.weight.shape[1:])
+        dropped = F.dropout(x, term.dropout) if term.dropout else x
+        low = convolve(dropped, kernel, None, module.stride, module.padding, module.dilation)
+        pointwise = term.B.to(x.dtype).view(*term.B.shape, *[1] * len(module.kernel_size))
+        added = convolve(low, pointwise) * term.scale
+        if term.gain is None:
+            return added
+        base = y if bias is None else y - self.spread(module, bias)
+        gain = self.spread(module, term.gain.to(y.dtype))
+        return (gain - 1) * base + gain * added
+
+    def spread(self, module: HostModule, values: torch.Tensor) -> torch.Tensor:
+        """(out, 1 ...), over the positions."""
+        return values.view(-1, *[1] * len(module.kernel_size))
+
+    def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """A (r, in, k ...), B (out, r, 1 ...)."""
+        ones = [1] * len(module.kernel_size)
+        if name == "lora_magnitude_vector":
+            return name, factor.view(1, -1, *ones)
+        shape = (-1, *module.weight.shape[1:]) if name == "lora_A" else (*factor.shape, *ones)
+        return f"{name}.weight", factor.view(shape)

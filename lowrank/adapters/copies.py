@@ -1,0 +1,76 @@
+"""What adapters train besides factors: whole modules (`modules_to_save`) and biases (`bias: all`)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.adapters.host import hosts, remove
+from lowrank.adapters.kinds import HostModule, Kind
+
+
+class WholeCopy(nn.Module):
+    """A trained copy of a module that stands in its place (`modules_to_save`)."""
+
+    def __init__(self, module: HostModule) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module)
+        for _, inner, _ in list(hosts(self.module)):
+            remove(inner)
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.clone()  # a tied weight is untied here
+            parameter.requires_grad_(parameter.is_floating_point())
+
+    def output(self, module: HostModule, kind: Kind | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See `Layer.output`."""
+        return self.module(*args, **kwargs)
+
+    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See `Layer.delta`."""
+        return self.module(x) - y
+
+    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+        """The module's own names."""
+        return dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+
+    @torch.no_grad()
+    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
+        """New parameters, so that what was tied to the old ones keeps those."""
+        for name, parameter in self.module.named_parameters():
+            owner = module.get_submodule(name.rpartition(".")[0])
+            old = module.get_parameter(name)
+            setattr(
+                owner,
+                name.rpartition(".")[2],
+                nn.Parameter(parameter.to(old.dtype), requires_grad=old.requires_grad),
+            )
+
+
+class BiasCopy(nn.Module):
+    """A trained bias in the place of a module's own, where the module is not adapted otherwise (`bias: all`)."""
+
+    def __init__(self, module: HostModule) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(module.bias.detach().clone().float())
+
+    def output(self, module: HostModule, kind: Kind | None, x: torch.Tensor) -> torch.Tensor:
+        """See `Layer.output`."""
+        y = type(module).forward(module, x)
+        return y + self.delta(module, kind, x, y)
+
+    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See `Layer.delta`."""
+        difference = (self.bias - module.bias).to(y.dtype)
+        return difference if kind is None else kind.spread(module, difference)
+
+    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+        """`bias`."""
+        return {"bias": self.bias}
+
+    @torch.no_grad()
+    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
+        """See `Layer.merge_into`."""
+        module.bias = nn.Parameter(self.bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)

@@ -1,0 +1,49 @@
+"""How the factors start: `init_lora_weights`, one file for each idea.
+
+An initialisation fills `lora_A` and `lora_B` of a layer for a module. Those that begin at the base weight's own
+directions also set `start_A` and `start_B`; what these stand for is subtracted, so that the adapted model starts as the
+base and the base itself is never changed. A new one is one function and one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowrank.adapters.initialisations.loftq import loftq
+from lowrank.adapters.initialisations.olora import olora
+from lowrank.adapters.initialisations.orthogonal import orthogonal
+from lowrank.adapters.initialisations.pissa import pissa
+from lowrank.adapters.initialisations.plain import gaussian, kaiming, uniform
+from lowrank.adapters.kinds import HostModule, Kind
+
+if TYPE_CHECKING:
+    from lowrank.adapters.lora import LoraLayer
+
+Initialisation = Callable[["LoraLayer", HostModule, Kind], None]
+
+INITIALISATIONS: dict[bool | str, Initialisation] = {
+    True: kaiming,
+    False: uniform,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "olora": olora,
+    "pissa": pissa,
+    "loftq": loftq,
+    "eva": kaiming,  # A is then set from the data: see eva.py
+}
+
+
+@torch.no_grad()
+def initialise(layer: LoraLayer, how: bool | str, module: HostModule, kind: Kind) -> None:
+    """Fills the factors of a new layer; see `LoraConfig.init_lora_weights`.
+
+    Raises:
+        InputError: the initialisation does not fit this module or its rank.
+    """
+    if isinstance(how, str) and how.startswith("pissa_niter_"):
+        pissa(layer, module, kind, iterations=int(how.removeprefix("pissa_niter_")))
+    else:
+        INITIALISATIONS[how](layer, module, kind)

@@ -1,0 +1,20 @@
+"""OLoRA (Büyükakyüz 2024): the factors begin as the leading part of the base weight's QR decomposition."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowrank.adapters.initialisations.pissa import start_from
+from lowrank.adapters.kinds import HostModule, Kind
+
+if TYPE_CHECKING:
+    from lowrank.adapters.lora import LoraLayer
+
+
+def olora(layer: LoraLayer, module: HostModule, kind: Kind) -> None:
+    """W = Q · R; B is the first r columns of Q, A the first r rows of R."""
+    r = layer.lora_A.shape[0]
+    Q, R = torch.linalg.qr(kind.weight(module).to(layer.lora_A.dtype))
+    start_from(layer, A=R[:r], B=Q[:, :r])

@@ -1,0 +1,79 @@
+"""What is on a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.host import hosts
+from lowrank.adapters.record import find_record, record_of
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter on a model.
+
+    Attributes:
+        name: Its name.
+        config: As it was given.
+        active: Whether it acts now.
+        matched: How many modules each pattern of `target_modules` matched.
+        modules: The paths of the modules that carry it.
+        parameters: How many values it holds.
+        trainable: How many of them require gradients.
+    """
+
+    name: str
+    config: AdapterConfig
+    active: bool
+    matched: dict[str, int]
+    modules: tuple[str, ...]
+    parameters: int
+    trainable: int
+
+
+def describe(model: nn.Module) -> dict[str, AdapterInfo]:
+    """The adapters on a model by name; empty for a model without."""
+    record = find_record(model)
+    if record is None:
+        return {}
+    return {name: _info(model, name) for name in record.configs}
+
+
+def _info(model: nn.Module, name: str) -> AdapterInfo:
+    record = record_of(model)
+    layers = {path: adapters[name] for path, _, adapters in hosts(model) if name in adapters}
+    parameters = [p for layer in layers.values() for p in layer.parameters()]
+    return AdapterInfo(
+        name=name,
+        config=record.configs[name],
+        active=name in record.activity.names,
+        matched=record.matched[name],
+        modules=tuple(layers),
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+    )
+
+
+def config_of(model: nn.Module, adapter: str) -> AdapterConfig:
+    """An adapter's config."""
+    record = record_of(model)
+    record.check_known((adapter,))
+    return record.configs[adapter]
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names of peft's file, without its prefix "base_model.model.".
+
+    They share storage with the live parameters: writing into them with `copy_` loads.
+    """
+    record_of(model).check_known((adapter,))
+    return {
+        f"{path}.{name}": tensor.detach()
+        for path, module, adapters in hosts(model)
+        if adapter in adapters
+        for name, tensor in adapters.layers()[adapter].in_file(module, adapters.kind).items()
+    }

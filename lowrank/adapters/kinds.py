@@ -1,0 +1,66 @@
+"""The kinds of module that an adapter fits, and what a method needs to know of each.
+
+A method (LoRA, DoRA, AdaLoRA) thinks of one matrix W (out, in) and gives a `LowRank` term; a kind knows how its module
+stores W, how it applies a term to its input, and how peft's files shape the factors. So each is written once.
+A new kind is one class and one entry in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+from lowrank.ops.low_rank import LowRank
+
+HostModule: TypeAlias = Any
+"""An `nn.Module` that carries an adapter. `nn.Module` types its attributes (`weight`, `bias`) as anything at all."""
+
+
+class Kind(Protocol):
+    """What adapters know of one kind of module; stateless."""
+
+    linear: bool
+    """Whether "all-linear" means it."""
+
+    looked_up: bool
+    """Whether the input picks columns of W (an embedding) instead of being multiplied with it."""
+
+    def fits(self, module: HostModule) -> bool:
+        """Whether `module` is of this kind."""
+        ...
+
+    def shape(self, module: HostModule) -> tuple[int, int]:
+        """(out, in) of the matrix W that ΔW = s·B·A is added to."""
+        ...
+
+    def weight(self, module: HostModule) -> torch.Tensor:
+        """W (out, in), dense; a view of the parameter where that is possible."""
+        ...
+
+    def write(self, module: HostModule, weight: torch.Tensor) -> None:
+        """Gives the module the merged W (out, in), rounded to the parameter's dtype, as a new parameter."""
+        ...
+
+    def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
+        """The module's output with one term, `bias` in its bias's place: the fast path."""
+        ...
+
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank) -> torch.Tensor:
+        """What a term adds to the module's own output y."""
+        ...
+
+    def spread(self, module: HostModule, values: torch.Tensor) -> torch.Tensor:
+        """One value for each output feature (out,), in a shape that adds to the module's output."""
+        ...
+
+    def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """A factor's name and view (same storage) in peft's file: "lora_A" -> "lora_A.weight" ..."""
+        ...
+
+
+def kind_of(module: HostModule) -> Kind | None:
+    """The kind of a module, None where no adapter fits."""
+    from lowrank.adapters.registry import KINDS
+
+    return next((kind for kind in KINDS if kind.fits(module)), None)

@@ -1,0 +1,126 @@
+"""What a layer of an adapter is, and the part that every low-rank method shares."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Self
+
+import torch
+from torch import nn
+
+from lowrank.adapters.config import AdapterConfig, LoraConfig
+from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.targets import pattern_value
+from lowrank.ops.low_rank import LowRank
+from lowrank.ops.merging import merged_weight
+
+
+class Layer(Protocol):
+    """What one adapter puts on one module: an `nn.Module` whose parameters are the adapter's."""
+
+    def output(self, module: HostModule, kind: Kind | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The module's output with this layer alone acting."""
+        ...
+
+    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What this layer adds to the module's own output y."""
+        ...
+
+    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+        """peft's names after the module's path, and the tensors (the same storage as the parameters)."""
+        ...
+
+    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
+        """Writes what the layer stands for into the module's own parameters."""
+        ...
+
+
+class LowRankLayer(nn.Module):
+    """A layer whose whole effect is a `LowRank` term on the module's matrix, and perhaps a bias of its own.
+
+    A new method is a subclass with `build`, `from_file`, `term` and `factors`, and one entry in `registry.METHODS`.
+    """
+
+    def __init__(self, scale: float, dropout: float, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.bias = bias
+
+    @classmethod
+    def build(cls, config: Any, path: str, module: HostModule, kind: Kind) -> Self:
+        """A layer for the module at `path`, initialised as the config says, on the module's device, in float32."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_file(config: Any, path: str, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> LowRank:
+        """The term that one module's tensors in a file stand for, without a model.
+
+        Args:
+            config: As read from the file's folder.
+            path: The module's path.
+            tensors: By bare name ("lora_A"), in two dimensions.
+            weight: The base's W (out, in), dense.
+        """
+        raise NotImplementedError
+
+    def term(self, module: HostModule, kind: Kind) -> LowRank:
+        """The term that acts on the module's W now."""
+        raise NotImplementedError
+
+    def factors(self) -> dict[str, torch.Tensor]:
+        """The parameters by their bare names ("lora_A"), in two dimensions."""
+        raise NotImplementedError
+
+    def output(self, module: HostModule, kind: Kind, x: torch.Tensor) -> torch.Tensor:
+        """See `Layer.output`."""
+        bias = getattr(module, "bias", None) if self.bias is None else self.bias
+        return kind.fused(module, x, self.term(module, kind), bias)
+
+    def delta(self, module: HostModule, kind: Kind, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See `Layer.delta`."""
+        added = kind.delta(module, x, y, self.term(module, kind))
+        return added if self.bias is None else added + kind.spread(module, self.bias - module.bias).to(y.dtype)
+
+    def in_file(self, module: HostModule, kind: Kind) -> dict[str, torch.Tensor]:
+        """See `Layer.in_file`."""
+        named = dict(kind.in_file(module, name, factor) for name, factor in self.factors().items())
+        return named if self.bias is None else {**named, "base_layer.bias": self.bias}
+
+    @torch.no_grad()
+    def merge_into(self, module: HostModule, kind: Kind) -> None:
+        """See `Layer.merge_into`."""
+        kind.write(module, merged_weight(kind.weight(module), self.term(module, kind)))
+        if self.bias is not None:
+            module.bias = nn.Parameter(self.bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)
+
+    def extra_repr(self) -> str:
+        """Scale and dropout."""
+        return f"scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def factor_shapes(kind: Kind, module: HostModule, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of A and B for a module."""
+    out_features, in_features = kind.shape(module)
+    return (r, in_features), (out_features, r)
+
+
+def factor_parameter(shape: tuple[int, ...], module: HostModule) -> nn.Parameter:
+    """An empty trainable float32 parameter beside the module's weight (float64 beside a float64 one)."""
+    return nn.Parameter(torch.empty(shape, device=module.weight.device, dtype=_precise(module.weight.dtype)))
+
+
+def own_bias(config: AdapterConfig, module: HostModule) -> nn.Parameter | None:
+    """A trainable copy of the module's bias, where the config says that biases train and there is one."""
+    bias = getattr(module, "bias", None)
+    if config.bias == "none" or bias is None:
+        return None
+    return nn.Parameter(bias.detach().clone().to(_precise(bias.dtype)))
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rank_and_scale(config: LoraConfig, path: str) -> tuple[int, float]:
+    """r and s of the module at `path`, by the config's patterns."""
+    r = pattern_value(config.rank_pattern, path, config.r)
+    return r, config.scale(r, pattern_value(config.alpha_pattern, path, config.lora_alpha))

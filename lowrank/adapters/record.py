@@ -1,0 +1,61 @@
+"""What a wrapped model knows of its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.host import Activity
+from lowrank.errors import InputError
+
+_ATTRIBUTE = "_lowrank"
+
+
+@dataclass
+class Record:
+    """Hangs on a wrapped model.
+
+    Attributes:
+        activity: Shared with every adapted module.
+        configs: Each adapter's config.
+        matched: For each adapter, how many modules each pattern matched.
+        trained_before: The base parameters that required gradients before the first `wrap`, by name.
+    """
+
+    activity: Activity = field(default_factory=Activity)
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    matched: dict[str, dict[str, int]] = field(default_factory=dict)
+    trained_before: set[str] = field(default_factory=set)
+
+    def check_known(self, names: tuple[str, ...]) -> None:
+        """Raises InputError for a name that is no adapter of this model."""
+        for name in names:
+            if name not in self.configs:
+                raise InputError(f"the model has no adapter {name!r}; it has {', '.join(self.configs)}")
+
+
+def find_record(model: nn.Module) -> Record | None:
+    """The model's record, None if it carries no adapter."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def record_of(model: nn.Module) -> Record:
+    """The model's record. Raises InputError if it carries no adapter."""
+    record = find_record(model)
+    if record is None:
+        raise InputError(
+            f"this {type(model).__name__} carries no adapter", fix="Call lowrank.wrap or lowrank.load first."
+        )
+    return record
+
+
+def attach(model: nn.Module, record: Record) -> None:
+    """Hangs a record on a model."""
+    model.__dict__[_ATTRIBUTE] = record
+
+
+def detach(model: nn.Module) -> None:
+    """Takes it off."""
+    model.__dict__.pop(_ATTRIBUTE, None)

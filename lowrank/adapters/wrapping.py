@@ -1,0 +1,185 @@
+"""Putting adapters into a model and taking them out again."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.copies import BiasCopy, WholeCopy
+from lowrank.adapters.host import AdapterSet, hosts, install, remove
+from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
+from lowrank.adapters.kinds import Kind, kind_of
+from lowrank.adapters.lora import LoraLayer
+from lowrank.adapters.record import Record, attach, detach, find_record, record_of
+from lowrank.adapters.registry import METHODS
+from lowrank.adapters.targets import find_targets, matches_end
+from lowrank.adapters.tokens import token_layers
+from lowrank.errors import InputError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(
+    model: Model,
+    config: AdapterConfig,
+    adapter: str = "default",
+    *,
+    trainable: bool = True,
+    batches: Batches | None = None,
+    originals: Originals | None = None,
+) -> Model:
+    """Puts an adapter into a model, in place, and makes it the active one.
+
+    The base's parameters stop requiring gradients; the adapter's are float32 (float64 beside float64 weights) on the
+    devices of the modules they sit on. Class, module names and the names of the base's parameters stay as they were.
+
+    Args:
+        model: Any `torch.nn.Module`; one that carries adapters already gets one more.
+        config: What to put in, and where.
+        adapter: Its name.
+        trainable: Whether its parameters require gradients.
+        batches: For `init_lora_weights: eva`: a few batches, each the keyword arguments of the model's forward.
+        originals: For `init_lora_weights: loftq`: gives a weight (out, in) as it was before it was quantised, by name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: the name is taken or not usable, a pattern matches nothing, a field does not fit the model.
+            The model is then as it was.
+    """
+    record = find_record(model)
+    _check_name(adapter, record)
+    targets, counts = find_targets(model, config)
+    _check_layout(config, targets)
+    outside = Outside(model, config, targets, batches, originals)
+    if record is None:
+        record = Record(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
+        model.requires_grad_(False)
+        attach(model, record)
+    record.configs[adapter], record.matched[adapter] = outside.config, counts
+    try:
+        _put_in(model, outside, adapter, record, targets)
+    except BaseException:
+        delete(model, adapter)
+        raise
+    for _, _, adapters in hosts(model):
+        if adapter in adapters and not trainable:
+            adapters[adapter].requires_grad_(False)
+    record.activity.names = (adapter,)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """Takes all adapters out: the modules are the ones that were there before, bit for bit. Returns the same model."""
+    record = record_of(model)
+    for _, module, _ in list(hosts(model)):
+        remove(module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.trained_before)
+    detach(model)
+    return model
+
+
+def delete(model: nn.Module, adapter: str) -> None:
+    """Takes one adapter out; the last one's end is `unwrap`'s."""
+    record = record_of(model)
+    record.check_known((adapter,))
+    if len(record.configs) == 1:
+        unwrap(model)
+        return
+    del record.configs[adapter], record.matched[adapter]
+    record.activity.names = tuple(name for name in record.activity.names if name != adapter)
+    for _, module, adapters in list(hosts(model)):
+        if adapter in adapters:
+            del adapters[adapter]
+        if not adapters:
+            remove(module)
+
+
+def rename(model: nn.Module, adapter: str, to: str) -> None:
+    """Gives an adapter another name."""
+    record = record_of(model)
+    record.check_known((adapter,))
+    _check_name(to, record)
+    record.configs[to] = record.configs.pop(adapter)
+    record.matched[to] = record.matched.pop(adapter)
+    record.activity.names = tuple(to if name == adapter else name for name in record.activity.names)
+    for _, _, adapters in hosts(model):
+        if adapter in adapters:
+            adapters[to] = adapters.pop(adapter)
+
+
+def _put_in(model: nn.Module, outside: Outside, adapter: str, record: Record, targets: dict[str, nn.Module]) -> None:
+    config = outside.config
+    method = METHODS[config.method]
+    for path, module in targets.items():
+        kind = kind_of(module)
+        assert kind is not None, "find_targets lets nothing else through"
+        layer = method.build(config, path, module, kind)
+        if isinstance(layer, LoraLayer):
+            outside.fill(path, module, layer)
+        _place(path, module, kind, layer, adapter, record)
+    for path, module in _modules_to_save(model, config).items():
+        _place(path, module, kind_of(module), WholeCopy(module), adapter, record)
+    for path, rows in token_layers(model, config).items():
+        module = model.get_submodule(path)
+        _place(path, module, kind_of(module), rows, adapter, record)
+    if config.bias == "all":
+        for path, module in _with_bias(model, adapter).items():
+            _place(path, module, kind_of(module), BiasCopy(module), adapter, record)
+
+
+def _place(path: str, module: nn.Module, kind: Kind | None, layer: nn.Module, adapter: str, record: Record) -> None:
+    adapters = install(module, kind, record.activity)
+    if adapter in adapters:
+        raise InputError(
+            f"{path} is asked for twice",
+            fix="A module is adapted, saved whole, or has single tokens trained: take it out of all but one of "
+            "target_modules, modules_to_save and trainable_token_indices.",
+        )
+    adapters[adapter] = layer
+
+
+def _modules_to_save(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name in config.modules_to_save or []:
+        matching = {
+            path: module
+            for path, module in model.named_modules()
+            if matches_end(path, name) and AdapterSet.CHILD not in path.split(".")
+        }
+        if not matching:
+            raise InputError(f"modules_to_save: {name!r} matches no module")
+        found |= matching
+    return found
+
+
+def _with_bias(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
+    """Modules of the base with a bias that this adapter does not hold yet."""
+    ours = {id(module) for _, _, adapters in hosts(model) for module in adapters.modules()}
+    held = {id(module) for _, module, adapters in hosts(model) if adapter in adapters}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "bias", None), nn.Parameter) and id(module) not in ours | held
+    }
+
+
+def _check_name(adapter: str, record: Record | None) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", adapter) or hasattr(nn.ModuleDict, adapter):
+        raise InputError(f"{adapter!r} is no name for an adapter", fix="Take letters, digits, _ and -.")
+    if record is not None and adapter in record.configs:
+        raise InputError(f"the model has an adapter {adapter!r} already", fix="Take another name, or delete that one.")
+
+
+def _check_layout(config: AdapterConfig, targets: dict[str, nn.Module]) -> None:
+    if config.fan_in_fan_out and targets and not any(isinstance(module, Conv1D) for module in targets.values()):
+        raise InputError(
+            "fan_in_fan_out is true, and none of the adapted modules stores its weight that way",
+            fix="Leave it out: the layout is read from the modules.",
+        )
