@@ -1,6 +1,6 @@
 """lowrank: fine-tune Hugging Face models with low-rank adapters.
 
-The public verbs, and nothing else. Each is loaded when it is first used, so that `import lowrank` costs next to nothing.
+The public verbs, and nothing else. Each is loaded when it is first used: `import lowrank` costs next to nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from lowrank.adapters import unwrap as unwrap
     from lowrank.adapters import using as using
     from lowrank.adapters import wrap as wrap
+    from lowrank.attention import segments as segments
     from lowrank.attention import set_attention as set_attention
     from lowrank.recipes.train import train as train
+    from lowrank.weights import compose as compose
+    from lowrank.weights import extract as extract
     from lowrank.weights import load as load
     from lowrank.weights import merge_checkpoint as merge_checkpoint
     from lowrank.weights import save as save
@@ -38,9 +41,12 @@ _HOME = {
     "using": "lowrank.adapters",
     "disabled": "lowrank.adapters",
     "routed": "lowrank.adapters",
+    "segments": "lowrank.attention",
     "set_attention": "lowrank.attention",
     "train": "lowrank.recipes.train",
     "save": "lowrank.weights",
+    "compose": "lowrank.weights",
+    "extract": "lowrank.weights",
     "load": "lowrank.weights",
     "merge_checkpoint": "lowrank.weights",
 }

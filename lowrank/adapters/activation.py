@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lowrank.adapters.record import record_of
+from lowrank.adapters.record import Record, record_of
 from lowrank.errors import InputError
 
 
@@ -51,9 +51,21 @@ def routed(model: nn.Module, rows: Sequence[str | None]) -> Iterator[None]:
     loaded and not named cost nothing.
     """
     record = record_of(model)
-    record.check_known(tuple(dict.fromkeys(name for name in rows if name is not None)))
+    names = tuple(dict.fromkeys(name for name in rows if name is not None))
+    record.check_known(names)
+    _check_routable(record, names)
     record.activity.rows = tuple(rows)
     try:
         yield
     finally:
         record.activity.rows = None
+
+
+def _check_routable(record: Record, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(record.configs[name], "target_parameters", None):
+            raise InputError(
+                f"the adapter {name!r} adapts experts (target_parameters), where tokens of all rows mix: it cannot be "
+                "routed",
+                fix="Run the rows of this adapter as a batch of their own, with lowrank.using.",
+            )

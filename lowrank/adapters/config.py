@@ -131,7 +131,7 @@ class LoraConfig(_Adapter):
         return self
 
     @property
-    def method(self) -> str:
+    def method_name(self) -> str:
         """The name of the method in the registry: "lora" or "dora"."""
         return "dora" if self.use_dora else "lora"
 
@@ -192,7 +192,7 @@ class AdaLoraConfig(_Adapter):
         return self.init_r
 
     @property
-    def method(self) -> str:
+    def method_name(self) -> str:
         """The name of the method in the registry."""
         return "adalora"
 

@@ -57,4 +57,4 @@ class EmbeddingKind:
 
     def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """`lora_embedding_A` (r, vocabulary) and `lora_embedding_B` (dim, r), no `.weight`."""
-        return name.replace("lora_", "lora_embedding_"), factor
+        return (name.replace("lora_", "lora_embedding_") if name in ("lora_A", "lora_B") else name), factor

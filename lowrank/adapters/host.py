@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lowrank.adapters.experts import ExpertsLayer, output_together
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import Layer
 from lowrank.errors import InputError
@@ -81,7 +82,7 @@ def move(module: nn.Module, to: nn.Module) -> None:
     adapters = module._modules.get(AdapterSet.CHILD)
     if isinstance(adapters, AdapterSet):
         remove(module)
-        install(to, adapters.kind, adapters.activity).update(adapters)
+        install(to, adapters.kind, adapters.activity).update(dict(adapters.items()))
 
 
 def _slot(module: nn.Module) -> str:
@@ -104,6 +105,8 @@ def adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
     layers = adapters.acting()
     if len(layers) == 1:
         return layers[0].output(module, adapters.kind, *args, **kwargs)
+    if any(isinstance(layer, ExpertsLayer) for layer in layers):
+        return output_together(module, layers, *args, **kwargs)
     y = type(module).forward(module, *args, **kwargs)
     for_each = [layer.delta(module, adapters.kind, args[0], y) for layer in layers]
     return sum(for_each, start=y)
@@ -112,13 +115,15 @@ def adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
 def _routed(module: nn.Module, adapters: AdapterSet, rows: tuple[str | None, ...], *args: Any, **kwargs: Any) -> Any:
     """The base for the whole batch at once, then each adapter that is present in it for its rows alone."""
     y = type(module).forward(module, *args, **kwargs)
+    layers = adapters.layers()
+    if not any(name in layers for name in rows):
+        return y
     x = args[0]
     if x.shape[0] != len(rows):
         raise InputError(
             f"routed() was given {len(rows)} rows, and a {type(module).__name__} sees a batch of {x.shape[0]}",
-            fix="Give one adapter (or None) for each row. Layers that mix rows, such as experts, cannot be routed.",
+            fix="Give one adapter (or None) for each row. Layers that mix rows cannot be routed.",
         )
-    layers = adapters.layers()
     for name in dict.fromkeys(rows):
         if name is not None and name in layers:
             index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds import HostModule, kind_of
@@ -27,12 +28,12 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
         InputError: a pattern matches nothing, or a module that no adapter fits.
     """
     modules = {path: module for path, module in model.named_modules() if path and "adapters" not in path.split(".")}
-    if config.target_modules is None:
+    if not config.target_modules:
         if getattr(config, "target_parameters", None) or getattr(config, "trainable_token_indices", None):
             return {}, {}
         raise InputError("target_modules is empty", fix='Name modules, or take "all-linear".')
     found, counts = _match(model, modules, config.target_modules)
-    kept = {path: modules[path] for path in found if _kept(path, config)}
+    kept = {path: modules[path] for path in found if is_kept(path, config)}
     if not kept:
         raise InputError(
             f"no module is left to adapt: target_modules matched {len(found)}, and exclude_modules, modules_to_save or "
@@ -80,11 +81,27 @@ def _match(
     return found, dict(counts)
 
 
-def _nothing(target: str, modules: Iterable[str]) -> str:
+def _nothing(target: str, modules: Mapping[str, nn.Module]) -> str:
     names = sorted({path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()})
     near = difflib.get_close_matches(target.rpartition(".")[2], names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"this model has {', '.join(names)}"
+    fused = fused_experts(modules)
+    if fused:
+        hint += f"; its experts are parameters, {', '.join(fused)}: name those in target_parameters"
     return f"target_modules: {target!r} matches no module; {hint}"
+
+
+def fused_experts(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The three-dimensional parameters of modules that hold all experts in one, as "experts.gate_up_proj"."""
+    return sorted(
+        {
+            f"{path.rpartition('.')[2]}.{name}"
+            for path, module in modules.items()
+            if kind_of(module) is None and not isinstance(module, _ConvNd)
+            for name in (*module._parameters, *getattr(module, "parametrizations", ()))
+            if getattr(getattr(module, name), "ndim", 0) == 3
+        }
+    )
 
 
 def matches_end(path: str, name: str) -> bool:
@@ -130,7 +147,8 @@ def _is_router(path: str, module: nn.Module, experts: set[int]) -> bool:
     return getattr(module, "out_features", None) in experts and bool(re.search(r"gate|router|classifier", name))
 
 
-def _kept(path: str, config: AdapterConfig) -> bool:
+def is_kept(path: str, config: AdapterConfig) -> bool:
+    """Whether neither exclude_modules nor modules_to_save nor layers_to_transform leaves the module out."""
     excluded = config.exclude_modules
     if isinstance(excluded, str) and re.fullmatch(excluded, path):
         return False

@@ -10,10 +10,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.copies import BiasCopy, WholeCopy
+from lowrank.adapters.experts import experts_layers
 from lowrank.adapters.host import AdapterSet, hosts, install, remove
 from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
 from lowrank.adapters.kinds import Kind, kind_of
 from lowrank.adapters.lora import LoraLayer
+from lowrank.adapters.parameters import find_parameters
 from lowrank.adapters.record import Record, attach, detach, find_record, record_of
 from lowrank.adapters.registry import METHODS
 from lowrank.adapters.targets import find_targets, matches_end
@@ -56,6 +58,7 @@ def wrap(
     _check_name(adapter, record)
     targets, counts = find_targets(model, config)
     _check_layout(config, targets)
+    counts |= find_parameters(model, config)[1]
     outside = Outside(model, config, targets, batches, originals)
     if record is None:
         record = Record(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
@@ -116,7 +119,7 @@ def rename(model: nn.Module, adapter: str, to: str) -> None:
 
 def _put_in(model: nn.Module, outside: Outside, adapter: str, record: Record, targets: dict[str, nn.Module]) -> None:
     config = outside.config
-    method = METHODS[config.method]
+    method = METHODS[config.method_name]
     for path, module in targets.items():
         kind = kind_of(module)
         assert kind is not None, "find_targets lets nothing else through"
@@ -124,6 +127,8 @@ def _put_in(model: nn.Module, outside: Outside, adapter: str, record: Record, ta
         if isinstance(layer, LoraLayer):
             outside.fill(path, module, layer)
         _place(path, module, kind, layer, adapter, record)
+    for path, layer in experts_layers(model, config).items():
+        _place(path, model.get_submodule(path), None, layer, adapter, record)
     for path, module in _modules_to_save(model, config).items():
         _place(path, module, kind_of(module), WholeCopy(module), adapter, record)
     for path, rows in token_layers(model, config).items():
@@ -160,14 +165,26 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mo
 
 
 def _with_bias(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
-    """Modules of the base with a bias that this adapter does not hold yet."""
-    ours = {id(module) for _, _, adapters in hosts(model) for module in adapters.modules()}
-    held = {id(module) for _, module, adapters in hosts(model) if adapter in adapters}
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(getattr(module, "bias", None), nn.Parameter) and id(module) not in ours | held
-    }
+    """Modules of the base with a bias that this adapter does not hold yet.
+
+    Raises:
+        InputError: a bias that is not simply added to its module's output.
+    """
+    ours = {id(parameter) for _, _, adapters in hosts(model) for parameter in adapters.parameters()}
+    held = {id(module.bias) for _, module, adapters in hosts(model) if adapter in adapters and hasattr(module, "bias")}
+    found = {}
+    for name, parameter in model.named_parameters():
+        path, _, last = name.rpartition(".")
+        if "bias" not in last or id(parameter) in ours | held:
+            continue
+        module = model.get_submodule(path)
+        if last != "bias" or (kind_of(module) is None and not isinstance(module, nn.LayerNorm)):
+            raise InputError(
+                f"bias: all cannot train {name}: a {type(module).__name__} does not simply add it to its output",
+                fix="Take bias: lora_only, or name the module in modules_to_save.",
+            )
+        found[path] = module
+    return found
 
 
 def _check_name(adapter: str, record: Record | None) -> None:

@@ -65,11 +65,21 @@ def linear_cross_entropy_reference(
     options: LossOptions = LossOptions(),
 ) -> torch.Tensor:
     """The same from all logits at once."""
-    logits = options.logit_scale * F.linear(hidden, weight, bias)
+    return cross_entropy(F.linear(hidden, weight, bias), labels, options)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """Sum over the rows of the cross-entropy of `logits` (n, V), what `options` say done to them first."""
+    logits = options.logit_scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=options.label_smoothing)
-    return loss + options.z_loss * torch.logsumexp(logits, dim=-1).square().sum()
+    return loss + options.z_loss * torch.logsumexp(logits, dim=-1).square().sum() if options.z_loss else loss
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of logits that make one chunk."""
+    return max(1, CHUNK_BYTES // (vocabulary * 4))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -88,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=precise) if wanted[1] else None
         d_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
         loss = torch.zeros((), dtype=precise, device=hidden.device)
-        rows = max(1, CHUNK_BYTES // (weight.shape[0] * 4))
+        rows = chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = F.linear(hidden[part], weight, bias).to(precise)

@@ -49,17 +49,18 @@ def lora_linear_reference(
 
 
 def _apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: LowRank) -> torch.Tensor:
-    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - term.dropout) if term.dropout else None
-    y = _LoraLinear.apply(x, weight, bias, term.A, term.B, term.gain, keep, term.scale, term.dropout)
+    rows = x.reshape(-1, x.shape[-1])
+    keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1.0 - term.dropout) if term.dropout else None
+    y = _LoraLinear.apply(rows, weight, bias, term.A, term.B, term.gain, keep, term.scale, term.dropout)
     assert isinstance(y, torch.Tensor)
-    return y
+    return y.view(*x.shape[:-1], y.shape[-1])  # here, not inside: models add to the output in place (Llama 4)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
+        rows: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         A: torch.Tensor,
@@ -69,27 +70,25 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        W = dense(weight, x.dtype)
-        low = _dropped(rows, keep, dropout) @ A.to(x.dtype).t()  # (n, r)
-        y = F.linear(rows, W, None if bias is None or gain is not None else bias.to(x.dtype))
-        y.addmm_(low, B.to(x.dtype).t(), alpha=scale)
+        W = dense(weight, rows.dtype)
+        low = _dropped(rows, keep, dropout) @ A.to(rows.dtype).t()  # (n, r)
+        y = F.linear(rows, W, None if bias is None or gain is not None else bias.to(rows.dtype))
+        y.addmm_(low, B.to(rows.dtype).t(), alpha=scale)
         unscaled = None
         if gain is not None:
             unscaled = y if gain.requires_grad else None
-            y = y * gain.to(x.dtype)
+            y = y * gain.to(rows.dtype)
             if bias is not None:
-                y += bias.to(x.dtype)
-        ctx.save_for_backward(x, weight, A, B, gain, keep, low, unscaled)
+                y += bias.to(rows.dtype)
+        ctx.save_for_backward(rows, weight, A, B, gain, keep, low, unscaled)
         ctx.scale, ctx.dropout = scale, dropout
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, A, B, gain, keep, low, unscaled = ctx.saved_tensors
+        rows, weight, A, B, gain, keep, low, unscaled = ctx.saved_tensors
         need = ctx.needs_input_grad
-        rows = x.reshape(-1, x.shape[-1])
-        d_out = grads[0].reshape(-1, grads[0].shape[-1])
+        d_out = grads[0]
         d_bias = d_out.sum(0) if need[2] else None
         d_gain = (d_out * unscaled).sum(0, dtype=gain.dtype) if need[5] else None
         d_y = d_out if gain is None else d_out * gain.to(d_out.dtype)
@@ -106,11 +105,10 @@ class _LoraLinear(torch.autograd.Function):
                 d_x.addmm_(d_low, A.to(d_low.dtype))
             else:
                 d_x += _dropped(d_low @ A.to(d_low.dtype), keep, ctx.dropout)
-            d_x = d_x.view(x.shape)
         return d_x, d_weight, d_bias, d_A, d_B, d_gain, None, None, None
 
 
 def _dropped(rows: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
     if keep is None:
         return rows
-    return rows * keep.view(rows.shape) * (1.0 / (1.0 - dropout))
+    return rows * keep * (1.0 / (1.0 - dropout))

@@ -14,6 +14,9 @@ from lowrank.errors import InputError
 TOKENS = 1024
 """Rows of inputs that one batch gives to one module's decomposition, spread evenly over the batch."""
 
+SPARE = 32
+"""Directions carried along beyond the k asked for, since one that is small in this batch may be large in the next."""
+
 
 @dataclass
 class Directions:
@@ -46,7 +49,7 @@ def input_directions(
 
     def listen(path: str, kind: Kind) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            found[path] = _updated(found.get(path), _rows(inputs[0], kind.shape(module)[1], path), k)
+            found[path] = _updated(found.get(path), _rows(inputs[0], kind.shape(module)[1], path), k + SPARE)
 
         return hook
 
