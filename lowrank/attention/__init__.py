@@ -1,0 +1,9 @@
+"""Attention backends: one file each, the registry that swaps them, and the self-test for packs."""
+
+from __future__ import annotations
+
+from lowrank.attention.choice import AttentionChoice, set_attention
+from lowrank.attention.packing import check_packing, segments
+from lowrank.attention.registry import BACKENDS
+
+__all__ = ["BACKENDS", "AttentionChoice", "check_packing", "segments", "set_attention"]

@@ -1,0 +1,82 @@
+"""The `flash` backend: FlashAttention 2, 3 or 4, whichever is installed and fits the card, through transformers.
+
+transformers would fall back to kernels from a hub when no package is installed, and would leave out what a version
+does not know (sinks, dropout) without a word: both are refused here. Its own search for packs works on one row alone
+and waits for the device in every layer, so `packing.segments` hands it the borders.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from importlib import import_module
+
+import torch
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils.import_utils import is_flash_attn_4_available
+
+from lowrank.attention.backend import Backend
+from lowrank.attention.setting import Setting
+
+
+def packing_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, torch.Tensor | int]:
+    """What transformers' FlashAttention functions want to know of a pack whose segments have `lengths` tokens."""
+    offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+    longest = max(lengths)
+    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+
+
+def version_for(device: torch.device) -> int | None:
+    """The newest FlashAttention that is installed and made for the card."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    major = torch.cuda.get_device_capability(device)[0]
+    if major in (9, 10) and is_flash_attn_4_available():
+        return 4
+    if major == 9 and is_flash_attn_3_available():
+        return 3
+    return 2 if major >= 8 and is_flash_attn_2_available() else None
+
+
+def refusal_of_kernel(setting: Setting, knows: Collection[str]) -> str | None:
+    """Why FlashAttention cannot serve a setting exactly.
+
+    Args:
+        setting: The model.
+        knows: The parameters of the installed version's `flash_attn_varlen_func`; transformers leaves out what is not
+            among them.
+    """
+    if not setting.supports_flash:
+        return "transformers has no FlashAttention path for this architecture"
+    if setting.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention computes in 16 bits, the model is in {setting.dtype}".replace("torch.", "")
+    if setting.head_dim is not None and setting.head_dim > 256:
+        return f"heads of size {setting.head_dim} are larger than 256"
+    if setting.sinks and not {"s_aux", "learnable_sink"} & set(knows):
+        return "the installed version knows no attention sinks"
+    if setting.softcap and "softcap" not in knows:
+        return "the installed version cannot soft-cap the scores"
+    if setting.window is not None and "window_size" not in knows:
+        return "the installed version knows no sliding window"
+    if setting.dropout > 0 and "dropout_p" not in knows:
+        return f"the installed version has no dropout, the model's attention has {setting.dropout:g}"
+    return None
+
+
+def _refusal(setting: Setting) -> str | None:
+    if setting.device.type != "cuda":
+        return f"it needs a CUDA device, the model is on {setting.device.type}"
+    version = version_for(setting.device)
+    if version is None:
+        return "no FlashAttention package that fits this card is installed"
+    kernel = import_module(_PACKAGE[version]).flash_attn_varlen_func
+    return refusal_of_kernel(setting, inspect.signature(kernel).parameters)
+
+
+def _implementation(setting: Setting) -> str:
+    return f"flash_attention_{version_for(setting.device)}"
+
+
+_PACKAGE = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+
+FLASH = Backend("flash", _refusal, _implementation, "FlashAttention kernels, which skip what the mask hides")

@@ -1,0 +1,12 @@
+"""All backends by name, in the order of the documentation."""
+
+from __future__ import annotations
+
+from lowrank.attention.eager import EAGER
+from lowrank.attention.flash import FLASH
+from lowrank.attention.flex import FLEX
+from lowrank.attention.paged import PAGED
+from lowrank.attention.sdpa import SDPA
+from lowrank.attention.segments import SEGMENTS
+
+BACKENDS = {backend.name: backend for backend in (EAGER, SDPA, SEGMENTS, FLASH, FLEX, PAGED)}

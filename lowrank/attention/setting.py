@@ -1,0 +1,83 @@
+"""What a model asks of its attention, and where it will run: what a backend says yes or no to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model as its attention sees it.
+
+    Attributes:
+        architecture: Class of the model.
+        device: Where its parameters are.
+        dtype: Of its parameters' majority on the attention path (the config's, as loaded).
+        current: transformers' name of the attention that it has now.
+        head_dim: Size of a query head; None: it has no attention.
+        softcap: Soft-capping of the scores is on.
+        sinks: Each head has a learned sink.
+        window: Smallest sliding window of its layers; None: none slides.
+        dropout: Largest attention dropout in training.
+        packing: Packs of several examples will be trained on.
+        supports_flash: transformers says that FlashAttention works for it.
+        supports_flex: transformers says that FlexAttention works for it.
+        supports_sdpa: transformers says that scaled_dot_product_attention works for it.
+        swappable: It has attention, and transformers can change it.
+    """
+
+    architecture: str
+    device: torch.device
+    dtype: torch.dtype
+    current: str
+    head_dim: int | None
+    softcap: bool
+    sinks: bool
+    window: int | None
+    dropout: float
+    packing: bool
+    supports_flash: bool
+    supports_flex: bool
+    supports_sdpa: bool
+    swappable: bool
+
+
+def setting_of(model: PreTrainedModel, packing: bool) -> Setting:
+    """Read a model's setting off its config, its class and its parameters."""
+    config = model.config.get_text_config()
+    submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    parameter = next(model.parameters())
+    return Setting(
+        architecture=type(model).__name__,
+        device=parameter.device,
+        dtype=model.dtype,
+        current=model.config._attn_implementation or "eager",
+        head_dim=_head_dim(config),
+        softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        sinks="sinks" in names,
+        window=_window(config),
+        dropout=max((float(getattr(config, name, 0.0) or 0.0) for name in _DROPOUTS), default=0.0),
+        packing=packing,
+        supports_flash=all(module._supports_flash_attn for module in submodels),
+        supports_flex=all(module._supports_flex_attn for module in submodels),
+        supports_sdpa=all(module._supports_sdpa for module in submodels),
+        swappable=_head_dim(config) is not None and all(m._can_set_attn_implementation() for m in submodels),
+    )
+
+
+def _head_dim(config: PreTrainedConfig) -> int | None:
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or config.hidden_size // heads if heads else None
+
+
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+
+
+def _window(config: PreTrainedConfig) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    slides = "layer_types" not in config.__dict__ or any("sliding" in kind for kind in config.layer_types or ())
+    return window if slides and getattr(config, "use_sliding_window", True) else None

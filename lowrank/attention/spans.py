@@ -1,0 +1,166 @@
+"""Which tokens belong together: an attention mask said as spans instead of a square.
+
+transformers builds one mask per kind of layer and hands it to every layer. For causal attention over segments, padded
+rows or chunks that mask is block-diagonal, and a block-diagonal causal mask is nothing but a list of spans:
+
+    position  0 1 2 3 4 5            ■ . . . . .
+    row       a a a b b -            ■ ■ . . . .
+                                     ■ ■ ■ . . .      ->   Spans((0, 3), (3, 5))
+                                     . . . ■ . .
+                                     . . . ■ ■ .
+                                     . . . . . .
+
+Spans travel where the mask would (`SpansMask`): through the layers' arguments, hence through gradient checkpointing and
+onto the thread that recomputes in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+MaskFunction = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Stretches of tokens, each of which attends causally to itself and to nothing else.
+
+    Attributes:
+        batch: Rows of the batch.
+        length: Tokens of a row, padding included.
+        spans: (start, end) of each span among the `batch * length` tokens read row by row, in order and disjoint.
+            Tokens in no span are padding: their output is 0.
+        window: A token sees itself and at most `window - 1` tokens before it; None: all before it in its span.
+    """
+
+    batch: int
+    length: int
+    spans: tuple[tuple[int, int], ...]
+    window: int | None = None
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each span."""
+        return tuple(end - start for start, end in self.spans)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest span."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every token is in a span."""
+        return sum(self.lengths) == self.batch * self.length
+
+    @cached_property
+    def bounded(self) -> bool:
+        """Whether the window hides anything."""
+        return self.window is not None and self.longest > self.window
+
+    def offsets(self, device: torch.device) -> torch.Tensor:
+        """Cumulative lengths (spans + 1,) int32, as variable-length kernels take them; kept per device."""
+        found = self._offsets.get(device)
+        if found is None:
+            sums = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            found = self._offsets[device] = sums.to(device, non_blocking=True)
+        return found
+
+    def tokens(self, device: torch.device) -> torch.Tensor:
+        """Positions (tokens in spans,) int64 of the tokens that are not padding; kept per device."""
+        found = self._tokens.get(device)
+        if found is None:
+            parts = [torch.arange(start, end) for start, end in self.spans]
+            found = self._tokens[device] = torch.cat(parts).to(device, non_blocking=True)
+        return found
+
+    def square(self, device: torch.device) -> torch.Tensor:
+        """The same as a bool mask (batch, 1, length, length), True where a query sees a key."""
+        place = torch.arange(self.length, device=device)
+        owner = torch.full((self.batch * self.length,), -1, device=device)
+        for number, (start, end) in enumerate(self.spans):
+            owner[start:end] = number
+        owner = owner.view(self.batch, self.length)
+        behind = place[:, None] - place[None, :]
+        seen = (behind >= 0) & (owner[:, :, None] == owner[:, None, :]) & (owner[:, None, :] >= 0)
+        return (seen if self.window is None else seen & (behind < self.window))[:, None]
+
+    @cached_property
+    def _offsets(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    @cached_property
+    def _tokens(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+
+def from_lengths(lengths: Sequence[int], window: int | None) -> Spans:
+    """The spans of one pack whose segments have `lengths` tokens."""
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return Spans(1, ends[-1], tuple(zip([0, *ends[:-1]], ends, strict=True)), window)
+
+
+def from_mask_function(
+    mask_function: MaskFunction,
+    real: torch.Tensor | None,
+    batch: int,
+    length: int,
+    window: int | None,
+    device: torch.device | str,
+) -> Spans | None:
+    """The spans that a transformers mask function describes, or None when it describes something else.
+
+    The function is asked about O(length) pairs of positions: neighbours give the borders, and the pairs (token, first
+    of its span), (token, token - window) and (token, last before its span) must answer as spans would.
+
+    Args:
+        mask_function: `(batch_idx, head_idx, q_idx, kv_idx) -> bool`, elementwise, as in `transformers.masking_utils`.
+        real: (batch, length) bool, False at padding; None: no padding.
+        window: The size that the mask is local to, as transformers states it (a window or a chunk); None: not local.
+    """
+    rows = torch.arange(batch, device=device)[:, None]
+    place = torch.arange(length, device=device)[None, :].expand(batch, -1)
+
+    def sees(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return mask_function(rows, 0, query, key).expand(batch, query.shape[-1])
+
+    if real is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
+    before, after = place[:, :-1], place[:, 1:]
+    joined = torch.nn.functional.pad(sees(after, before) & real[:, 1:] & real[:, :-1], (1, 0))
+    start = torch.where(joined, 0, place).cummax(dim=-1).values
+    last_real = torch.where(real, place, -1).cummax(dim=-1).values
+    outside = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1).gather(-1, start)
+    leaks = real & (outside >= 0) & sees(place, outside.clamp(min=0))
+    if bool(
+        (sees(before, after) & real[:, 1:] & real[:, :-1]).any() | leaks.any() | (real & ~sees(place, place)).any()
+    ):
+        return None
+    found_window = _window(sees, place, start, real, window)
+    if found_window is False:
+        return None
+    heads = (real & ~joined).flatten().nonzero().flatten().tolist()
+    sizes = torch.bincount((real & ~joined).flatten().cumsum(0)[real.flatten()] - 1).tolist() if heads else []
+    return Spans(batch, length, tuple((h, h + n) for h, n in zip(heads, sizes, strict=True)), found_window)
+
+
+def _window(
+    sees: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    place: torch.Tensor,
+    start: torch.Tensor,
+    real: torch.Tensor,
+    window: int | None,
+) -> int | bool | None:
+    """None: every token sees back to the start of its span; `window`: that far and no further; False: neither."""
+    if bool((sees(place, start) | ~real).all()):
+        return None
+    if window is None:
+        return False
+    nearest_hidden, farthest_seen = place - window, (place - window + 1).maximum(start)
+    hidden = sees(place, nearest_hidden.clamp(min=0)) & (nearest_hidden >= start)
+    right = (sees(place, farthest_seen) & ~hidden) | ~real
+    return window if bool(right.all()) else False

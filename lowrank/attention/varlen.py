@@ -1,0 +1,96 @@
+"""Variable-length kernels for `segments` on CUDA: torch's own, or flash-attn's if it is installed.
+
+Both take all spans end to end in one tensor, with the places where they begin, and compute no pair across a border.
+What they cannot do exactly (float32, soft-capping without flash-attn, sinks, values of another size than keys) is left
+to `strips`, which can, on any device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from lowrank.attention.spans import Spans
+from lowrank.attention.strips import Rule
+
+# (q, k, v (tokens, h, d), offsets (spans + 1,), longest, rule) -> (tokens, h, d)
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, Rule], torch.Tensor]
+
+
+def kernel_for(q: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, rule: Rule) -> Kernel | None:
+    """The variable-length kernel that computes this exactly, or None."""
+    if q.device.type != "cuda" or torch.version.hip or q.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    fits = q.shape[-1] == v.shape[-1] and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+    if not fits or sinks is not None or torch.cuda.get_device_capability(q.device) < (8, 0):
+        return None
+    if rule.softcap is None and _torch_varlen() is not None:
+        return torch_kernel
+    return flash_attn_kernel if _flash_attn_varlen() is not None else None
+
+
+def over_spans(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, rule: Rule, kernel: Kernel
+) -> torch.Tensor:
+    """q (tokens, h, d), k and v (tokens, h_kv, d) -> (tokens, h, d), 0 at padding."""
+    offsets = spans.offsets(q.device)
+    if spans.full:
+        return kernel(q, k, v, offsets, spans.longest, rule)
+    real = spans.tokens(q.device)
+    real_q, real_k, real_v = q.index_select(0, real), k.index_select(0, real), v.index_select(0, real)
+    out = kernel(real_q, real_k, real_v, offsets, spans.longest, rule)
+    return out.new_zeros(q.shape).index_copy(0, real, out)
+
+
+def torch_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int, rule: Rule
+) -> torch.Tensor:
+    """`torch.nn.attention.varlen.varlen_attn` (torch 2.11 and later), which needs no extra package."""
+    attend, groups = _torch_varlen(), q.shape[1] // k.shape[1]
+    assert attend is not None
+    window = (-1 if rule.window is None else rule.window - 1, 0)
+    if groups == 1 or "enable_gqa" not in inspect.signature(attend).parameters:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return attend(q, k, v, offsets, offsets, longest, longest, scale=rule.scale, window_size=window)
+    return attend(q, k, v, offsets, offsets, longest, longest, scale=rule.scale, window_size=window, enable_gqa=True)
+
+
+def flash_attn_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, longest: int, rule: Rule
+) -> torch.Tensor:
+    """flash-attn 2's `flash_attn_varlen_func`, which can soft-cap."""
+    attend = _flash_attn_varlen()
+    assert attend is not None
+    return attend(
+        q,
+        k,
+        v,
+        offsets,
+        offsets,
+        longest,
+        longest,
+        softmax_scale=rule.scale,
+        causal=True,
+        window_size=(-1, -1) if rule.window is None else (rule.window - 1, 0),
+        softcap=rule.softcap or 0.0,
+    )
+
+
+def _torch_varlen() -> Callable[..., torch.Tensor] | None:
+    try:
+        attend = import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    # The first releases of it knew no window, and took `is_causal` instead.
+    return attend if "window_size" in inspect.signature(attend).parameters else None
+
+
+def _flash_attn_varlen() -> Callable[..., torch.Tensor] | None:
+    try:
+        attend = import_module("flash_attn").flash_attn_varlen_func
+    except (ImportError, AttributeError):
+        return None
+    return attend if "softcap" in inspect.signature(attend).parameters else None

@@ -1,0 +1,168 @@
+"""`set_attention`: what is chosen, what is refused and how, and that the model really changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+import transformers
+import zoo
+
+from lowrank.attention import BACKENDS, check_packing, set_attention
+from lowrank.attention.flash import refusal_of_kernel
+from lowrank.attention.setting import setting_of
+from lowrank.errors import InputError
+
+
+def test_auto_on_cpu_says_what_and_why():
+    model = tiny.tiny_llama()
+    choice = set_attention(model, "auto")
+    assert choice.backend == "segments"
+    assert model.config._attn_implementation == "lowrank_segments"
+    assert str(choice).startswith("attention: segments (")
+
+
+def test_backends_are_those_of_the_documentation():
+    assert list(BACKENDS) == ["eager", "sdpa", "segments", "flash", "flex", "paged"]
+
+
+def test_an_unknown_backend_is_told_its_neighbour():
+    with pytest.raises(InputError, match="no attention backend `segment`; did you mean `segments`"):
+        set_attention(tiny.tiny_llama(), "segment")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "why"),
+    [
+        ("gemma2", "sdpa", "cannot soft-cap"),
+        ("gpt_oss", "sdpa", "no attention sinks"),
+        ("gpt_oss", "flex", "no attention sinks on CPU"),
+        ("llama", "flash", "needs a CUDA device"),
+        ("gemma2", "paged", "cannot soft-cap"),
+    ],
+)
+def test_refusals_name_the_reason(name, backend, why):
+    model = zoo.build(name)
+    before = model.config._attn_implementation
+    with pytest.raises(InputError, match=why):
+        set_attention(model, backend)
+    assert model.config._attn_implementation == before
+
+
+def test_flex_is_refused_for_training_on_cpu():
+    with pytest.raises(InputError, match="no backward pass on CPU"):
+        set_attention(tiny.tiny_llama(), "flex", packing=True)
+
+
+def test_flex_is_refused_for_dropout():
+    with pytest.raises(InputError, match="no dropout"):
+        set_attention(tiny.tiny_llama(attention_dropout=0.1), "flex")
+
+
+@pytest.mark.parametrize(
+    ("change", "knows", "why"),
+    [
+        ({"dtype": torch.float32}, {"dropout_p"}, "16 bits"),
+        ({"head_dim": 512}, {"dropout_p"}, "larger than 256"),
+        ({"sinks": True}, {"window_size"}, "sinks"),
+        ({"softcap": True}, {"window_size"}, "soft-cap"),
+        ({"window": 16}, {"softcap"}, "window"),
+        ({"dropout": 0.1}, {"window_size"}, "dropout"),
+        ({"supports_flash": False}, {"window_size"}, "no FlashAttention path"),
+    ],
+)
+def test_flash_refuses_what_the_installed_version_does_not_know(change, knows, why):
+    setting = replace(setting_of(tiny.tiny_llama().to(torch.bfloat16), packing=False))
+    assert refusal_of_kernel(setting, knows) is None
+    refusal = refusal_of_kernel(replace(setting, **change), knows)
+    assert refusal is not None
+    assert why in refusal
+
+
+def _bloom():
+    return tiny.build(transformers.BloomConfig(vocab_size=tiny.VOCAB, hidden_size=32, n_layer=2, n_head=4))
+
+
+def _falcon():
+    sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return tiny.build(transformers.FalconConfig(**sizes))
+
+
+def _mamba():
+    return tiny.build(
+        transformers.MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    )
+
+
+def _hybrid(config, **more):
+    return lambda: tiny.build(config(**{**tiny._LLAMA_LIKE, **more}))
+
+
+_QWEN3_NEXT = {
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+LEAKING = {
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "mamba": _mamba,
+    "lfm2": _hybrid(transformers.Lfm2Config, layer_types=["conv", "full_attention"]),
+    "qwen3_next": _hybrid(transformers.Qwen3NextConfig, **_QWEN3_NEXT),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LEAKING)
+def test_leaking_architectures_are_refused_by_the_self_test(name, dtype):
+    model = LEAKING[name]().to(dtype)
+    set_attention(model, "auto", packing=True)
+    with pytest.raises(InputError, match=rf"{type(model).__name__} .*cannot train on packs[\s\S]*data.packing: false"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon"])
+def test_a_model_that_cannot_be_swapped_says_so(name):
+    model = LEAKING[name]()
+    before = model.config._attn_implementation
+    choice = set_attention(model, "auto")
+    assert choice.backend == before == model.config._attn_implementation
+    assert "cannot swap" in choice.why
+    with pytest.raises(InputError, match="cannot swap the attention of"):
+        set_attention(model, "segments")
+
+
+def test_every_submodel_is_swapped():
+    """A model of several parts (text and vision, each with its own config) is changed as a whole."""
+    text = {**tiny._LLAMA_LIKE, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    set_attention(model, "segments")
+    parts = {type(m).__name__: m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    assert len(parts) > 3
+    assert set(parts.values()) == {"lowrank_segments"}
+
+
+def test_what_transformers_leaves_unchanged_is_noticed(monkeypatch):
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
+    with pytest.raises(InputError, match=r"left Llama.* at `.*` instead of `lowrank_segments`"):
+        set_attention(tiny.tiny_llama(), "segments")
+
+
+def test_the_choice_is_not_written_into_saved_configs(tmp_path):
+    model = tiny.tiny_llama()
+    set_attention(model, "segments")
+    model.save_pretrained(tmp_path)
+    assert "lowrank" not in (tmp_path / "config.json").read_text()

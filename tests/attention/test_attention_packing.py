@@ -1,0 +1,193 @@
+"""What the self-test and the announcement of segments promise, and what a layer may ask of `segments`."""
+
+from __future__ import annotations
+
+import threading
+import types
+
+import pytest
+import tiny
+import torch
+import zoo
+
+from lowrank.attention import flash, packing, segments, set_attention, strips
+from lowrank.attention.mask import SpansMask
+from lowrank.attention.segments import ANNOUNCED, segments_attention
+from lowrank.attention.spans import Spans
+from lowrank.errors import InputError
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_oss"])
+def test_gradient_checkpointing(name, reentrant):
+    model = zoo.adapted(name)
+    set_attention(model, "segments")
+    expected = zoo.packed(model, zoo.examples())
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    result = zoo.packed(model, zoo.examples())
+    assert max(zoo.difference(result, expected).values()) < 1e-6
+
+
+def test_the_backward_pass_may_run_on_another_thread_and_after_the_announcement():
+    model = zoo.adapted("llama")
+    set_attention(model, "segments")
+    rows = zoo.examples()
+    expected = zoo.packed(model, rows)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    real_backward, threads = torch.Tensor.backward, []
+
+    def elsewhere(loss: torch.Tensor) -> None:
+        threads.append(threading.Thread(target=real_backward, args=(loss,)))
+        threads[-1].start()
+        threads[-1].join()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", elsewhere)
+        result = zoo.packed(model, rows)
+    assert threads
+    assert max(zoo.difference(result, expected).values()) < 1e-6
+
+
+def test_an_announcement_ends():
+    model = tiny.tiny_llama()
+    set_attention(model, "segments")
+    announcement = segments(model, [3, 4])
+    announcement.__enter__()
+    assert set(ANNOUNCED.values()) == {(3, 4)}
+    assert not announcement.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert not ANNOUNCED
+    with segments(model, None):
+        assert not ANNOUNCED
+
+
+def test_announced_packs_of_another_length_are_looked_at():
+    """Inside `segments`, a call with other tokens (an evaluation, say) is not taken for the pack."""
+    model = zoo.build("llama")
+    set_attention(model, "segments")
+    row = zoo.examples((9,))[0]
+    expected = model(input_ids=row, use_cache=False).logits
+    with segments(model, [3, 4]):
+        assert torch.equal(model(input_ids=row, use_cache=False).logits, expected)
+
+
+def test_the_self_test_leaves_mode_and_random_state_alone():
+    model = zoo.build("llama").train()
+    set_attention(model, "segments")
+    state = torch.get_rng_state()
+    packing.check_packing(model)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def _layer(**asked) -> torch.Tensor:
+    torch.manual_seed(0)
+    module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    query, key, value = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    return segments_attention(module, query, key, value, **asked)[0]
+
+
+MASK = SpansMask(Spans(1, 7, ((0, 3), (3, 7))), "cpu")
+
+
+def test_a_layer_that_asks_for_more_is_refused_by_name():
+    with pytest.raises(InputError, match="asks its attention for indices, which `segments` does not know"):
+        _layer(attention_mask=MASK, indices=torch.zeros(1))
+    _layer(attention_mask=MASK, sliding_window=4096, position_ids=torch.zeros(1), output_attentions=False)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0])])
+def test_the_square_path_equals_the_spans(softcap, sinks):
+    """Where the mask is no spans the same layer gives the same result, soft-capping and sinks included."""
+    over_spans = _layer(attention_mask=MASK, softcap=softcap, s_aux=sinks)
+    squared = _layer(attention_mask=MASK.spans.square(torch.device("cpu")), softcap=softcap, s_aux=sinks)
+    torch.testing.assert_close(over_spans, squared)
+
+
+def test_a_position_bias_is_honoured():
+    bias = torch.randn(1, 4, 7, 7)
+    biased = _layer(attention_mask=MASK, position_bias=bias)
+    squared = _layer(attention_mask=MASK.spans.square(torch.device("cpu")), position_bias=bias)
+    torch.testing.assert_close(biased, squared)
+    assert not torch.allclose(biased, _layer(attention_mask=MASK))
+    capped = _layer(attention_mask=MASK, position_bias=bias, softcap=1e6)
+    torch.testing.assert_close(capped, biased, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_drops_and_keeps_the_mean():
+    torch.manual_seed(0)
+    exact = _layer(attention_mask=MASK)
+    module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    drawn = torch.stack([segments_attention(module, *qkv, MASK, dropout=0.3)[0] for _ in range(2000)])
+    assert not torch.allclose(drawn[0], drawn[1])
+    assert (drawn.mean(0) - exact).abs().max() < 0.2
+
+
+def test_flash_is_handed_the_borders(monkeypatch):
+    """transformers' FlashAttention path takes packs as arguments of the model call: they reach every layer."""
+    model, seen = tiny.tiny_llama(), []
+
+    def attention(module, query, key, value, attention_mask, **arguments):
+        seen.append(arguments)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    monkeypatch.setattr(packing, "is_flash_attention_requested", lambda config: True)
+    monkeypatch.setitem(transformers_attention(), "flash_attention_2", attention)
+    model.config._attn_implementation = "flash_attention_2"
+    ids = torch.cat(zoo.examples((5, 2, 4)), dim=1)
+    with segments(model, [5, 2, 4]):
+        model(input_ids=ids, use_cache=False)
+    model(input_ids=ids, use_cache=False)
+    inside, outside = seen[:2], seen[2:]
+    for arguments in inside:
+        assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 5, 7, 11]
+        assert arguments["cu_seq_lens_q"].dtype == torch.int32
+        assert arguments["max_length_q"] == arguments["max_length_k"] == 5
+    assert not any("cu_seq_lens_q" in arguments for arguments in outside)
+
+
+def transformers_attention():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def test_memory_of_attention_with_checkpointing_grows_linearly():
+    """What one checkpointed step keeps and computes at once grows with the tokens, not with their square."""
+
+    def largest_and_kept(length: int) -> tuple[int, int]:
+        model = zoo.build("llama").train()
+        set_attention(model, "segments")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        sizes: list[int] = []
+        kept: list[int] = []
+
+        class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+                return out
+
+        ids = torch.randint(3, tiny.VOCAB, (1, length))
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x)
+        with hooks, Sizes():
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.sum().backward()
+        return max(sizes), sum(kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strips, "SCORES_AT_ONCE", 1 << 12)
+        small, large = largest_and_kept(512), largest_and_kept(2048)
+    assert large[0] <= 4.1 * small[0]
+    assert large[1] <= 4.1 * small[1]
+
+
+def test_packing_arguments():
+    arguments = flash.packing_arguments([2, 7, 1], torch.device("cpu"))
+    assert arguments["cu_seq_lens_q"].tolist() == [0, 2, 9, 10]
+    assert arguments["max_length_k"] == 7

@@ -1,0 +1,62 @@
+"""Paged generation: the same answers as `generate` one prompt at a time, adapters included."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers
+import zoo
+
+from lowrank.attention import set_attention
+from lowrank.attention.paged import cache_for, generate_paged
+from lowrank.errors import InputError, JobError
+
+PROMPTS = [row[0].tolist() for row in zoo.examples((12, 5, 1, 30, 7, 19))]
+GREEDY = transformers.GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=2, pad_token_id=0)
+
+
+def _one_by_one(model) -> list[list[int]]:
+    return [
+        model.generate(torch.tensor([prompt]), generation_config=GREEDY)[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window-16", "qwen3", "gpt_oss", "gpt_neox"])
+def test_equals_generate_and_gives_the_attention_back(name):
+    model = zoo.adapted(name)
+    set_attention(model, "segments")
+    expected = _one_by_one(model)
+    assert generate_paged(model, PROMPTS, GREEDY) == expected
+    assert model.config._attn_implementation == "lowrank_segments"
+    assert expected != _one_by_one(zoo.build(name)), "the adapters change nothing: this tests little"
+
+
+def test_the_model_can_be_set_to_it():
+    model = zoo.build("llama")
+    expected = _one_by_one(model)
+    set_attention(model, "paged")
+    sizes = cache_for([len(prompt) for prompt in PROMPTS], 9, torch.device("cpu"))
+    outputs = model.generate_batch(PROMPTS, generation_config=GREEDY, continuous_batching_config=sizes)
+    assert [output.generated_tokens for output in outputs.values()] == expected
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="`paged` cannot serve Gemma2ForCausalLM: it cannot soft-cap"):
+        generate_paged(tiny.tiny_gemma2(), PROMPTS, GREEDY)
+    with pytest.raises(InputError, match="max_new_tokens"):
+        generate_paged(tiny.tiny_llama(), PROMPTS, transformers.GenerationConfig())
+
+
+def test_what_transformers_only_logs_is_an_error(monkeypatch):
+    model = tiny.tiny_llama()
+    monkeypatch.setattr(model, "generate_batch", lambda *args, **kwargs: {})
+    with pytest.raises(JobError, match="answered 0 of 6 prompts"):
+        generate_paged(model, PROMPTS, GREEDY)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_cache_has_room_for_the_longest():
+    config = cache_for([10, 600, 300] + [5] * 40, 100, torch.device("cpu"))
+    assert config.num_blocks == 3 + 2 + 14 + 1

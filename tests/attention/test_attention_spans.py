@@ -1,0 +1,122 @@
+"""Spans against the square masks that transformers builds from the same mask functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import masking_utils
+
+from lowrank.attention.mask import SpansMask
+from lowrank.attention.spans import Spans, from_lengths, from_mask_function
+from lowrank.attention.stacking import Gather, Scatter, stacks_of
+
+CPU = torch.device("cpu")
+
+
+def _square(mask_function, real, batch, length) -> torch.Tensor:
+    """transformers' own mask, without the rows of padding, which see what does not matter."""
+    mask = masking_utils.sdpa_mask(
+        batch, length, length, mask_function=mask_function, attention_mask=real, allow_is_causal_skip=False
+    )
+    return mask if real is None else mask & real[:, None, :, None]
+
+
+def _packed(base, lengths: list[int]):
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return masking_utils.and_masks(
+        masking_utils.packed_sequence_mask_function(masking_utils.find_packed_sequence_indices(positions)), base
+    )
+
+
+CAUSAL = masking_utils.causal_mask_function
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 5, 100])
+@pytest.mark.parametrize("lengths", [[9], [4, 5], [1, 1, 7], [3, 1, 3, 2], [5, 4]])
+def test_packs(lengths, window):
+    base = CAUSAL if window is None else masking_utils.sliding_window_causal_mask_function(window)
+    mask_function = base if len(lengths) == 1 else _packed(base, lengths)
+    spans = from_mask_function(mask_function, None, 1, 9, window, CPU)
+    assert spans is not None
+    assert torch.equal(spans.square(CPU), _square(mask_function, None, 1, 9))
+    if window != 1:  # a window of 1 is spans of 1, whatever the segments are
+        assert spans.lengths == tuple(lengths)
+        assert torch.equal(from_lengths(lengths, window).square(CPU), spans.square(CPU))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_padded_rows(window, chunk):
+    real = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0]])
+    real = real.bool()
+    if chunk is not None:
+        left = (real.cumsum(-1) == 0).sum(-1)
+        mask_function, local = masking_utils.chunked_causal_mask_function(chunk, left), chunk
+    else:
+        mask_function = CAUSAL if window is None else masking_utils.sliding_window_causal_mask_function(window)
+        local = window
+    spans = from_mask_function(mask_function, real, 4, 7, local, CPU)
+    assert spans is not None
+    assert torch.equal(spans.square(CPU), _square(mask_function, real, 4, 7))
+
+
+def test_a_row_without_a_real_token_is_no_span():
+    real = torch.tensor([[True, True], [False, False]])
+    spans = from_mask_function(CAUSAL, real, 2, 2, None, CPU)
+    assert spans is not None
+    assert spans.spans == ((0, 2),)
+    assert not spans.full
+
+
+def test_masks_that_are_not_spans_are_left_alone():
+    holes = torch.tensor([[True, True, False, True, True]])
+    prefix = masking_utils.or_masks(CAUSAL, lambda b, h, q, k: (q < 3) & (k < 3))
+    blocks = masking_utils.or_masks(CAUSAL, masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, 1, 1]])))
+    both_ways = masking_utils.bidirectional_mask_function
+    assert from_mask_function(CAUSAL, holes, 1, 5, None, CPU) is None
+    for mask_function in (prefix, blocks, both_ways):
+        assert from_mask_function(mask_function, None, 1, 5, None, CPU) is None
+    # A window that is not the one which transformers states.
+    wrong = masking_utils.sliding_window_causal_mask_function(2)
+    assert from_mask_function(wrong, None, 1, 5, 3, CPU) is None
+    assert from_mask_function(wrong, None, 1, 5, None, CPU) is None
+
+
+def test_a_spans_mask_is_a_tensor_with_the_square_s_values():
+    spans = Spans(2, 4, ((0, 4), (5, 7)), window=2)
+    mask, square = SpansMask(spans, CPU), spans.square(CPU)
+    assert isinstance(mask, torch.Tensor)
+    assert mask.shape == square.shape == (2, 1, 4, 4)
+    assert mask.dtype == torch.bool
+    assert mask.contiguous() is mask
+    assert mask.detach().spans is spans
+    assert torch.equal(mask[:, :, :, :3], square[:, :, :, :3])
+    assert torch.equal(~mask, ~square)
+    assert torch.equal(mask.to(torch.float32), square.float())
+    assert mask.sum() == square.sum()
+    assert not isinstance(mask & square, SpansMask)
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [10, 9, 2, 1, 2], [1], [8, 7, 8, 100, 6]])
+def test_stacks_give_back_what_they_took(lengths):
+    spans = from_lengths(lengths, None)
+    stacks = stacks_of(spans, CPU)
+    assert sum(stack.count for stack in stacks) == len(lengths)
+    x = torch.randn(sum(lengths), 6, 5, dtype=torch.float64, requires_grad=True)
+    parts = Gather.apply(x, stacks, 2)
+    assert all(part.shape == (stack.count * 2, stack.length, 3, 5) for part, stack in zip(parts, stacks, strict=True))
+    back = Scatter.apply(sum(lengths), stacks, *parts)
+    assert torch.equal(back, x)
+    back.mul(torch.arange(back.numel()).view_as(back)).sum().backward()
+    assert torch.equal(x.grad, torch.arange(x.numel(), dtype=torch.float64).view_as(x))
+
+
+def test_stacks_leave_padding_at_zero():
+    spans = Spans(2, 4, ((1, 4), (4, 6)))
+    stacks = stacks_of(spans, CPU)
+    x = torch.randn(8, 1, 2, requires_grad=True)
+    back = Scatter.apply(8, stacks, *Gather.apply(x, stacks, 1))
+    expected = x.detach() * torch.tensor([0, 1, 1, 1, 1, 1, 0, 0])[:, None, None]
+    assert torch.equal(back, expected)
+    back.sum().backward()
+    assert torch.equal(x.grad, (expected != 0).float())

@@ -1,0 +1,79 @@
+"""Attention in strips against the plain formula in float64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowrank.attention import strips
+from lowrank.attention.segments import attend_spans
+from lowrank.attention.spans import Spans, from_lengths
+from lowrank.attention.strips import Rule
+
+
+def _formula(q, k, v, sinks, spans: Spans, rule: Rule) -> torch.Tensor:
+    """softmax(q k^T) v over all pairs of tokens at once; the square of `spans`, which its own tests hold to account."""
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (
+        q.transpose(0, 1),
+        k.repeat_interleave(groups, 1).transpose(0, 1),
+        v.repeat_interleave(groups, 1).transpose(0, 1),
+    )
+    scores = q @ k.transpose(1, 2) * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    square = torch.block_diag(*spans.square(torch.device("cpu"))[:, 0].float()).bool()
+    scores = scores.masked_fill(~square, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    return (weights[..., : k.shape[1]] @ v).transpose(0, 1)
+
+
+def _inputs(tokens, heads, key_heads, d, e, sinks, dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = [(tokens, heads, d), (tokens, key_heads, d), (tokens, key_heads, e)]
+    made = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    return [*made, torch.randn(heads, dtype=dtype, requires_grad=True) if sinks else None]
+
+
+SPANS = {
+    "one": lambda window: from_lengths([150], window),
+    "pack": lambda window: from_lengths([130, 3, 129, 40, 1, 128], window),
+    "padded": lambda window: Spans(3, 70, ((0, 70), (75, 140), (140, 141)), window),
+}
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 20, 64, 100])
+@pytest.mark.parametrize("spans", SPANS)
+def test_equals_the_formula(spans, window, softcap, sinks, monkeypatch):
+    monkeypatch.setattr(strips, "SCORES_AT_ONCE", 50_000)  # so that pairs are parted as well
+    spans = SPANS[spans](window)
+    q, k, v, s = _inputs(spans.batch * spans.length, 6, 2, 8, 4, sinks)
+    rule = Rule(0.7, window, softcap)
+    direction = torch.randn(spans.batch * spans.length, 6, 4, dtype=torch.float64)
+    wanted = [x for x in (q, k, v, s) if x is not None]
+    out, expected = attend_spans(q, k, v, s, spans, rule), _formula(q, k, v, s, spans, rule)
+    torch.testing.assert_close(out, expected)
+    grads, of_formula = (torch.autograd.grad((o * direction).sum(), wanted) for o in (out, expected))
+    # Keys' and values' gradients are summed in float32.
+    torch.testing.assert_close(grads, of_formula, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (4, 1), (9, 3)])
+def test_heads(heads, key_heads):
+    spans, rule = from_lengths([30, 29, 7], None), Rule(0.3, None, None)
+    q, k, v, _ = _inputs(66, heads, key_heads, 16, 16, False)
+    torch.testing.assert_close(attend_spans(q, k, v, None, spans, rule), _formula(q, k, v, None, spans, rule))
+
+
+def test_keeps_no_more_than_its_inputs():
+    """Between the passes nothing of size (queries x keys) stays: only what was gathered."""
+    spans, rule = from_lengths([512], None), Rule(0.3, None, None)
+    q, k, v, _ = _inputs(512, 2, 2, 8, 8, False, torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        attend_spans(q, k, v, None, spans, rule)
+    assert sum(kept) <= q.numel() + k.numel() + v.numel()
