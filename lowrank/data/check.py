@@ -1,0 +1,64 @@
+"""The proof at the start of a run that the right tokens carry loss."""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.data.example import Examples
+from lowrank.data.report import Cut
+from lowrank.errors import InputError
+
+
+def check_supervision(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prove, from the tokens alone, that every trained turn ends in a supervised end token and every example learns.
+
+    A trained turn is a run of supervised tokens; its last one must be a special token. Examples cut at `max_length` may
+    end in the middle of a turn. Under `train_on: all` runs are closed by white space that the template writes.
+
+    Raises:
+        InputError: names the first example that fails, and how many do.
+    """
+    table = examples.table
+    learns = np.add.reduceat(table.supervised, table.starts[:-1], dtype=np.int64) > 0
+    _refuse(examples, np.flatnonzero(~learns), "has no supervised token", "Look at it with `lowrank preview --row N`.")
+    last = _last_of_runs(table.supervised, table.starts)
+    owner = np.searchsorted(table.starts, last, side="right") - 1
+    cut = (table.cuts[owner] != Cut.WHOLE) & (last == table.starts[owner + 1] - 1)
+    ends = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    last = _before_white_space(table.ids, last, tokenizer) if examples.train_on == "all" else last
+    ended = np.isin(table.ids[last], list(ends))
+    failing = np.unique(owner[~ended & ~cut])
+    _refuse(
+        examples,
+        failing,
+        "has a trained turn that does not end in a supervised end token, so the model would not learn to stop",
+        "The chat template must write a special token (mostly eos_token) after an assistant's message.",
+    )
+
+
+def _last_of_runs(supervised: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Positions of the last token of every run of supervised tokens; runs do not cross examples."""
+    follows = np.append(supervised[1:], False)
+    follows[starts[1:] - 1] = False
+    return np.flatnonzero(supervised & ~follows)
+
+
+def _before_white_space(ids: np.ndarray, last: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    known: dict[int, bool] = {}
+
+    def is_white(token: int) -> bool:
+        if token not in known:
+            known[token] = not str(tokenizer.decode([token])).strip()
+        return known[token]
+
+    return np.array([at - 1 if is_white(int(ids[at])) else at for at in last.tolist()], dtype=np.int64)
+
+
+def _refuse(examples: Examples, failing: np.ndarray, what: str, fix: str) -> None:
+    if len(failing):
+        where = examples.rows.where(int(examples.table.example_rows[failing[0]]))
+        others = f" (and {len(failing) - 1} more do)" if len(failing) > 1 else ""
+        raise InputError(f"the row {what}{others}", where=where, fix=fix)

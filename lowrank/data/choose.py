@@ -1,0 +1,59 @@
+"""Chat templates that come with the package, for tokenizers that have none."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.data.template import special_tokens
+from lowrank.errors import InputError
+
+# What a tokenizer must know as special tokens for a template to make sense: its markers, and the end of a turn.
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "phi": ("<|user|>", "<|assistant|>", "<|end|>"),
+    "mistral": ("[INST]", "[/INST]"),
+    "plain": (),
+}
+
+
+def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The templates of the package whose special tokens a tokenizer has; `plain` fits every one with an eos token."""
+    known = special_tokens(tokenizer)
+    fitting = [name for name, needed in TEMPLATES.items() if all(token in known for token in needed)]
+    return [name for name in fitting if tokenizer.eos_token is not None or name != "plain"]
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Give a tokenizer a chat template, in place; it is saved with the tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        template: A name from `TEMPLATES`, the path of a .jinja file, or the template itself.
+
+    Raises:
+        InputError: there is no such template, or the tokenizer lacks its special tokens.
+    """
+    if template in TEMPLATES:
+        if template not in fitting_templates(tokenizer):
+            lacking = [token for token in TEMPLATES[template] if token not in special_tokens(tokenizer)]
+            raise InputError(
+                f"the tokenizer does not have the special tokens of the template {template!r}: {', '.join(lacking)}",
+                where="data.chat_template",
+                fix=f"Templates that fit: {', '.join(fitting_templates(tokenizer))}.",
+            )
+        tokenizer.chat_template = (files("lowrank.data") / "templates" / f"{template}.jinja").read_text()
+    elif "{%" in template or "{{" in template:
+        tokenizer.chat_template = template
+    elif Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    else:
+        raise InputError(
+            f"there is no chat template {template!r}",
+            where="data.chat_template",
+            fix=f"Give one of {', '.join(TEMPLATES)}, a .jinja file, or the template itself.",
+        )

@@ -1,0 +1,152 @@
+"""What a run trains on: examples, which are tokens and which of them carry loss.
+
+All tokens of a data set lie in one `TokenTable` of flat arrays (in memory or mapped from the cache), so a hundred
+thousand rows cost megabytes and a batch is cut out with slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from lowrank.data.report import Cut, DataReport, Outcome, report_of
+from lowrank.data.rows import RowList, Rows
+
+IdsAndMask = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence of tokens.
+
+    Attributes:
+        input_ids: Token ids, as the model reads them.
+        supervised: For each token, whether it carries loss. The first is never supervised: nothing predicts it.
+    """
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """Tokenised rows as flat arrays; T tokens, E examples, R rows that were read.
+
+    Attributes:
+        ids: Token ids of all examples one after another, (T,) int32.
+        supervised: Which of them carry loss, (T,) bool.
+        starts: Where each example starts in `ids`, and T at the end, (E + 1,) int64.
+        example_rows: The row each example came from, (E,) int64, ascending.
+        cuts: A `Cut` for each example, (E,) uint8: whether it was cut at `max_length`.
+        digests: A hash of each example's tokens and mask, equal for duplicates, (E,) uint64.
+        row_keys: A hash of each row's content, for splits that stay put when rows are added, (R,) uint64.
+        outcomes: An `Outcome` for each row, (R,) uint8.
+        control_text: Rows whose own text holds a special token of the tokenizer, (R,) bool.
+        row_lengths: The longest example each row gave before anything was cut, in tokens, (R,) int64.
+        uneven: Rows whose prompt by itself is cut into other tokens than before its answer, (R,) bool.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    starts: np.ndarray
+    example_rows: np.ndarray
+    cuts: np.ndarray
+    digests: np.ndarray
+    row_keys: np.ndarray
+    outcomes: np.ndarray
+    control_text: np.ndarray
+    row_lengths: np.ndarray
+    uneven: np.ndarray
+
+
+class Examples(Sequence[Example]):
+    """A data set ready to train on: a sequence of `Example`, with its report and the rows it came from."""
+
+    def __init__(
+        self,
+        table: TokenTable,
+        rows: Rows,
+        *,
+        train_on: str,
+        order: np.ndarray | None = None,
+        row_mask: np.ndarray | None = None,
+    ) -> None:
+        """Look at a table through a selection.
+
+        Args:
+            table: The tokens.
+            rows: The rows as they were read; `rows[i]` belongs to `table.outcomes[i]`.
+            train_on: Which tokens were asked to carry loss (kept for `check_supervision`).
+            order: The table's examples that are in this set, in this order; repeats are allowed. None: all of them.
+            row_mask: The rows this set was made from, for the report's counts, (R,) bool. None: all of them.
+        """
+        self.table, self.rows, self.train_on = table, rows, train_on
+        self.order = np.arange(len(table.starts) - 1) if order is None else order
+        self.row_mask = np.ones(len(table.outcomes), dtype=bool) if row_mask is None else row_mask
+        self._report: DataReport | None = None
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], train_on: str = "assistant") -> Examples:
+        """A data set from examples made by hand; each is its own row `{"input_ids": ..., "supervised": ...}`."""
+        starts = np.concatenate([[0], np.cumsum([len(e.input_ids) for e in examples])]).astype(np.int64)
+        supervised = np.array([s for e in examples for s in e.supervised], dtype=bool)
+        supervised[starts[:-1]] = False
+        count = len(examples)
+        table = TokenTable(
+            ids=np.array([t for e in examples for t in e.input_ids], dtype=np.int32),
+            supervised=supervised,
+            starts=starts,
+            example_rows=np.arange(count),
+            cuts=np.full(count, Cut.WHOLE, dtype=np.uint8),
+            digests=np.arange(count, dtype=np.uint64),
+            row_keys=np.arange(count, dtype=np.uint64),
+            outcomes=np.full(count, Outcome.KEPT, dtype=np.uint8),
+            control_text=np.zeros(count, dtype=bool),
+            row_lengths=np.diff(starts),
+            uneven=np.zeros(count, dtype=bool),
+        )
+        rows = RowList([{"input_ids": e.input_ids, "supervised": e.supervised} for e in examples], "examples")
+        return cls(table, rows, train_on=train_on)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return self.select(self.order[index])
+        ids, supervised = self.arrays(index)
+        return Example(ids.tolist(), supervised.tolist())
+
+    def arrays(self, index: int) -> IdsAndMask:
+        """Token ids (n,) int32 and supervised (n,) bool of one example, as views that must not be written to."""
+        at = self.order[index]
+        part = slice(int(self.table.starts[at]), int(self.table.starts[at + 1]))
+        return self.table.ids[part], self.table.supervised[part]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens in each example, (E,) int64."""
+        return np.diff(self.table.starts)[self.order]
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        """The row, as it was read, that an example came from."""
+        return self.rows[int(self.table.example_rows[self.order[index]])]
+
+    def select(self, order: np.ndarray, row_mask: np.ndarray | None = None) -> Examples:
+        """The same table through another selection (indices into the table, not into this set)."""
+        mask = self.row_mask if row_mask is None else row_mask
+        return Examples(self.table, self.rows, train_on=self.train_on, order=order, row_mask=mask)
+
+    @property
+    def report(self) -> DataReport:
+        """Counts of what was read, kept, cut and dropped."""
+        if self._report is None:
+            self._report = report_of(self.table, self.order, self.row_mask)
+        return self._report

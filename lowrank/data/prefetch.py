@@ -1,0 +1,72 @@
+"""Batches made ready while the model works on the one before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+
+from lowrank.data.batch import Batch
+
+
+class Prefetched(Iterator[Batch]):
+    """Batches from a thread that is a few ahead; `blocked` is the time in seconds spent waiting for one.
+
+    Order and content are those of the iterator it draws from. Close it (or leave its `with` block) to stop the thread
+    before the end.
+    """
+
+    def __init__(self, batches: Iterator[Batch], depth: int = 4) -> None:
+        """Start drawing from `batches`, at most `depth` ahead."""
+        self.blocked = 0.0
+        self._queue: Queue[Batch | BaseException | None] = Queue(maxsize=depth)
+        self._stop = Event()
+        self._thread = Thread(target=self._fill, args=(batches,), name="lowrank-batches", daemon=True)
+        self._thread.start()
+
+    def _fill(self, batches: Iterator[Batch]) -> None:
+        try:
+            for batch in batches:
+                if not self._put(batch):
+                    return
+            self._put(None)
+        except BaseException as error:  # raised again where the batch is asked for
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except Full:
+                continue
+            return True
+        return False
+
+    def __next__(self) -> Batch:
+        if self._stop.is_set():
+            raise StopIteration
+        started = time.perf_counter()
+        item = self._queue.get()
+        self.blocked += time.perf_counter() - started
+        if isinstance(item, Batch):
+            return item
+        self.close()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def close(self) -> None:
+        """Stop the thread; what it had ready is lost."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get_nowait()
+            except Empty:
+                self._thread.join(timeout=0.05)
+
+    def __enter__(self) -> Prefetched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,126 @@
+"""What a run would train on, gathered for a person to look at; `preview_text` and `preview_html` draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.data.example import Examples
+from lowrank.data.pieces import Piece, pieces
+from lowrank.data.plan import BatchPlan
+from lowrank.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One example: where it comes from, its tokens, and its figures."""
+
+    place: str
+    pieces: list[Piece]
+    tokens: int
+    supervised: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """Everything a preview shows.
+
+    Attributes:
+        heading: What the examples are: those of the first pack, of one row, or the first.
+        shown: The examples; in a pack each is a segment.
+        packed: Whether they are segments of one pack.
+        left_out: How many more the pack or the row holds.
+        figures: Labels and values of the table.
+        histogram: Example lengths as (from, to, examples).
+    """
+
+    heading: str
+    shown: list[Shown]
+    packed: bool
+    left_out: int
+    figures: list[tuple[str, str]]
+    histogram: list[tuple[int, int, int]]
+
+
+def preview_of(
+    plan: BatchPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    row: int | None = None,
+    count: int = 3,
+    batches_per_step: int = 1,
+) -> Preview:
+    """Gather what a preview shows.
+
+    Args:
+        plan: The batches of the run.
+        tokenizer: What its tokens mean.
+        row: Show this row (from 1, as in the file), or None: the beginning of the first batch.
+        count: Examples to show.
+        batches_per_step: Batches that are accumulated for one optimiser step.
+
+    Raises:
+        InputError: there is no such row, or nothing of it is trained on.
+    """
+    examples = plan.examples
+    indices = plan.epoch(0)[0] if row is None else _of_row(examples, row)
+    packed = plan.packing and row is None
+    heading = f"row {row}" if row is not None else ("the first pack" if packed else "the first batch")
+    return Preview(
+        heading=heading,
+        shown=[_shown(examples, int(index), tokenizer) for index in indices[:count]],
+        packed=packed,
+        left_out=max(0, len(indices) - count),
+        figures=_figures(plan, batches_per_step),
+        histogram=_histogram(examples.report.lengths.counts, examples.report.lengths.edges),
+    )
+
+
+def _of_row(examples: Examples, row: int) -> np.ndarray:
+    rows = len(examples.table.outcomes)
+    if not 1 <= row <= rows:
+        raise InputError(f"there is no row {row}", where="--row", fix=f"Rows are 1 to {rows}.")
+    found = np.flatnonzero(examples.table.example_rows[examples.order] == row - 1)
+    if not len(found):
+        raise InputError(f"nothing of row {row} is trained on: it is empty, too long, or set aside", where="--row")
+    return found
+
+
+def _shown(examples: Examples, index: int, tokenizer: PreTrainedTokenizerBase) -> Shown:
+    ids, supervised = examples.arrays(index)
+    place = examples.rows.where(int(examples.table.example_rows[examples.order[index]]))
+    return Shown(place, pieces(ids.tolist(), supervised.tolist(), tokenizer), len(ids), int(supervised.sum()))
+
+
+def _figures(plan: BatchPlan, batches_per_step: int) -> list[tuple[str, str]]:
+    report = plan.examples.report
+    lengths = report.lengths
+    batches = len(plan.epoch(0))
+    return [
+        ("rows", f"{report.rows:,}"),
+        ("examples", f"{report.examples:,}"),
+        ("tokens", f"{report.tokens:,}"),
+        ("supervised", f"{report.supervised_tokens:,} ({report.supervised_share:.1%})"),
+        ("length: min / median / p95 / max", _joined(lengths.shortest, lengths.median, lengths.p95, lengths.longest)),
+        ("truncated", f"{report.truncated:,}"),
+        ("dropped as too long", f"{report.dropped:,}"),
+        ("empty rows", f"{report.empty:,}"),
+        ("duplicates", f"{report.duplicates:,}"),
+        ("rows with special tokens in their text", f"{report.control_text:,}"),
+        ("rows whose prompt is cut into other tokens by itself", f"{report.uneven:,}"),
+        ("rows split into several examples", f"{report.split:,}"),
+        ("packing efficiency" if plan.packing else "tokens that are not padding", f"{plan.fill():.1%}"),
+        ("packs per epoch" if plan.packing else "batches per epoch", f"{batches:,}"),
+        ("steps per epoch", f"{-(-batches // batches_per_step):,}"),
+    ]
+
+
+def _joined(*numbers: int) -> str:
+    return " / ".join(f"{number:,}" for number in numbers)
+
+
+def _histogram(counts: Sequence[int], edges: Sequence[int]) -> list[tuple[int, int, int]]:
+    return list(zip(edges[:-1], edges[1:], counts, strict=True))

@@ -1,0 +1,120 @@
+"""The figures of a data set: what was read, what became of it, how long it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lowrank.data.example import TokenTable
+
+HISTOGRAM_BINS = 12
+
+
+class Outcome(IntEnum):
+    """What became of a row."""
+
+    KEPT = 0
+    EMPTY = 1
+    TOO_LONG = 2
+
+
+class Cut(IntEnum):
+    """Whether an example ends where its text does."""
+
+    WHOLE = 0
+    TRUNCATED = 1
+    PIECE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Example lengths in tokens: order statistics, and a histogram of `counts` between `edges`."""
+
+    shortest: int
+    median: int
+    p95: int
+    longest: int
+    counts: list[int]
+    edges: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """What was read and what became of it.
+
+    Attributes:
+        rows: Rows read.
+        examples: Examples to train on, repeats of a mix included.
+        tokens: Tokens in them.
+        supervised_tokens: Tokens that carry loss.
+        dropped: Rows left out because they are too long, or because a cut would have left them nothing to learn.
+        truncated: Examples cut at `max_length`.
+        duplicates: Examples whose tokens and mask have occurred before.
+        empty: Rows left out because nothing stands in them.
+        split: Rows that became several examples, because the chat template rewrites earlier turns.
+        control_text: Rows whose own text holds a special token: often a chat template applied twice.
+        uneven: Rows whose prompt by itself is cut into other tokens than before its answer (see `Encoder.is_uneven`).
+        lengths: Of the examples.
+    """
+
+    rows: int
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    dropped: int
+    truncated: int
+    duplicates: int
+    empty: int
+    split: int
+    control_text: int
+    uneven: int
+    lengths: Lengths
+
+    @property
+    def supervised_share(self) -> float:
+        """Supervised tokens over all tokens."""
+        return self.supervised_tokens / max(self.tokens, 1)
+
+
+def lengths_of(lengths: np.ndarray) -> Lengths:
+    """Order statistics and histogram of example lengths, (E,) integers."""
+    if not len(lengths):
+        return Lengths(0, 0, 0, 0, [], [])
+    bins = min(HISTOGRAM_BINS, int(lengths.max() - lengths.min()) + 1)
+    counts, edges = np.histogram(lengths, bins=bins)
+    median, p95 = np.percentile(lengths, [50, 95])
+    return Lengths(
+        shortest=int(lengths.min()),
+        median=round(float(median)),
+        p95=round(float(p95)),
+        longest=int(lengths.max()),
+        counts=counts.tolist(),
+        edges=np.round(edges).astype(int).tolist(),
+    )
+
+
+def report_of(table: TokenTable, order: np.ndarray, row_mask: np.ndarray) -> DataReport:
+    """The figures of the examples in `order`, and of the rows in `row_mask`."""
+    lengths = np.diff(table.starts)
+    supervised = np.add.reduceat(table.supervised, table.starts[:-1], dtype=np.int64) if len(lengths) else lengths
+    outcomes = table.outcomes[row_mask]
+    unique = np.unique(order)
+    per_row = np.bincount(table.example_rows[unique], minlength=len(table.outcomes))
+    return DataReport(
+        rows=int(row_mask.sum()),
+        examples=len(order),
+        tokens=int(lengths[order].sum()),
+        supervised_tokens=int(supervised[order].sum()),
+        dropped=int((outcomes == Outcome.TOO_LONG).sum()),
+        truncated=int((table.cuts[order] == Cut.TRUNCATED).sum()),
+        duplicates=len(unique) - len(np.unique(table.digests[unique])),
+        empty=int((outcomes == Outcome.EMPTY).sum()),
+        split=int((per_row > 1).sum()),
+        control_text=int(table.control_text[row_mask].sum()),
+        uneven=int(table.uneven[row_mask].sum()),
+        lengths=lengths_of(lengths[order]),
+    )

@@ -1,0 +1,121 @@
+"""Token tables on disk: one flat file for each array, written chunk by chunk and mapped into memory to be read.
+
+A cached table lies in a folder named by a hash of all that it depends on: the rows, the tokenizer, its chat template,
+the options, and the versions of the libraries that render and tokenise. A change of any gives another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.data.example import TokenTable
+from lowrank.data.tokenise import Options
+
+# Raised whenever the same rows give other tokens than before, or the files another layout.
+VERSION = 1
+UNUSED_DAYS = 30
+
+DTYPES: dict[str, np.dtype] = {
+    "ids": np.dtype(np.int32),
+    "supervised": np.dtype(np.bool_),
+    "starts": np.dtype(np.int64),
+    "example_rows": np.dtype(np.int64),
+    "cuts": np.dtype(np.uint8),
+    "digests": np.dtype(np.uint64),
+    "row_keys": np.dtype(np.uint64),
+    "outcomes": np.dtype(np.uint8),
+    "control_text": np.dtype(np.bool_),
+    "row_lengths": np.dtype(np.int64),
+    "uneven": np.dtype(np.bool_),
+}
+assert [field.name for field in fields(TokenTable)] == list(DTYPES)
+
+
+def cache_root() -> Path:
+    """Where cached tables lie: `$LOWRANK_CACHE`, or `~/.cache/lowrank`."""
+    return Path(os.environ.get("LOWRANK_CACHE", "~/.cache/lowrank")).expanduser() / "tokens"
+
+
+def cache_key(rows_fingerprint: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> str:
+    """The name of the folder for such rows, tokenizer and options."""
+    template = json.dumps(tokenizer.chat_template)
+    told = [
+        f"{VERSION} {transformers.__version__} {tokenizers.__version__}",
+        rows_fingerprint,
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
+        str(tokenizer.split_special_tokens),
+        template,
+        time.strftime("%Y-%m-%d") if "strftime_now" in template else "",
+        json.dumps(asdict(options)),
+    ]
+    return hashlib.blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
+
+
+def open_table(folder: Path) -> TokenTable | None:
+    """A table that was written before, mapped into memory; None if there is none."""
+    if not folder.is_dir():
+        return None
+    os.utime(folder)
+    arrays = {}
+    for name, dtype in DTYPES.items():
+        file = folder / f"{name}.bin"
+        empty = file.stat().st_size == 0
+        arrays[name] = np.empty(0, dtype) if empty else np.memmap(file, dtype=dtype, mode="r")
+    return TokenTable(**arrays)
+
+
+class TableWriter:
+    """Writes a table chunk by chunk into a temporary folder that takes its place when the `with` block is left."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        self._tokens = 0
+
+    def __enter__(self) -> TableWriter:
+        self._temporary.mkdir(parents=True)
+        self._files = {name: (self._temporary / f"{name}.bin").open("wb") for name in DTYPES}
+        self._files["starts"].write(np.zeros(1, dtype=DTYPES["starts"]).tobytes())
+        return self
+
+    def append(self, table: TokenTable) -> None:
+        """Add the examples of the next rows; their `starts` count from their own beginning."""
+        for name, dtype in DTYPES.items():
+            array = getattr(table, name)
+            assert array.dtype == dtype, f"{name} is {array.dtype}"
+            array = table.starts[1:] + self._tokens if name == "starts" else array
+            self._files[name].write(array.tobytes())
+        self._tokens += int(table.starts[-1])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        if error is None and not self._folder.exists():
+            try:
+                self._temporary.rename(self._folder)
+            except OSError:  # another process of this run was faster, with the same content
+                if not self._folder.exists():
+                    raise
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def forget_unused(root: Path) -> None:
+    """Delete tables that no run has opened for `UNUSED_DAYS`."""
+    for folder in root.iterdir():
+        if time.time() - folder.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
+            shutil.rmtree(folder, ignore_errors=True)

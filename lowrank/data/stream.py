@@ -1,0 +1,157 @@
+"""Batches of a data set that does not fit: rows are read one after another, tokenised and packed from a buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.data.batch import Batch, packed_batch, padded_batch
+from lowrank.data.example import IdsAndMask
+from lowrank.data.packing import WINDOW, best_fit_decreasing
+from lowrank.data.readers import Placed, stream_rows
+from lowrank.data.report import Outcome
+from lowrank.data.rows import RowList
+from lowrank.data.sources import Joined, Part, Source, Sources, named_sources
+from lowrank.data.tokenise import Options, Tokeniser
+from lowrank.errors import InputError
+
+# A pack that is less full goes back into the buffer for a later one.
+FULL_ENOUGH = 0.98
+CHUNK_ROWS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStream:
+    """Batches from a stream of rows; made by `stream_batches`. How many an epoch has is known only at its end."""
+
+    sources: list[Source]
+    format: str | None
+    tokeniser: Tokeniser
+    packing: bool
+    batch_size: int
+    max_tokens: int
+    pad_token_id: int
+    seed: int
+    buffer: int
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on; what comes before is read and packed again, not built."""
+        for parts in islice(self._groups(epoch), start, None):
+            yield packed_batch(parts) if self.packing else padded_batch(parts, self.pad_token_id)
+
+    def _groups(self, epoch: int) -> Iterator[list[IdsAndMask]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        waiting: list[IdsAndMask] = []
+        for example in self._examples(np.random.default_rng([self.seed, epoch, 1])):
+            waiting.append(example)
+            if len(waiting) >= self.buffer:
+                full, waiting = self._grouped(waiting, rng, last=False)
+                yield from full
+        full, _ = self._grouped(waiting, rng, last=True)
+        yield from full
+
+    def _grouped(
+        self, waiting: Sequence[IdsAndMask], rng: np.random.Generator, *, last: bool
+    ) -> tuple[list[list[IdsAndMask]], list[IdsAndMask]]:
+        """The buffer as groups in a shuffled order, and what waits on for a fuller pack (at most half of it)."""
+        shuffled = [waiting[at] for at in rng.permutation(len(waiting))]
+        lengths = np.array([len(ids) for ids, _ in shuffled], dtype=np.int64)
+        if self.packing:
+            bins = best_fit_decreasing(lengths, self.max_tokens)
+            bins.sort(key=lambda items: -int(lengths[items].sum()))
+            fills = [lengths[items].sum() / self.max_tokens for items in bins]
+        else:
+            order = np.argsort(lengths, kind="stable")
+            bins = [order[at : at + self.batch_size].tolist() for at in range(0, len(order), self.batch_size)]
+            fills = [1.0 if len(items) == self.batch_size else 0.0 for items in bins]
+        kept = len(bins) if last else max(sum(fill >= FULL_ENOUGH for fill in fills), (len(bins) + 1) // 2)
+        groups = [[shuffled[item] for item in sorted(items)] for items in bins]
+        return [groups[at] for at in rng.permutation(kept)], [part for group in groups[kept:] for part in group]
+
+    def _examples(self, rng: np.random.Generator) -> Iterator[IdsAndMask]:
+        rows = self._interleaved(rng)
+        while chunk := list(islice(rows, min(CHUNK_ROWS, self.buffer))):
+            for at, source in enumerate(self.sources):
+                own = [placed for owner, placed in chunk if owner == at]
+                if own:
+                    yield from self._tokenised(own, source)
+
+    def _interleaved(self, rng: np.random.Generator) -> Iterator[tuple[int, Placed]]:
+        """Rows with the number of their source: drawn by weight until one source ends, or one source after another."""
+        streams = [stream_rows(source.path, source.split, source.subset) for source in self.sources]
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        if not weights:
+            yield from ((at, placed) for at, stream in enumerate(streams) for placed in stream)
+            return
+        shares = np.array(weights) / sum(weights)
+        while True:
+            at = rng.choice(len(streams), p=shares)
+            placed = next(streams[at], None)
+            if placed is None:
+                return
+            yield at, placed
+
+    def _tokenised(self, placed: Sequence[Placed], source: Source) -> Iterator[IdsAndMask]:
+        rows = RowList([row for row, _ in placed], source.path, [where for _, where in placed])
+        table = self.tokeniser.table(Joined([Part(rows, source.format or self.format, None)]), 0, len(rows))
+        over = np.flatnonzero(table.outcomes == Outcome.TOO_LONG)
+        if len(over) and self.tokeniser.options.too_long == "error":
+            length, limit = table.row_lengths[over[0]], self.tokeniser.options.max_length
+            raise InputError(
+                f"the row has {length} tokens, more than data.max_length = {limit}",
+                where=rows.where(int(over[0])),
+                fix="Raise data.max_length, or set data.too_long to drop or truncate.",
+            )
+        for begin, end in zip(table.starts[:-1], table.starts[1:], strict=True):
+            yield table.ids[begin:end], table.supervised[begin:end]
+
+
+def stream_batches(
+    source: Sources,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_on: str = "assistant",
+    max_length: int,
+    too_long: str = "error",
+    format: str | None = None,
+    packing: bool,
+    batch_size: int,
+    max_tokens: int,
+    pad_token_id: int,
+    seed: int,
+    buffer: int = WINDOW,
+) -> BatchStream:
+    """Batches of rows that are never all in memory, nor on this machine's disk if they come from a hub.
+
+    Args:
+        source: As in `load_examples`, but not rows in memory. With weights, rows are drawn from the sources in these
+            proportions until one source ends; without, the sources follow one another.
+        tokenizer: As in `load_examples`, like `train_on`, `max_length`, `too_long` and `format`.
+        train_on: See there.
+        max_length: See there.
+        too_long: See there; `error` is raised when the row is reached.
+        format: See there.
+        packing: As in `plan_batches`, like `batch_size`, `max_tokens`, `pad_token_id` and `seed`.
+        batch_size: See there.
+        max_tokens: See there.
+        pad_token_id: See there.
+        seed: See there.
+        buffer: Examples that are shuffled and packed together.
+
+    Raises:
+        InputError: a source is not there, or packs are smaller than examples may be.
+    """
+    if packing and max_tokens < max_length:
+        raise InputError(
+            f"examples of up to {max_length} tokens do not fit into packs of {max_tokens}",
+            where="training.tokens_per_batch",
+            fix="Raise it to data.max_length at least.",
+        )
+    tokeniser = Tokeniser(tokenizer, Options(train_on, max_length, too_long))
+    return BatchStream(
+        named_sources(source), format, tokeniser, packing, batch_size, max_tokens, pad_token_id, seed, buffer
+    )

@@ -1,0 +1,208 @@
+"""From rows to tokens: one chunk of rows becomes flat arrays, wherever it is worked on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.data.align import Encoder
+from lowrank.data.choose import fitting_templates
+from lowrank.data.conversation import Conversation, Plain
+from lowrank.data.example import TokenTable
+from lowrank.data.formats import is_blank, read_row
+from lowrank.data.report import Cut, Outcome
+from lowrank.data.rowerror import RowError
+from lowrank.data.rows import Row
+from lowrank.data.sources import Joined
+from lowrank.data.template import ChatTemplate, special_pattern
+from lowrank.data.turns import TRAIN_ON, Rendered, plain_text, render_turns
+from lowrank.errors import InputError
+
+TOO_LONG = ("error", "drop", "truncate", "split")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How rows become tokens.
+
+    Attributes:
+        train_on: `assistant`, `last_assistant`, `completion` or `all`.
+        max_length: The most tokens in an example.
+        too_long: `error` (the caller raises), `drop`, `truncate`, or `split`, which cuts plain text into pieces.
+    """
+
+    train_on: str
+    max_length: int
+    too_long: str
+
+    def __post_init__(self) -> None:
+        assert self.train_on in TRAIN_ON, f"train_on is {self.train_on!r}, not one of {', '.join(TRAIN_ON)}"
+        assert self.too_long in TOO_LONG, f"too_long is {self.too_long!r}, not one of {', '.join(TOO_LONG)}"
+        assert self.max_length > 1, f"max_length is {self.max_length}"
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """What has come out of the rows so far, in lists that become a `TokenTable`."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    supervised: list[np.ndarray] = field(default_factory=list)
+    example_rows: list[int] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+
+    def add(self, row: int, ids: np.ndarray, supervised: np.ndarray, cut: Cut) -> None:
+        self.ids.append(ids)
+        self.supervised.append(supervised)
+        self.example_rows.append(row)
+        self.cuts.append(cut)
+        self.digests.append(_digest(ids.tobytes() + supervised.tobytes()))
+
+
+class Tokeniser:
+    """Turns rows into tokens and masks with one tokenizer and one set of options."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
+        self.options = options
+        self._has_template = tokenizer.chat_template is not None
+        self._template = ChatTemplate(tokenizer)
+        self._encoder = Encoder(tokenizer)
+        self._end_token = tokenizer.eos_token
+        self._offer = f"Set data.chat_template: {', '.join(fitting_templates(tokenizer))} fit, or name a .jinja file."
+        self._special = special_pattern(tokenizer)
+
+    def table(self, rows: Joined, begin: int, end: int) -> TokenTable:
+        """Rows begin ... end as tokens.
+
+        Raises:
+            InputError: a row cannot be used; names its file and line.
+        """
+        read, formats = rows.read(begin, end), rows.formats(begin, end)
+        count = end - begin
+        outcomes = np.full(count, Outcome.KEPT, dtype=np.uint8)
+        texts: list[tuple[int, Rendered, bool]] = []
+        for at, row in enumerate(read):
+            try:
+                rendered, is_chat = self._rendered(row, formats[at])
+            except RowError as error:
+                raise InputError(error.what, where=rows.where(begin + at), fix=error.fix) from None
+            texts += [(at, text, is_chat) for text in rendered]
+            if not rendered:
+                outcomes[at] = Outcome.EMPTY
+        lengths, uneven = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
+        chunk = _Chunk()
+        encoded = self._encoder.batch([text.text for _, text, _ in texts])
+        for (at, text, is_chat), (ids, offsets) in zip(texts, encoded, strict=True):
+            try:
+                mask = self._encoder.supervised(text, ids, offsets)
+            except RowError as error:
+                raise InputError(error.what, where=rows.where(begin + at), fix=error.fix) from None
+            uneven[at] |= self._encoder.is_uneven(text, ids, offsets)
+            if not is_chat:
+                ids, mask = self._with_prefix(ids, mask)
+            mask[:1] = False
+            lengths[at] = max(lengths[at], len(ids))
+            if not self._fit(chunk, begin + at, ids, mask, is_text=not is_chat and bool(mask[1:].all())):
+                outcomes[at] = Outcome.TOO_LONG
+        canonical = [_canonical(row) for row in read]
+        keys = np.array([_digest(text.encode()) for text in canonical], dtype=np.uint64)
+        control = np.array([self._special.search(text) is not None for text in canonical], dtype=bool)
+        return _table(chunk, keys, outcomes, control, lengths, uneven)
+
+    def _rendered(self, row: Row, form: str) -> tuple[list[Rendered], bool]:
+        """The texts of a row (none if it is empty), and whether a chat template wrote them."""
+        if is_blank(row):
+            return [], False
+        content = read_row(row, form, self._has_template)
+        if content.is_empty:
+            return [], False
+        if isinstance(content, Plain):
+            if self._end_token is None:
+                raise RowError(
+                    "the tokenizer has no eos_token to end an answer with", "Set one in the tokenizer's folder."
+                )
+            return [plain_text(content.prompt, content.completion, self._end_token)], False
+        if not isinstance(content, Conversation):
+            raise RowError(
+                "rows of the format preference cannot be trained on yet", "Train on prompt and completion rows."
+            )
+        if not self._has_template:
+            raise RowError("the row is a conversation, but the tokenizer has no chat template", self._offer)
+        return render_turns(content, self._template, self.options.train_on), True
+
+    def _with_prefix(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        prefix = self._encoder.prefix
+        if not len(prefix) or np.array_equal(ids[: len(prefix)], prefix):
+            return ids, mask
+        return np.concatenate([prefix, ids]), np.concatenate([np.zeros(len(prefix), dtype=bool), mask])
+
+    def _fit(self, chunk: _Chunk, row: int, ids: np.ndarray, mask: np.ndarray, *, is_text: bool) -> bool:
+        """Add an example, cut if asked for; False if it is left out because of its length.
+
+        Plain text is cut into pieces that overlap by one token, so that every token but the first carries loss once.
+        """
+        limit = self.options.max_length
+        if len(ids) <= limit:
+            chunk.add(row, ids, mask, Cut.WHOLE)
+            return True
+        if self.options.too_long == "split" and is_text:
+            for begin in range(0, len(ids) - 1, limit - 1):
+                piece = mask[begin : begin + limit].copy()
+                piece[0] = False
+                is_last = begin + limit >= len(ids)
+                chunk.add(row, ids[begin : begin + limit], piece, Cut.WHOLE if is_last else Cut.PIECE)
+            return True
+        if self.options.too_long != "truncate" or not mask[:limit].any():
+            return False
+        chunk.add(row, ids[:limit], mask[:limit], Cut.TRUNCATED)
+        return True
+
+
+def _canonical(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _table(
+    chunk: _Chunk,
+    keys: np.ndarray,
+    outcomes: np.ndarray,
+    control: np.ndarray,
+    lengths: np.ndarray,
+    uneven: np.ndarray,
+) -> TokenTable:
+    sizes = [len(ids) for ids in chunk.ids]
+    return TokenTable(
+        ids=_joined(chunk.ids, np.int32),
+        supervised=_joined(chunk.supervised, np.bool_),
+        starts=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        example_rows=np.array(chunk.example_rows, dtype=np.int64),
+        cuts=np.array(chunk.cuts, dtype=np.uint8),
+        digests=np.array(chunk.digests, dtype=np.uint64),
+        row_keys=keys,
+        outcomes=outcomes,
+        control_text=control,
+        row_lengths=lengths,
+        uneven=uneven,
+    )
+
+
+def _joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.array([], dtype=dtype)
+
+
+def concatenated(tables: list[TokenTable]) -> TokenTable:
+    """Tables of consecutive rows as one (row numbers in them already count from the first row of all)."""
+    ends = np.cumsum([0, *(table.starts[-1] for table in tables)])
+    starts = [table.starts[:-1] + offset for table, offset in zip(tables, ends[:-1], strict=True)]
+    names = [field.name for field in fields(TokenTable) if field.name != "starts"]
+    arrays = {name: np.concatenate([getattr(table, name) for table in tables]) for name in names}
+    return TokenTable(**arrays, starts=np.append(np.concatenate(starts), ends[-1]).astype(np.int64))

@@ -1,0 +1,142 @@
+"""The cache gives back the same tables, and a change of anything they depend on makes new ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from data_families import CHATML, IM, byte_level
+from tiny import tiny_tokenizer
+
+from lowrank.data import load, load_examples, workers
+from lowrank.data.store import TableWriter, cache_key, forget_unused, open_table
+from lowrank.data.tokenise import Options
+from lowrank.errors import InputError, JobError
+
+COUNT = 1200
+
+
+def row(number):
+    return {"messages": [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": f"a{number}"}]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row(number)) + "\n" for number in range(COUNT)))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def worth_caching(monkeypatch):
+    monkeypatch.setattr(load, "WORTH_CACHING", 1000)
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """Counts how often rows are really tokenised."""
+    calls = []
+    original = load._new_table
+    monkeypatch.setattr(load, "_new_table", lambda *arguments: calls.append(1) or original(*arguments))
+    return calls
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a.table, name), getattr(b.table, name)) for name in a.table.__slots__)
+
+
+def test_a_second_start_reads_the_first_ones_tokens(path, tokenised):
+    first = load_examples(path, tiny_tokenizer(), max_length=500)
+    second = load_examples(path, tiny_tokenizer(), max_length=500)
+    assert len(tokenised) == 1
+    assert isinstance(second.table.ids, np.memmap)
+    assert same(first, second)
+    assert second.row(1111) == row(1111)
+    assert first.report == second.report
+
+
+def test_a_change_of_anything_invalidates_it(path, tokenised):
+    def start(tokenizer=None, **options):
+        load_examples(path, tokenizer or tiny_tokenizer(), **{"max_length": 500, **options})
+        return len(tokenised)
+
+    assert start() == 1
+    assert start(max_length=400) == 2
+    assert start(train_on="last_assistant") == 3
+    assert start(too_long="drop") == 4
+    assert start(format="messages") == 5
+    assert start(max_rows=1100) == 6
+    assert start(tiny_tokenizer(CHATML + "{# other #}")) == 7
+    other = byte_level(IM, None, "<|im_end|>")
+    other.chat_template = CHATML
+    assert start(other) == 8
+    with path.open("a") as file:
+        file.write(json.dumps(row(1)) + "\n")
+    assert start() == 9
+    assert start() == 9
+
+
+def test_a_template_with_the_date_in_it_is_rendered_again_the_next_day(monkeypatch):
+    options = Options("assistant", 100, "error")
+    dated, plain = tiny_tokenizer("{{ strftime_now('%d') }}" + CHATML), tiny_tokenizer()
+    before = [cache_key("x", tokenizer, options) for tokenizer in (dated, plain)]
+    monkeypatch.setattr("lowrank.data.store.time.strftime", lambda form: "2031-01-01")
+    after = [cache_key("x", tokenizer, options) for tokenizer in (dated, plain)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
+
+
+def test_processes_give_what_one_gives(path, cache):
+    one = load_examples(path, tiny_tokenizer(), max_length=500, workers=1)
+    for folder in (cache / "tokens").iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    assert same(one, load_examples(path, tiny_tokenizer(), max_length=500, workers=2))
+
+
+def test_the_first_faulty_row_is_named_by_processes_too(path, cache):
+    lines = path.read_text().splitlines()
+    lines[700] = lines[1100] = '{"messages": 3}'
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=rf"{path}:701: the messages are"):
+        load_examples(path, tiny_tokenizer(), max_length=500, workers=2)
+    assert not list((cache / "tokens").iterdir())
+
+
+def test_a_table_is_complete_or_absent(tmp_path):
+    table = load_examples([row(1)], tiny_tokenizer(), max_length=500).table
+    with pytest.raises(AssertionError, match="ids is float64"), TableWriter(tmp_path / "t") as writer:
+        writer.append(replace(table, ids=table.ids.astype(float)))
+    assert open_table(tmp_path / "t") is None
+    assert not list(tmp_path.glob("t*"))
+    with TableWriter(tmp_path / "t") as writer:
+        writer.append(table)
+        writer.append(table)
+    assert len(open_table(tmp_path / "t").ids) == 2 * len(table.ids)
+
+
+def test_unused_tables_are_forgotten(tmp_path):
+    for name, age in (("old", 40 * 24 * 3600), ("new", 0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, time.time() - age))
+    forget_unused(tmp_path)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_cache_that_cannot_be_written_says_so(path, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "file"))
+    with pytest.raises(JobError, match=r"the tokens cannot be written: Not a directory\n.*LOWRANK_CACHE"):
+        load_examples(path, tiny_tokenizer(), max_length=500)
+
+
+def test_small_sets_leave_nothing_behind(cache):
+    load_examples([row(1)], tiny_tokenizer(), max_length=500)
+    assert not cache.exists()
+
+
+assert workers.CHUNK_ROWS < COUNT
