@@ -1,0 +1,48 @@
+"""A LoRA from the difference of two checkpoints, and how much of it the LoRA keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from lowrank.errors import InputError
+from lowrank.weights import ExtractReport, extract
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def extract_adapter(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    r: int | None = None,
+    energy: float | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> ExtractReport:
+    """Extracts with a progress bar, and prints rank and kept energy of every module; see `lowrank.weights.extract`."""
+    if dtype not in _DTYPES:
+        raise InputError(f"The dtype {dtype!r} is not one of {', '.join(_DTYPES)}.")
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("extracting", total=None)
+        report = extract(
+            base,
+            tuned,
+            r,
+            out=out,
+            energy=energy,
+            dtype=_DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for path, rank in report.ranks.items():
+        print(f"{path}: rank {rank}, {report.kept[path]:.2%} of the difference kept")
+    if report.whole:
+        print(f"saved whole: {', '.join(report.whole)}")
+    print(f"into {report.out}: {report.kept_of_all:.2%} of the difference kept, {report.seconds:.1f} s")
+    return report

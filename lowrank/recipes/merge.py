@@ -1,0 +1,82 @@
+"""An adapter into its base, on disk: a model folder that needs nothing but transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from lowrank.weights import MergeReport, merge_checkpoint
+from lowrank.weights.merge import Onto
+from lowrank.weights.rounding import Rounding
+
+
+def merge_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    rounding: Rounding = "nearest",
+    onto: Onto = "dequantised",
+    quantization: Mapping[str, Any] | None = None,
+    verify: bool | None = None,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Merges with a progress bar in bytes (on a terminal), and says what it did.
+
+    Args:
+        adapter: An adapter folder.
+        out: The new model folder.
+        base: A model folder or a hub's name; the one in the adapter's config by default.
+        dtype: "float32", "bfloat16", "float16" ...; the base's by default.
+        rounding: "nearest" or "stochastic".
+        onto: For an adapter trained over a quantised base: "dequantised", as it was trained, or "original".
+        quantization: How the base was quantised in training, where the adapter's files do not say.
+        verify: Whether to compare the answers with base and adapter; by default if they fit into memory.
+        trust_remote_code: Whether the base may run its own code.
+
+    Raises:
+        InputError: Something that was given cannot be used; nothing is written.
+        JobError: The disk is full, or the result failed its check; nothing is left behind.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        report = merge_checkpoint(
+            base,
+            adapter,
+            out,
+            dtype=dtype,
+            rounding=rounding,
+            onto=onto,
+            quantization=quantization,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for line in report_lines(report):
+        print(line)
+    return report
+
+
+def report_lines(report: MergeReport) -> list[str]:
+    """The report as a person reads it."""
+    speed = report.size / 2**20 / max(report.seconds, 1e-9)
+    lines = [
+        f"merged into {report.out}: {report.changed} of {report.tensors} tensors changed, "
+        f"{report.size / 2**20:.0f} MiB in {report.seconds:.1f} s ({speed:.0f} MiB/s)"
+    ]
+    if report.worst is not None:
+        name, share = report.worst
+        lines.append(f"rounding lost {report.rounding_loss:.2%} of the adapter's effect (most in {name}: {share:.2%})")
+    if report.verified is not None:
+        lines.append(
+            f"verified on {report.verified.tokens} tokens: {report.verified.same_greedy:.1%} of the greedy choices are "
+            f"the same, logits off by {report.verified.logit_error:.2%} of the adapter's effect"
+        )
+    return lines + report.notes

@@ -1,0 +1,163 @@
+"""A model folder: its shards' headers, its architecture without weights, and where each tensor belongs in the model.
+
+The architecture is built on the meta device, so that module kinds, shapes and ties are transformers' own and not
+guessed from names; a 70B model takes less than a second and no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from lowrank.errors import InputError
+from lowrank.weights.adapterfile import read_json, shorten
+from lowrank.weights.names import Piece, find_pieces
+from lowrank.weights.places import local_folder
+from lowrank.weights.tensorfile import TensorFile, open_tensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_AUTO = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A model on disk.
+
+    Attributes:
+        skeleton: The architecture on the meta device, ties made.
+        files: The shards' headers by file name, in the order of their names.
+        sharded: Whether the folder has an index.
+        pieces: Tensor name in the files -> which parts of which parameters it holds.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    skeleton: PreTrainedModel
+    files: dict[str, TensorFile]
+    sharded: bool
+    pieces: dict[str, list[Piece]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.size for file in self.files.values() for entry in file.entries.values())
+
+    def untied(self, name: str) -> str:
+        """The parameter that `name` is tied to, or `name` itself."""
+        return self.skeleton.all_tied_weights_keys.get(name, name)
+
+
+def open_base(name_or_path: str | Path, task_type: str | None = None, trust_remote_code: bool = False) -> BaseModel:
+    """Opens a local folder, or a hub's model (downloaded to the hub's cache when it is not there).
+
+    Args:
+        name_or_path: A folder or a hub name.
+        task_type: peft's word for the head ("CAUSAL_LM"); None takes the class that the config names.
+
+    Raises:
+        InputError: There is no such model, it has no safetensors, or they are damaged or do not fit the config.
+    """
+    folder = local_folder(name_or_path)
+    files, sharded = _open_files(folder)
+    config = load_config(folder, trust_remote_code)
+    _check_depth(config.to_dict(), sum(len(file.entries) for file in files.values()), folder)
+    skeleton = _skeleton(folder, config, task_type, trust_remote_code)
+    names = [name for file in files.values() for name in file.entries]
+    shapes = {name: entry.shape for file in files.values() for name, entry in file.entries.items()}
+    if len(shapes) < len(names):
+        raise InputError("A tensor's name occurs in two of the model's files.", where=str(folder))
+    return BaseModel(folder, config, skeleton, files, sharded, find_pieces(skeleton, shapes))
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's config; InputError when it is missing or damaged."""
+    read_json(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise InputError(f"The model's config cannot be used: {error}", where=str(folder / "config.json")) from error
+
+
+def _check_depth(config: object, tensors: int, folder: Path) -> None:
+    """A damaged number of layers would build an architecture for hours: each layer has a tensor in the files."""
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        counted = isinstance(key, str) and key.startswith(("num_", "n_")) and "layer" in key
+        if counted and isinstance(value, int) and value > tensors:
+            raise InputError(
+                f"The config has {key} {value}, and the files hold {tensors} tensors.",
+                where=str(folder / "config.json"),
+            )
+        _check_depth(value, tensors, folder)
+
+
+def _skeleton(folder: Path, config: PretrainedConfig, task_type: str | None, trust: bool) -> PreTrainedModel:
+    named = (config.architectures or [None])[0]
+    cls = getattr(transformers, named, None) if named else None
+    try:
+        with torch.device("meta"):
+            if task_type in _AUTO and not (named and _same_head(named, task_type)):
+                model = _AUTO[task_type].from_config(config, trust_remote_code=trust)
+            elif cls is not None:
+                model = cls(config)
+            else:
+                model = _AUTO["CAUSAL_LM"].from_config(config, trust_remote_code=trust)
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"No model can be built from the config: {error}", where=str(folder / "config.json")
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def _same_head(architecture: str, task_type: str) -> bool:
+    ends = {
+        "CAUSAL_LM": ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"),
+        "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+        "SEQ_CLS": ("ForSequenceClassification",),
+        "TOKEN_CLS": ("ForTokenClassification",),
+        "QUESTION_ANS": ("ForQuestionAnswering",),
+        "FEATURE_EXTRACTION": ("Model",),
+    }
+    return architecture.endswith(ends[task_type])
+
+
+def _open_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            pickles = [file.name for file in folder.glob("*.bin")]
+            reason = (
+                f"only pickles ({shorten(pickles)}), which are not read" if pickles else f"no {SINGLE} and no {INDEX}"
+            )
+            raise InputError(f"The model folder has {reason}.", where=str(folder))
+        return {SINGLE: open_tensors(folder / SINGLE)}, False
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(_plain(name) for name in weight_map.values()):
+        raise InputError("The index has no weight_map of plain file names.", where=str(index))
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"Files of the model are missing: {shorten(missing)}.", where=str(folder))
+    files = {name: open_tensors(folder / name) for name in names}
+    lost = [tensor for tensor, name in weight_map.items() if tensor not in files[name].entries]
+    if lost:
+        raise InputError(f"The index lists tensors that their files do not hold: {shorten(lost)}.", where=str(index))
+    return files, True
+
+
+def _plain(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name and "\\" not in name

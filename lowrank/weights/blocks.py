@@ -1,0 +1,142 @@
+"""One block of rows of a merged tensor: read, changed, rounded, written, and its rounding measured."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import InputError
+from lowrank.weights.plan import Planned
+from lowrank.weights.rounding import Loss, Rounding, round_into
+from lowrank.weights.tensorfile import TORCH_DTYPES, Entry, read_bytes, write_bytes
+
+BLOCK = 1 << 19  # values: with its float32 copies a block stays near the cores' caches
+MEASURED = 4  # one block of so many is measured: measuring costs as much as merging
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows `first` to `last` of one tensor.
+
+    Attributes:
+        to: Where the tensor goes in the new file.
+        stands_for: How many blocks' rounding this one's is taken for; 0 where it is not measured.
+    """
+
+    planned: Planned
+    to: Entry
+    first: int
+    last: int
+    stands_for: float
+
+    @property
+    def size(self) -> int:
+        """Bytes in the new file."""
+        return self.to.size * (self.last - self.first) // max(1, row_count(self.planned.shape))
+
+
+def blocks_of(planned: Planned, to: Entry) -> Iterator[Block]:
+    """A tensor's blocks in order; one for the whole tensor where an update needs that."""
+    rows = row_count(planned.shape)
+    width = max(1, torch.Size(planned.shape).numel() // max(1, rows))
+    step = max(1, BLOCK // width) if all(update.splits for _, update in planned.changes) else max(1, rows)
+    measured = sum(min(step, rows - first) for first in range(0, rows, step * MEASURED))
+    low_rank = any(update.low_rank for _, update in planned.changes)
+    for number, first in enumerate(range(0, rows, step)):
+        stands_for = rows / measured if low_rank and number % MEASURED == 0 else 0.0
+        yield Block(planned, to, first, min(first + step, rows), stands_for)
+
+
+def merge_block(block: Block, files: Mapping[Path, int], out: Path, rounding: Rounding) -> Loss | None:
+    """Writes the block; returns what rounding lost where that is measured.
+
+    Raises:
+        InputError: The base holds NaN or infinity there, or the result does not fit the dtype.
+    """
+    planned = block.planned
+    raw = _read_rows(block, files)
+    exact = _BUFFERS.take("exact", raw.numel(), _sum_dtype(planned)).view(raw.shape).copy_(raw)
+    for piece, update in planned.changes:
+        first, last = max(block.first, piece.at), min(block.last, piece.at + piece.rows)
+        if first < last:
+            update.apply(exact[first - block.first : last - block.first], piece.first + first - piece.at)
+    written = _BUFFERS.take("written", raw.numel(), TORCH_DTYPES[planned.dtype]).view(raw.shape)
+    _check_range(exact, planned)
+    round_into(written, exact, rounding, seed=zlib.crc32(planned.name.encode()) + block.first)
+    loss = _measure(raw, exact, written, block.stands_for) if block.stands_for else None
+    write_bytes(files[out], block.to.start + block.first * (block.to.size // row_count(planned.shape)), written)
+    return loss
+
+
+def copy_bytes(source: int, start: int, out: int, to: int, size: int) -> None:
+    """Bytes from one open file to another, through the thread's buffer."""
+    write_bytes(out, to, read_bytes(source, start, _BUFFERS.take("raw", size, torch.uint8)))
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """The first dimension; 1 for a number."""
+    return shape[0] if shape else 1
+
+
+def _check_range(exact: Tensor, planned: Planned) -> None:
+    largest = torch.finfo(TORCH_DTYPES[planned.dtype]).max
+    fits = exact.sum().isfinite().item()  # a sum passes on what is not finite
+    if fits and largest < torch.finfo(torch.bfloat16).max:
+        fits = exact.abs().max().item() <= largest
+    if not fits:
+        raise InputError(
+            f"{planned.name} gets values that {planned.dtype} cannot hold, or has NaN or infinity in the base.",
+            fix="Choose bfloat16 or float32 if the base is sound.",
+        )
+
+
+def _measure(raw: Tensor, exact: Tensor, written: Tensor, stands_for: float) -> Loss:
+    difference = _BUFFERS.take("difference", raw.numel(), exact.dtype).view(raw.shape)
+    error = torch.linalg.vector_norm(difference.copy_(written).sub_(exact)).item()
+    effect = torch.linalg.vector_norm(difference.copy_(raw).sub_(exact)).item()
+    return Loss(stands_for * effect**2, stands_for * error**2)
+
+
+def _read_rows(block: Block, files: Mapping[Path, int]) -> Tensor:
+    """The base's rows in its dtype; zeros where the base has none (a new head, new tokens)."""
+    planned, entry, rows = block.planned, block.planned.source, block.last - block.first
+    shape = (rows, *planned.shape[1:])
+    if planned.decoder is not None:
+        return planned.decoder.rows(block.first, block.last)
+    if entry is None:
+        return torch.zeros(shape)
+    there = max(0, min(block.last, row_count(entry.shape)) - block.first)
+    row = entry.size // max(1, row_count(entry.shape))
+    buffer = _BUFFERS.take("raw", there * row, torch.uint8)
+    data = read_bytes(files[planned.path], entry.start + block.first * row, buffer)
+    values = data.view(entry.torch_dtype).view(there, *shape[1:])
+    return values if there == rows else torch.cat([values, values.new_zeros(rows - there, *shape[1:])])
+
+
+def _sum_dtype(planned: Planned) -> torch.dtype:
+    double = planned.dtype == "F64" or (planned.source is not None and planned.source.dtype == "F64")
+    return torch.float64 if double else torch.float32
+
+
+class _Buffers(threading.local):
+    """Memory that each thread uses again for every block: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def take(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` values of the buffer of that name; what it held before is gone."""
+        size = count * dtype.itemsize
+        held = self.held.get(name)
+        if held is None or held.numel() < size:
+            held = self.held[name] = torch.empty(size, dtype=torch.uint8)
+        return held[:size].view(dtype)
+
+
+_BUFFERS = _Buffers()

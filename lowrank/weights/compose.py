@@ -1,0 +1,240 @@
+"""Several adapters into one, without the base: sums, SVD, TIES, DARE, pruning; and one adapter to a lower rank."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowrank.adapters.config import LoraConfig
+from lowrank.errors import InputError
+from lowrank.weights.adapterfile import AdapterFile, open_adapter, shorten
+from lowrank.weights.combine import FACTOR_METHODS, MajoritySign
+from lowrank.weights.factors import Product, distance, norm, total, truncated
+from lowrank.weights.folders import refuse_inside
+from lowrank.weights.modulefactors import Factors, read_factors
+from lowrank.weights.writing import write_adapter
+
+ComposeMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+_PRUNING = {"ties", "dare_linear", "dare_ties", "magnitude_prune"}
+
+
+@dataclass(frozen=True, slots=True)
+class ComposeReport:
+    """What came out.
+
+    Attributes:
+        out: The new adapter's folder.
+        method: How it was made.
+        ranks: Module path -> rank.
+        errors: Module path -> ‖ΔW - Σ wᵢ·ΔWᵢ‖ / ‖Σ wᵢ·ΔWᵢ‖, how far it is from the plain weighted sum.
+        error: The same over all modules.
+        notes: What the user should know.
+    """
+
+    out: Path
+    method: str
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    error: float
+    notes: list[str] = field(default_factory=list)
+
+
+def compose(
+    adapters: Sequence[str | Path],
+    *,
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    method: ComposeMethod = "cat",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    majority_sign: MajoritySign = "total",
+    seed: int = 0,
+) -> ComposeReport:
+    """Makes one LoRA of several (LoRA, rsLoRA or AdaLoRA; ranks and targets may differ).
+
+    A weight of -1 takes an adapter's effect away; one adapter with one weight is scaled or negated.
+
+    Args:
+        adapters: Adapter folders, trained on the same base.
+        out: The new adapter's folder.
+        weights: One for each adapter; 1 by default.
+        method: "cat": the exact weighted sum, ranks add. "svd": the nearest to it at a lower rank. "linear", "ties",
+            "dare_linear", "dare_ties", "magnitude_prune": on the factors, as peft's `add_weighted_adapter`.
+        rank: For "svd": of every module; the largest of the adapters' by default.
+        energy: For "svd": instead of a rank, the share of ‖ΔW‖² that each module keeps.
+        density: For pruning methods: the share of values that is kept.
+        majority_sign: For TIES: whose sign wins, by "total" value or by "frequency".
+        seed: For DARE.
+
+    Returns:
+        Ranks, and the distance from the plain weighted sum.
+
+    Raises:
+        InputError: An adapter cannot be read or composed (DoRA, whole modules), shapes or bases differ, an argument
+            does not go with the method.
+    """
+    chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    _check_arguments(adapters, chosen, method, rank, energy, density)
+    files = [open_adapter(adapter) for adapter in adapters]
+    for file in files:
+        refuse_inside(Path(out), file.path)
+    notes = _check_bases(files)
+    read = [read_factors(file) for file in files]
+    paths = list(dict.fromkeys(path for factors in read for path in factors))
+    limit = rank or max(f.product.rank for factors in read for f in factors.values())
+    composed: dict[str, Factors] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    for path in paths:
+        present = [(factors[path], weight) for factors, weight in zip(read, chosen, strict=True) if path in factors]
+        _check_shapes(path, [factors for factors, _ in present])
+        exact = total([factors.product.times(weight) for factors, weight in present])
+        if method == "cat":
+            product = exact
+        elif method == "svd":
+            product = truncated(exact, None if energy is not None and rank is None else limit, energy)
+        else:
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(path.encode()))
+            product = _on_factors(method, present, density or 1.0, majority_sign, generator)
+        composed[path] = present[0][0].with_product(product)
+        errors[path] = (distance(product, exact), norm(exact))
+    _write(Path(out), files, composed)
+    whole = math.sqrt(sum(error**2 for error, _ in errors.values()))
+    size = math.sqrt(sum(size**2 for _, size in errors.values()))
+    return ComposeReport(
+        out=Path(out),
+        method=method,
+        ranks={path: factors.product.rank for path, factors in composed.items()},
+        errors={path: error / size if size else 0.0 for path, (error, size) in errors.items()},
+        error=whole / size if size else 0.0,
+        notes=notes,
+    )
+
+
+def resize(
+    adapter: str | Path, rank: int | None = None, *, out: str | Path, energy: float | None = None
+) -> ComposeReport:
+    """An adapter at a lower rank, the nearest that there is; the report says how near.
+
+    Args:
+        adapter: An adapter folder.
+        rank: The new rank of every module (a module whose rank is lower keeps it).
+        out: The new adapter's folder.
+        energy: Instead of a rank: the share of ‖ΔW‖² that each module keeps, with the fewest ranks.
+
+    Raises:
+        InputError: See `compose`.
+    """
+    if rank is None and energy is None:
+        raise InputError("Neither a rank nor an energy is given.")
+    return compose([adapter], out=out, method="svd", rank=rank, energy=energy)
+
+
+def _on_factors(
+    method: str,
+    present: list[tuple[Factors, float]],
+    density: float,
+    sign: MajoritySign,
+    generator: torch.Generator,
+) -> Product:
+    """A's with A's and B's with B's, each with the root of its weight and scale; missing ranks are zeros."""
+    signed = torch.tensor([weight * factors.scale for factors, weight in present])
+    roots = signed.abs().sqrt()
+    rank = max(factors.A.shape[0] for factors, _ in present)
+    stacked_A = torch.stack([_padded(factors.A, rank, 0) for factors, _ in present])
+    stacked_B = torch.stack([_padded(factors.B, rank, 1) for factors, _ in present])
+    combine = FACTOR_METHODS[method]
+    A = combine(stacked_A, torch.where(signed < 0, -roots, roots), density, sign, generator)
+    return Product(A, combine(stacked_B, roots, density, sign, generator))
+
+
+def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    missing = rank - tensor.shape[dim]
+    return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing))
+
+
+def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors]) -> None:
+    first = files[0]
+    ranks = {path: factors.product.rank for path, factors in composed.items()}
+    common = max(ranks.values(), key=list(ranks.values()).count)
+    others = {path: rank for path, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        target_modules=_targets(files, list(composed)),
+        rank_pattern=others,
+        alpha_pattern={path: float(rank) for path, rank in others.items()},
+        fan_in_fan_out=first.config.fan_in_fan_out,
+        task_type=first.config.task_type,
+    )
+    tensors = {name: tensor for factors in composed.values() for name, tensor in factors.in_file().items()}
+    write_adapter(
+        out,
+        config,
+        tensors,
+        base=first.base,
+        fingerprint=next((file.fingerprint for file in files if file.fingerprint), None),
+        quantization=next((file.quantization for file in files if file.quantization is not None), None),
+    )
+
+
+def _targets(files: list[AdapterFile], paths: list[str]) -> list[str]:
+    """Names where every adapter has plain lists of names, else the modules' whole paths."""
+    names: set[str] = set()
+    for file in files:
+        targets = file.config.target_modules
+        if not isinstance(targets, list) or file.config.layers_to_transform is not None or file.config.exclude_modules:
+            return sorted(paths)
+        names.update(targets)
+    return sorted(names)
+
+
+def _check_arguments(
+    adapters: Sequence[str | Path],
+    weights: list[float],
+    method: str,
+    rank: int | None,
+    energy: float | None,
+    density: float | None,
+) -> None:
+    known = ["cat", "svd", *FACTOR_METHODS]
+    if method not in known:
+        raise InputError(f"There is no method {method!r}; there are {', '.join(known)}.")
+    if not adapters:
+        raise InputError("No adapter is given.")
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters; one finite number each.")
+    if (rank is not None or energy is not None) and method != "svd":
+        raise InputError(f"A rank or an energy is chosen by the method svd, not by {method}.")
+    if rank is not None and rank < 1:
+        raise InputError(f"The rank is {rank}; it is at least 1.")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"The energy is {energy}; it is above 0 and at most 1.")
+    if (density is None) == (method in _PRUNING):
+        raise InputError(f"{method} {'needs a' if method in _PRUNING else 'has no'} density.")
+    if density is not None and not 0 < density <= 1:
+        raise InputError(f"The density is {density}; it is above 0 and at most 1.")
+
+
+def _check_bases(files: list[AdapterFile]) -> list[str]:
+    prints = [(file.path, file.fingerprint) for file in files if file.fingerprint is not None]
+    for path, fingerprint in prints[1:]:
+        if different := fingerprint.differences(prints[0][1]):
+            raise InputError(
+                f"The adapters were trained on different bases: {path} has {', '.join(different)} in {prints[0][0]}."
+            )
+    names = sorted({str(file.base) for file in files})
+    return [f"The adapters name different bases: {shorten(names)}."] if len(names) > 1 else []
+
+
+def _check_shapes(path: str, factors: list[Factors]) -> None:
+    shapes = {(f.B.shape[0], *f.shape_A[1:]) for f in factors}
+    if len(shapes) > 1:
+        raise InputError(f"The adapters do not fit one another: {path} has the sizes {sorted(shapes)}.")

@@ -1,0 +1,74 @@
+"""Low-rank products worked with through their factors: norms, differences, truncation; never a dense ΔW.
+
+Throughout, ΔW = B · A with B (out, r) and A (r, in).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """ΔW = B · A, the scale folded in."""
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A; the matrix's rank is at most that."""
+        return self.A.shape[0]
+
+    def times(self, weight: float) -> Product:
+        """weight · ΔW, the weight folded into A."""
+        return Product(self.A * weight, self.B)
+
+
+def total(products: list[Product]) -> Product:
+    """The sum, exactly: A below A, B beside B; ranks add."""
+    return Product(torch.cat([p.A for p in products]), torch.cat([p.B for p in products], dim=1))
+
+
+def norm(product: Product) -> float:
+    """‖B·A‖ (Frobenius), as √tr((BᵀB)(AAᵀ)) in float64."""
+    A, B = product.A.double(), product.B.double()
+    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt().item()
+
+
+def distance(one: Product, other: Product) -> float:
+    """‖B₁·A₁ - B₂·A₂‖, through the singular values: the terms of a squared norm would cancel."""
+    return torch.linalg.vector_norm(singular(total([one, other.times(-1.0)]))[1]).item()
+
+
+def singular(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced singular value decomposition of B·A, from QR decompositions of the factors, in float64.
+
+    B = Q₁R₁ and Aᵀ = Q₂R₂, so B·A = Q₁(R₁R₂ᵀ)Q₂ᵀ, and the matrix in the middle is only (r, r).
+
+    Returns:
+        U (out, k), S (k,) descending, Vh (k, in) with k = min(r, out, in).
+    """
+    Q1, R1 = torch.linalg.qr(product.B.double())
+    Q2, R2 = torch.linalg.qr(product.A.double().T)
+    U, S, Vh = torch.linalg.svd(R1 @ R2.T, full_matrices=False)
+    return Q1 @ U, S, Vh @ Q2.T
+
+
+def rank_for(S: Tensor, rank: int | None, energy: float | None) -> int:
+    """How many singular values to keep: `rank`, or the fewest that hold `energy` of ΣS²; at least 1, at most both."""
+    keep = len(S) if rank is None else min(rank, len(S))
+    if energy is not None:
+        share = S.square().cumsum(0) / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)
+        keep = min(keep, int((share < energy - 1e-12).sum()) + 1)
+    return max(1, keep)
+
+
+def truncated(product: Product, rank: int | None, energy: float | None = None) -> Product:
+    """The nearest product of a lower rank: B = U·S and A = Vh (as peft's `svd`), in float32."""
+    U, S, Vh = singular(product)
+    keep = rank_for(S, rank, energy)
+    return Product(Vh[:keep].float(), (U[:, :keep] * S[:keep]).float())

@@ -1,0 +1,67 @@
+"""Which base an adapter belongs to: the sizes that two different models rarely share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import PretrainedConfig
+
+from lowrank.errors import InputError
+
+# The first of these names that a config has; families name them differently.
+_NAMES = {
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "intermediate_size": ("intermediate_size", "n_inner", "d_ff", "ffn_dim"),
+    "vocab_size": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Sizes of a model, from its config; None where the config has no such size.
+
+    For a composite model (vision and language) the sizes are those of its text model.
+    """
+
+    model_type: str
+    layers: int | None
+    hidden_size: int | None
+    intermediate_size: int | None
+    vocab_size: int | None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Self:
+        """The fingerprint of a model with this config."""
+        text = config.get_text_config()
+        return cls(config.model_type, **{ours: _first_int(text, theirs) for ours, theirs in _NAMES.items()})
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], where: Path) -> Self:
+        """The fingerprint in a file's metadata; InputError when it is not one."""
+        names = {field.name for field in fields(cls)}
+        good = isinstance(raw.get("model_type"), str) and all(
+            raw[name] is None or type(raw[name]) is int for name in names & raw.keys() if name != "model_type"
+        )
+        if raw.keys() != names or not good:
+            raise InputError("The note about the base model in the file's metadata is damaged.", where=str(where))
+        return cls(**raw)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What differs, as "vocab_size 32000 (here 32064)" with `other` as "here"."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{name} {mine[name]} (here {theirs[name]})" for name in mine if mine[name] != theirs[name]]
+
+
+def _first_int(config: PretrainedConfig, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

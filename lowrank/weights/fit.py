@@ -1,0 +1,193 @@
+"""An adapter's tensors laid over a base: which parameter each changes, and how; everything that does not fit, at once.
+
+Kinds of tensor in peft's files: the factors of a module or of fused experts (a low-rank update), whole parameters
+(`modules_to_save`, trained biases, resized embeddings), and single rows of an embedding (trained tokens).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.experts import expert_factors, is_transposed, name_in_file
+from lowrank.adapters.kinds import kind_of
+from lowrank.adapters.method import rank_and_scale
+from lowrank.adapters.parameters import find_parameters
+from lowrank.errors import InputError
+from lowrank.weights.adapterfile import FACTOR, AdapterFile, shorten
+from lowrank.weights.basemodel import BaseModel
+from lowrank.weights.updates import (
+    ExpertsUpdate,
+    LowRankUpdate,
+    Replacement,
+    RowReplacement,
+    Sequence,
+    Update,
+)
+
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+_NEEDED = {
+    "lora": {"lora_A", "lora_B"},
+    "dora": {"lora_A", "lora_B", "lora_magnitude_vector"},
+    "adalora": {"lora_A", "lora_B", "lora_E"},
+}
+_HELD = 4  # modules whose factors stay in memory: threads work on neighbouring blocks
+
+
+def find_updates(adapter: AdapterFile, base: BaseModel) -> dict[str, Update]:
+    """The update of every parameter that the adapter changes, by the parameter's name in the model.
+
+    An adapter on single experts (as transformers 4 had them) names tensors that only the base's files have; its
+    updates go by the names in the files.
+
+    Raises:
+        InputError: Tensors that are missing, unexpected or misshapen: all of them, by name.
+    """
+    return _Fit(adapter, base).run()
+
+
+class _Fit:
+    def __init__(self, adapter: AdapterFile, base: BaseModel) -> None:
+        self.adapter, self.config, self.base = adapter, adapter.config, base
+        self.modules = dict(base.skeleton.named_modules())
+        self.parameters = {name: tuple(tensor.shape) for name, tensor in base.skeleton.state_dict().items()}
+        self.stored = {entry.name: entry.shape for file in base.files.values() for entry in file.entries.values()}
+        self.problems: list[str] = []
+        self.updates: dict[str, Update] = {}
+        self.read_factors = lru_cache(_HELD)(self._read_factors)
+        self.read_experts = lru_cache(_HELD)(self._read_experts)
+
+    def run(self) -> dict[str, Update]:
+        factors: dict[str, dict[str, str]] = defaultdict(dict)
+        for name in self.adapter.tensors:
+            if match := FACTOR.fullmatch(name):
+                factors[match["path"]][match["name"].replace("lora_embedding_", "lora_")] = name
+            elif name.endswith(_TOKENS):
+                self._token_rows(name.removesuffix(_TOKENS), name)
+            else:
+                self._whole(name)
+        self._experts(factors)
+        for path, names in factors.items():
+            self._low_rank(path, names)
+        if self.problems:
+            raise InputError(
+                f"The adapter does not fit the base {self.base.folder}: {shorten(self.problems, 20)}.",
+                where=str(self.adapter.path),
+            )
+        return self.updates
+
+    def _low_rank(self, path: str, names: dict[str, str]) -> None:
+        module, stored = self.modules.get(path), self.stored.get(f"{path}.weight", ())
+        kind = None if module is None else kind_of(module)
+        single = module is None and len(stored) == 2
+        if (module is None or kind is None) and not single:
+            self.problems.append(f"{path} is no module of the base that an adapter fits")
+            return
+        needed = _NEEDED[self.config.method_name]
+        if names.keys() != needed:
+            self.problems.append(f"{path} lacks or has too many of {sorted(needed)}: {sorted(names)}")
+            return
+        out, into = kind.shape(module) if module is not None and kind is not None else stored
+        shapes = {bare: self.adapter.tensors[name].shape for bare, name in names.items()}
+        r = shapes["lora_A"][0] if shapes["lora_A"] else 0
+        sizes = {"lora_A": r * into, "lora_B": r * out, "lora_E": r, "lora_magnitude_vector": out}
+        if any(torch.Size(shape).numel() != sizes[bare] for bare, shape in shapes.items()):
+            told = ", ".join(f"{bare} {shape}" for bare, shape in shapes.items())
+            self.problems.append(f"{path} has W ({out}, {into}), which does not go with {told}")
+            return
+        load = partial(self.read_factors, tuple(sorted(names.items())))
+        transposed = isinstance(module, Conv1D | nn.Embedding)
+        has_gain = "lora_magnitude_vector" in names
+        self._add(f"{path}.weight", LowRankUpdate(self.config, path, load, transposed, has_gain))
+
+    def _read_factors(self, names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+        tensors = {bare: self.adapter.read(name).float() for bare, name in names}
+        tensors |= {bare: tensors[bare].flatten(1) for bare in ("lora_A", "lora_B")}
+        if "lora_magnitude_vector" in tensors:
+            tensors["lora_magnitude_vector"] = tensors["lora_magnitude_vector"].flatten()
+        return tensors
+
+    def _experts(self, factors: dict[str, dict[str, str]]) -> None:
+        """Takes the tensors of `target_parameters` out of `factors`."""
+        if not isinstance(self.config, LoraConfig):
+            return
+        for path, parameters in find_parameters(self.base.skeleton, self.config)[0].items():
+            for name in parameters:
+                nested = f"{path}.{name_in_file(parameters, name)}".rstrip(".")
+                names = factors.pop(nested, {})
+                if names.keys() == _NEEDED["lora"]:
+                    self._one_of_experts(path, name, names["lora_A"], names["lora_B"])
+                else:
+                    self.problems.append(f"{nested} lacks lora_A or lora_B for {name}")
+
+    def _one_of_experts(self, path: str, name: str, name_A: str, name_B: str) -> None:
+        shape = self.parameters[f"{path}.{name}"]
+        experts, d1, d2 = shape if len(shape) == 3 else (1, *shape)
+        transposed = is_transposed(self.modules[path]) and len(shape) == 3
+        out, into = (d2, d1) if transposed else (d1, d2)
+        rows = self.adapter.tensors[name_A].shape[:1]
+        fits = self.adapter.tensors[name_A].shape == (*rows, into) and rows and rows[0] % experts == 0
+        if not fits or self.adapter.tensors[name_B].shape != (out, *rows):
+            found = [self.adapter.tensors[tensor].shape for tensor in (name_A, name_B)]
+            self.problems.append(f"{path}.{name} is {shape}, which does not go with {found}")
+            return
+        assert isinstance(self.config, LoraConfig)
+        scale = rank_and_scale(self.config, f"{path}.{name}")[1]
+        load = partial(self.read_experts, name_A, name_B, experts, transposed)
+        self._add(f"{path}.{name}", ExpertsUpdate(load, scale, expert=0 if len(shape) == 2 else None))
+
+    def _read_experts(self, name_A: str, name_B: str, experts: int, transposed: bool) -> tuple[Tensor, Tensor]:
+        A, B = self.adapter.read(name_A).float(), self.adapter.read(name_B).float()
+        left, right = expert_factors(A, B, experts, transposed)
+        return left.contiguous(), right.contiguous()
+
+    def _whole(self, name: str) -> None:
+        key = name.replace(".base_layer.", ".")
+        resized, trained = key in self._vocabulary(), self._trained_whole(key)
+        if key not in self.parameters or not (resized or trained):
+            self.problems.append(f"{name} is unexpected")
+            return
+        shape, wanted = self.adapter.tensors[name].shape, self.parameters[key]
+        if shape != wanted and not (resized and shape[1:] == wanted[1:]):
+            self.problems.append(f"{name} is {list(shape)}, and the base has {list(wanted)}")
+            return
+        rows: Callable[[int, int], Tensor] = partial(self.adapter.read_rows, name)
+        self._add(key, Replacement(rows, shape, tied=not trained))
+
+    def _trained_whole(self, key: str) -> bool:
+        path = key.rpartition(".")[0]
+        wholes = self.config.modules_to_save or []
+        inside = any(re.match(rf"(^|.*\.){re.escape(whole)}($|\.)", path) for whole in wholes)
+        return inside or (key.endswith("bias") and self.config.bias != "none")
+
+    def _vocabulary(self) -> set[str]:
+        """The weights with a row for each token: an adapter's file may hold them whole, resized."""
+        model = self.base.skeleton
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        return {f"{path}.weight" for path, module in self.modules.items() if any(module is end for end in ends)}
+
+    def _token_rows(self, path: str, name: str) -> None:
+        indices = self.config.trainable_token_indices if isinstance(self.config, LoraConfig) else None
+        if isinstance(indices, dict):
+            indices = next((ids for module, ids in indices.items() if path.endswith(module)), None)
+        key = f"{path}.weight"
+        if indices is None or key not in self.parameters:
+            self.problems.append(f"{name} is unexpected")
+            return
+        rows, width = self.parameters[key]
+        if self.adapter.tensors[name].shape != (len(indices), width) or not all(0 <= i < rows for i in indices):
+            self.problems.append(f"{name} is not ({len(indices)}, {width}), or its tokens are not below {rows}")
+            return
+        self._add(key, RowReplacement(torch.tensor(indices), self.adapter.read(name)))
+
+    def _add(self, key: str, update: Update) -> None:
+        """An embedding's whole weight comes before the low-rank update on top of it."""
+        earlier = self.updates.get(key)
+        self.updates[key] = update if earlier is None else Sequence((earlier, update))

@@ -1,0 +1,221 @@
+"""What each shard of a merged model will hold, and where every tensor of it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from lowrank.errors import InputError
+from lowrank.weights.basemodel import BaseModel
+from lowrank.weights.names import Piece
+from lowrank.weights.quantized import Decoder, Decoding
+from lowrank.weights.tensorfile import CODES, TORCH_DTYPES, Entry
+from lowrank.weights.updates import Update
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One tensor of the output.
+
+    Attributes:
+        source: The base's tensor that it is made from, in the file `path`; None where the base has none.
+        changes: The updates on the parts of it, with the places of the parts.
+        decoder: Gives the base's values where its tensor is quantised, or is to be.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    source: Entry | None
+    changes: tuple[tuple[Piece, Update], ...] = ()
+    decoder: Decoder | None = None
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes are the base's."""
+        same = self.source is not None and self.dtype == self.source.dtype
+        return same and not self.changes and self.decoder is None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The shards of the output by file name, and what changes in the config."""
+
+    shards: dict[str, list[Planned]]
+    config: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the output's tensors."""
+        sizes = (TORCH_DTYPES[t.dtype].itemsize * torch.Size(t.shape).numel() for t in self._tensors() if not t.copied)
+        return sum(sizes) + sum(t.source.size for t in self._tensors() if t.copied and t.source is not None)
+
+    def _tensors(self) -> list[Planned]:
+        return [tensor for shard in self.shards.values() for tensor in shard]
+
+
+def make_plan(
+    base: BaseModel, updates: dict[str, Update], dtype: torch.dtype | None, decoding: Decoding | None = None
+) -> Plan:
+    """Lays the updates over the base's files.
+
+    Args:
+        base: The base.
+        updates: By parameter name.
+        dtype: Of the result's float tensors; None keeps the base's.
+        decoding: How the base's quantised tensors are read.
+
+    Raises:
+        InputError: An update's parameter is nowhere in the files, or in a form that cannot be merged into.
+    """
+    shards: dict[str, list[Planned]] = {}
+    placed: set[str] = set()
+    notes: list[str] = []
+    for file_name, file in base.files.items():
+        shard = []
+        for entry in file.entries.values():
+            if decoding is not None and entry.name in decoding.dropped:
+                continue
+            changes = _changes(entry, base.pieces[entry.name], updates)
+            placed |= {piece.parameter for piece, _ in changes}
+            decoder = None if decoding is None else decoding.decoders.get(entry.name)
+            if decoder is None:
+                shard.append(_planned(entry, file.path, changes, dtype))
+            else:
+                shard.append(_decoded(entry, file.path, changes, dtype, decoder))
+        shards[file_name] = shard
+    config: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    rest = {name: update for name, update in updates.items() if name not in placed}
+    if _untie(base, shards, updates, rest, dtype):
+        config["tie_word_embeddings"] = False
+        notes.append(
+            "The base has one tensor for embedding and head; the adapter changes them apart, so both are written."
+        )
+    for name, update in rest.items():
+        if update.shape is None:
+            raise InputError(
+                f"The base's files have no tensor for {name}, which the adapter changes.", where=str(base.folder)
+            )
+        shards[next(iter(shards))].append(_new(name, update, base, dtype))
+    config |= _vocabulary(base, updates)
+    return Plan(shards, config, notes)
+
+
+def _changes(entry: Entry, pieces: list[Piece], updates: dict[str, Update]) -> tuple[tuple[Piece, Update], ...]:
+    if entry.name in updates and not any(piece.whole for piece in pieces):
+        return ((Piece(entry.name, None, 0, entry.shape[0], 0), updates[entry.name]),)
+    found = [(piece, updates[piece.parameter]) for piece in pieces if piece.parameter in updates]
+    return tuple((piece, update if piece.expert is None else update.of_expert(piece.expert)) for piece, update in found)
+
+
+def _planned(entry: Entry, path: Path, changes: tuple[tuple[Piece, Update], ...], dtype: torch.dtype | None) -> Planned:
+    for piece, _ in changes:
+        if piece.obstacle is not None:
+            raise InputError(
+                f"{entry.name} reaches the model through {piece.obstacle}, and an adapter on {piece.parameter} "
+                "cannot be merged into it on disk.",
+                fix="Load base and adapter, and merge in memory with lowrank.merge.",
+            )
+    if changes and entry.dtype not in FLOATS:
+        raise InputError(f"{entry.name} has the dtype {entry.dtype}; an adapter is merged into {sorted(FLOATS)} only.")
+    code = CODES[dtype] if dtype is not None and entry.dtype in FLOATS else entry.dtype
+    whole = next((update.shape for _, update in changes if update.shape is not None), entry.shape)
+    if whole != entry.shape:
+        changes = tuple((replace(piece, rows=whole[0]), update) for piece, update in changes)
+    return Planned(entry.name, code, whole, path, entry, changes)
+
+
+def _decoded(
+    entry: Entry,
+    path: Path,
+    changes: tuple[tuple[Piece, Update], ...],
+    dtype: torch.dtype | None,
+    decoder: Decoder,
+) -> Planned:
+    """A quantised tensor becomes a dense one: in bf16, unless the file has it in a float dtype or `dtype` says more."""
+    own = entry.dtype if entry.dtype in FLOATS and entry.shape == decoder.shape else "BF16"
+    changes = tuple((replace(piece, rows=decoder.shape[0]), update) for piece, update in changes)
+    return Planned(entry.name, own if dtype is None else CODES[dtype], decoder.shape, path, entry, changes, decoder)
+
+
+def _new(name: str, update: Update, base: BaseModel, dtype: torch.dtype | None) -> Planned:
+    """A parameter that the base's files lack, a new classification head for example."""
+    assert update.shape is not None
+    file = next(iter(base.files.values()))
+    floats = [entry.dtype for entry in file.entries.values() if entry.dtype in FLOATS]
+    code = CODES[dtype] if dtype is not None else max(set(floats), key=floats.count, default="F32")
+    piece = Piece(name, None, 0, update.shape[0], 0)
+    return Planned(name, code, update.shape, file.path, None, ((piece, update),))
+
+
+def _untie(
+    base: BaseModel,
+    shards: dict[str, list[Planned]],
+    updates: dict[str, Update],
+    rest: dict[str, Update],
+    dtype: torch.dtype | None,
+) -> bool:
+    """Gives tied parameters that are changed apart a tensor each, out of `rest`; returns whether there were any."""
+    untied = False
+    for pair in base.skeleton.all_tied_weights_keys.items():
+        changed = [updates[name] for name in pair if name in updates]
+        if not changed:
+            continue
+        stored = _stored(base, shards, pair)
+        if all(update.before_tie is update for update in changed):
+            if any(name in updates for name in stored):
+                for name in pair:
+                    rest.pop(name, None)  # what both share is written once
+            continue
+        _refuse_untying(base, pair[0])
+        untied = True
+        if len(stored) == 2:  # transformers leaves them apart where the files do
+            continue
+        ((name, (shard, tensor)),) = stored.items()
+        other = pair[0] if name == pair[1] else pair[1]
+        assert tensor.source is not None
+        update = rest.pop(other, updates[name].before_tie if name in updates else None)
+        changes = () if update is None else ((Piece(other, None, 0, tensor.source.shape[0], 0), update),)
+        twin = _planned(tensor.source, tensor.path, changes, dtype)
+        shard.append(replace(twin, name=other))
+    return untied
+
+
+def _stored(
+    base: BaseModel, shards: dict[str, list[Planned]], pair: tuple[str, str]
+) -> dict[str, tuple[list[Planned], Planned]]:
+    """Which of two tied parameters the files hold, and where."""
+    return {
+        piece.parameter: (shard, tensor)
+        for shard in shards.values()
+        for tensor in shard
+        for piece in base.pieces.get(tensor.name, [])
+        if piece.parameter in pair
+    }
+
+
+def _refuse_untying(base: BaseModel, target: str) -> None:
+    model = base.skeleton
+    head = model.get_output_embeddings()
+    module = model.get_submodule(target.rpartition(".")[0])
+    if base.config.is_encoder_decoder or head is None or module is not head:
+        raise InputError(
+            f"{target} is tied to another weight in a way that a merge cannot undo in a {type(model).__name__}.",
+            fix="Use the adapter without merging it.",
+        )
+
+
+def _vocabulary(base: BaseModel, updates: dict[str, Update]) -> dict[str, object]:
+    embedding = base.skeleton.get_input_embeddings()
+    rows = {
+        update.shape[0]
+        for name, update in updates.items()
+        if update.shape is not None and base.skeleton.get_submodule(name.rpartition(".")[0]) is embedding
+    }
+    return {"vocab_size": rows.pop()} if rows - {base.config.get_text_config().vocab_size} else {}

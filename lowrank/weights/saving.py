@@ -1,0 +1,174 @@
+"""Adapters of a live model to files and back, in peft's format."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank.adapters import adapter_tensors, config_of, delete, wrap
+from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
+from lowrank.adapters.conversion import as_lora as lora_form
+from lowrank.adapters.conversion import portable
+from lowrank.adapters.kinds import kind_of
+from lowrank.errors import InputError
+from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
+from lowrank.weights.fingerprint import Fingerprint
+from lowrank.weights.targetnames import target_names
+from lowrank.weights.writing import write_adapter
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    adapter: str = "default",
+    *,
+    overwrite: bool = False,
+    as_lora: bool = False,
+) -> Path:
+    """Writes one adapter of a model as `adapter_config.json` and `adapter_model.safetensors`.
+
+    peft, transformers' `load_adapter` and vLLM read the folder. The base's fingerprint goes into the tensors' metadata,
+    which they pass over. Files that the folder holds besides stay; the two appear when they are complete.
+
+    Args:
+        model: A wrapped model.
+        path: The folder.
+        adapter: The adapter's name; it does not occur in the files.
+        overwrite: Whether to replace an adapter that the folder holds already.
+        as_lora: Write an AdaLoRA adapter as an ordinary LoRA with a rank pattern, which more programs read.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: No adapter of that name, a value that is not finite, or an adapter is there already.
+        JobError: The disk is full.
+    """
+    if as_lora and not isinstance(config_of(model, adapter), AdaLoraConfig):
+        raise InputError(f"as_lora is for AdaLoRA, and {adapter!r} is none.")
+    config, live = (lora_form if as_lora else portable)(model, adapter)
+    update = {"target_modules": _targets(model, config, live), "task_type": config.task_type or _task_type(model)}
+    known = isinstance(model, PreTrainedModel)
+    write_adapter(
+        Path(path),
+        config.model_copy(update=update),
+        live,
+        base=_name_of(model),
+        fingerprint=Fingerprint.of(model.config) if known else None,
+        quantization=_quantization(model) if known else None,
+        overwrite=overwrite,
+    )
+    return Path(path)
+
+
+def load(
+    model: Model, path: str | Path, adapter: str = "default", strict: bool = True, trainable: bool = False
+) -> Model:
+    """Puts an adapter from a folder into a model (bare or wrapped) and makes it the active one.
+
+    Args:
+        model: The base that the adapter was trained on.
+        path: A folder in peft's format, of any version.
+        adapter: The name that it gets.
+        strict: Refuse whatever does not fit; False warns with the list of what was skipped, and leaves it out.
+        trainable: Whether its parameters require gradients.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: Missing, unexpected or misshapen tensors, NaN, another base, a config key that is not known, a
+            pickle. The model is then as it was.
+    """
+    file = open_adapter(path)
+    problems = _other_base(model, file)
+    if problems and strict:
+        _refuse(file, problems)
+    wrap(model, file.config, adapter, trainable=trainable)
+    try:
+        problems += _fill(model, adapter_tensors(model, adapter), file, strict)
+    except BaseException:
+        delete(model, adapter)
+        raise
+    if problems:
+        warnings.warn(f"{file.path}: skipped because it does not fit: {'; '.join(problems)}")
+    return model
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, live: dict[str, Tensor], file: AdapterFile, strict: bool) -> list[str]:
+    """Copies the file's tensors into the live ones; returns what does not fit."""
+    missing = [name for name in live if name not in file.tensors]
+    unexpected = [name for name in file.tensors if name not in live and not _is_base(model, file, name)]
+    both = [name for name in live if name in file.tensors]
+    misshapen = [name for name in both if file.tensors[name].shape != tuple(live[name].shape)]
+    shapes = [f"{name} {list(file.tensors[name].shape)} (here {list(live[name].shape)})" for name in misshapen]
+    lists = {"missing": missing, "unexpected": unexpected, "misshapen": shapes}
+    problems = [f"{what}: {shorten(names, 20)}" for what, names in lists.items() if names]
+    if problems and strict:
+        _refuse(file, problems)
+    for name in both:
+        if name not in misshapen:
+            live[name].copy_(file.read(name))
+    return problems
+
+
+def _is_base(model: nn.Module, file: AdapterFile, name: str) -> bool:
+    """Whether a tensor is a copy of the base's own embedding, which peft adds to the file of an adapted one."""
+    parameter = dict(model.named_parameters(remove_duplicate=False)).get(name.replace(".base_layer.", "."))
+    if parameter is None or parameter.shape != file.tensors[name].shape:
+        return False
+    return torch.equal(file.read(name).to(parameter.dtype), parameter.detach().cpu())
+
+
+def _refuse(file: AdapterFile, problems: list[str]) -> None:
+    raise InputError(
+        f"The adapter does not fit this model: {'; '.join(problems)}.",
+        where=str(file.path),
+        fix="Load the base that it was trained on; strict=False leaves out what does not fit.",
+    )
+
+
+def _other_base(model: nn.Module, file: AdapterFile) -> list[str]:
+    if file.fingerprint is None or not isinstance(model, PreTrainedModel):
+        return []
+    return [f"another base: {text}" for text in file.fingerprint.differences(Fingerprint.of(model.config))]
+
+
+def _quantization(model: PreTrainedModel) -> dict[str, Any]:
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return {}
+    return config if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
+
+
+def _name_of(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _task_type(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if encoder_decoder and name.endswith("ForConditionalGeneration") else None
+
+
+def _targets(model: nn.Module, config: AdapterConfig, live: dict[str, Tensor]) -> list[str] | str | None:
+    """ "all-linear" as the names that it matched: other programs read it differently or not at all.
+
+    And none at all, beside `target_parameters`, as an empty list: peft fills in a missing one by the architecture.
+    """
+    if config.target_modules != "all-linear":
+        return config.target_modules or []
+    own = {path for path, module in model.named_modules() if kind_of(module) is not None}
+    carried = {match["path"] for name in live if (match := FACTOR.fullmatch(name))}
+    return target_names(model, sorted(carried & own))

@@ -1,0 +1,57 @@
+"""A model's parameters as its files hold them: in one tensor, in several, or as one matrix for each expert."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import InputError
+from lowrank.weights.basemodel import BaseModel
+from lowrank.weights.names import Piece
+from lowrank.weights.tensorfile import TensorFile
+
+
+class Stored:
+    """The parameters of a model folder, read one at a time."""
+
+    def __init__(self, model: BaseModel) -> None:
+        self.model = model
+        self._parts: dict[str, list[tuple[TensorFile, str, Piece]]] = defaultdict(list)
+        for file in model.files.values():
+            for name in file.entries:
+                for piece in model.pieces[name]:
+                    self._parts[piece.parameter].append((file, name, piece))
+
+    def __contains__(self, parameter: str) -> bool:
+        return parameter in self._parts
+
+    @property
+    def names(self) -> list[str]:
+        """Every parameter that the files hold, in their order."""
+        return list(self._parts)
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Its shape in the model, or in the file where that is the same tensor."""
+        file, name, piece = self._parts[parameter][0]
+        return file.entries[name].shape if piece.whole else tuple(self.model.skeleton.state_dict()[parameter].shape)
+
+    def per_expert(self, parameter: str) -> bool:
+        """Whether the files hold one matrix for each expert."""
+        return self._parts[parameter][0][2].expert is not None
+
+    def read(self, parameter: str, expert: int | None = None) -> Tensor:
+        """The parameter, or one expert's matrix of it, in the files' dtype.
+
+        Raises:
+            InputError: transformers does more to the tensor than placing rows.
+        """
+        parts = [part for part in self._parts[parameter] if part[2].expert in (None, expert)]
+        if obstacle := next((piece.obstacle for _, _, piece in parts if piece.obstacle), None):
+            raise InputError(f"{parameter} reaches the model through {obstacle}, and is not read from the files.")
+        if parts[0][2].whole:
+            tensor = parts[0][0].read(parts[0][1])
+            return tensor if expert is None else tensor[expert]
+        ordered = sorted(parts, key=lambda part: part[2].first)
+        return torch.cat([file.read_rows(name, piece.at, piece.at + piece.rows) for file, name, piece in ordered])

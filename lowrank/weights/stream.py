@@ -1,0 +1,135 @@
+"""Writing a planned shard: every byte read once and written once, a block of rows at a time, on a few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowrank.weights.blocks import Block, blocks_of, copy_bytes, merge_block
+from lowrank.weights.plan import Planned
+from lowrank.weights.rounding import Loss, Rounding
+from lowrank.weights.tensorfile import Entry, encode_header, write_bytes
+
+COPY = 1 << 22  # bytes
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """Bytes that stay as they are."""
+
+    path: Path
+    start: int
+    to: int
+    size: int
+
+
+def write_shard(
+    path: Path,
+    tensors: list[Planned],
+    metadata: Mapping[str, str],
+    rounding: Rounding,
+    advance: Callable[[int], None],
+) -> dict[str, Loss]:
+    """Writes one file.
+
+    Args:
+        path: The new file.
+        tensors: What it holds, in this order.
+        metadata: Its metadata table.
+        rounding: How computed values become the tensors' dtypes.
+        advance: Called with the number of bytes after each piece of work.
+
+    Returns:
+        What rounding lost, for each tensor with a low-rank update.
+
+    Raises:
+        InputError: The base holds values that are not finite, or the result does not fit the dtype.
+        OSError: The disk is full or cannot be written.
+    """
+    header, places = encode_header(((t.name, t.dtype, t.shape) for t in tensors), metadata)
+    losses: dict[str, Loss] = {}
+    with _opened(path, tensors) as files, one_thread_each():
+        write_bytes(files[path], 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for work, loss in pool.map(lambda work: _do(work, files, path, rounding), _work(tensors, places)):
+                if loss is not None and isinstance(work, Block):
+                    losses.setdefault(work.planned.name, Loss()).add(loss)
+                advance(work.size)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return losses
+
+
+def _do(
+    work: _Copy | Block, files: Mapping[Path, int], out: Path, rounding: Rounding
+) -> tuple[_Copy | Block, Loss | None]:
+    if isinstance(work, Block):
+        return work, merge_block(work, files, out, rounding)
+    copy_bytes(files[work.path], work.start, files[out], work.to, work.size)
+    return work, None
+
+
+def _work(tensors: list[Planned], places: Mapping[str, Entry]) -> Iterator[_Copy | Block]:
+    """The pieces of work in the order of the file; copies of neighbours are one copy."""
+    pending: _Copy | None = None
+    for planned in tensors:
+        to = places[planned.name]
+        if planned.copied:
+            assert planned.source is not None
+            pending, done = _joined(pending, _Copy(planned.path, planned.source.start, to.start, to.size))
+            yield from _cut(done)
+        else:
+            yield from _cut(pending)
+            pending = None
+            yield from blocks_of(planned, to)
+    yield from _cut(pending)
+
+
+def _joined(before: _Copy | None, after: _Copy) -> tuple[_Copy, _Copy | None]:
+    if (
+        before
+        and before.path == after.path
+        and before.start + before.size == after.start
+        and before.to + before.size == after.to
+    ):
+        return _Copy(before.path, before.start, before.to, before.size + after.size), None
+    return after, before
+
+
+def _cut(copy: _Copy | None) -> Iterator[_Copy]:
+    for at in range(0, copy.size if copy else 0, COPY):
+        assert copy is not None
+        yield _Copy(copy.path, copy.start + at, copy.to + at, min(COPY, copy.size - at))
+
+
+@contextmanager
+def _opened(out: Path, tensors: list[Planned]) -> Generator[dict[Path, int]]:
+    files: dict[Path, int] = {}
+    try:
+        files[out] = os.open(out, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        for path in {tensor.path for tensor in tensors}:
+            files[path] = os.open(path, os.O_RDONLY)
+        yield files
+    finally:
+        for fd in files.values():
+            os.close(fd)
+
+
+@contextmanager
+def one_thread_each() -> Generator[None]:
+    """Torch's own threads off while a pool works; blocks are too small for both."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,89 @@
+"""An adapter's config and tensors as a folder in peft's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
+from lowrank.errors import InputError
+from lowrank.weights.adapterfile import (
+    BASE_KEY,
+    CONFIG_NAME,
+    PEFT_VERSION,
+    PREFIX,
+    QUANTIZATION_KEY,
+    START_ONLY,
+    WEIGHTS_NAME,
+    shorten,
+)
+from lowrank.weights.fingerprint import Fingerprint
+from lowrank.weights.folders import into_folder
+from lowrank.weights.tensorfile import save_tensors
+
+
+def write_adapter(
+    folder: Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    base: str | None,
+    fingerprint: Fingerprint | None,
+    quantization: dict[str, Any] | None,
+    overwrite: bool = False,
+) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`; other files in the folder stay.
+
+    Args:
+        folder: Made if it is not there.
+        config: Its `target_modules` and `task_type` as they shall stand in the file.
+        tensors: By name, without peft's prefix.
+        base: What the config names as the base model.
+        fingerprint: Of the base; goes into the tensors' metadata, which other readers pass over.
+        quantization: The base's while training, {} for none, None if that is not known; beside the fingerprint.
+        overwrite: Whether to replace an adapter that the folder holds already.
+
+    Raises:
+        InputError: A value is not finite, or an adapter is there already.
+        JobError: The disk is full.
+    """
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"The adapter holds NaN or infinity: {shorten(broken)}.")
+    metadata = {"format": "pt"}
+    if fingerprint is not None:
+        metadata[BASE_KEY] = json.dumps(fingerprint.to_json())
+    if quantization is not None:
+        metadata[QUANTIZATION_KEY] = json.dumps(quantization)
+    text = json.dumps(config_to_json(config, base), indent=2, sort_keys=True, ensure_ascii=False)
+    with into_folder(folder, last=CONFIG_NAME, overwrite=overwrite) as work:
+        file = work / WEIGHTS_NAME
+        save_tensors(file, {PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
+        file.chmod(0o644)
+        (work / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def config_to_json(config: AdapterConfig, base: str | None) -> dict[str, Any]:
+    """The content of `adapter_config.json`, with peft's keys."""
+    fields = config.model_dump(mode="json", exclude=set(START_ONLY))
+    fields["lora_alpha"] = _whole(fields["lora_alpha"])
+    if "alpha_pattern" in fields:
+        fields["alpha_pattern"] = {name: _whole(alpha) for name, alpha in fields["alpha_pattern"].items()}
+    return {
+        "peft_type": "ADALORA" if isinstance(config, AdaLoraConfig) else "LORA",
+        "peft_version": PEFT_VERSION,
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        **fields,
+    }
+
+
+def _whole(alpha: float) -> float | int:
+    """peft writes alphas as integers."""
+    return int(alpha) if float(alpha).is_integer() else alpha

@@ -1,0 +1,191 @@
+"""Several adapters into one; the oracle is peft's `add_weighted_adapter`."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from tiny import tiny_gpt2, tiny_llama
+from weight_helpers import logits, randomise, reload, save_base, with_peft
+
+import lowrank
+from lowrank import AdaLoraConfig, LoraConfig
+from lowrank.errors import InputError
+from lowrank.weights import compose, resize
+from lowrank.weights.adapterfile import open_adapter
+from lowrank.weights.factors import Product, distance, norm, singular, truncated
+from lowrank.weights.modulefactors import read_factors
+
+
+def make(base: Path, folder: Path, config: object, seed: int) -> Path:
+    torch.manual_seed(seed)
+    model = lowrank.wrap(reload(base), config)
+    randomise(model, 0.1)
+    return lowrank.save(model, folder)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_base(tiny_llama(), tmp_path / "base")
+
+
+@pytest.fixture
+def two(base: Path, tmp_path: Path) -> list[Path]:
+    """Of the same rank, with overlapping targets and different scales."""
+    one = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "embed_tokens"], init_lora_weights=False)
+    other = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return [make(base, tmp_path / "one", one, 1), make(base, tmp_path / "other", other, 2)]
+
+
+def peft_composed(base: Path, adapters: list[Path], weights: list[float], **kwargs: object) -> torch.Tensor:
+    model = peft.PeftModel.from_pretrained(reload(base), adapters[0], adapter_name="a0")
+    for i, adapter in enumerate(adapters[1:], start=1):
+        model.load_adapter(adapter, adapter_name=f"a{i}")
+    names = [f"a{i}" for i in range(len(adapters))]
+    model.add_weighted_adapter(names, weights, "both", **kwargs)
+    model.set_adapter("both")
+    return logits(model)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, -0.4]])
+@pytest.mark.parametrize(
+    ("method", "ours", "theirs"),
+    [
+        ("linear", {}, {}),
+        ("cat", {}, {}),
+        ("svd", {"rank": 3}, {"svd_rank": 3}),
+        ("ties", {"density": 0.5}, {"density": 0.5}),
+        ("ties", {"density": 0.5, "majority_sign": "frequency"}, {"density": 0.5, "majority_sign_method": "frequency"}),
+        ("magnitude_prune", {"density": 0.3}, {"density": 0.3}),
+        ("dare_linear", {"density": 1.0}, {"density": 1.0}),
+        ("dare_ties", {"density": 1.0}, {"density": 1.0}),
+    ],
+)
+def test_equal_to_peft(base: Path, two: list[Path], method: str, ours: dict, theirs: dict, weights: list) -> None:
+    wanted = peft_composed(base, two, weights, combination_type=method, **theirs)
+    lowrank.weights.compose(two, out=base.parent / "both", weights=weights, method=method, **ours)
+    torch.testing.assert_close(logits(lowrank.load(reload(base), base.parent / "both")), wanted, atol=2e-5, rtol=0)
+    torch.testing.assert_close(with_peft(base, base.parent / "both"), wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_random_pruning_is_pefts_for_the_same_random_numbers(base: Path, tmp_path: Path, method: str) -> None:
+    path = "model.layers.1.self_attn.q_proj"
+    config = LoraConfig(r=4, target_modules=[path], init_lora_weights=False)
+    two = [make(base, tmp_path / name, config, seed) for name, seed in (("one", 1), ("other", 2))]
+    with torch.random.fork_rng():
+        model = peft.PeftModel.from_pretrained(reload(base), two[0], adapter_name="a0")
+        model.load_adapter(two[1], adapter_name="a1")
+        generator_seed = 5 + zlib.crc32(path.encode())
+        inject = type(model.base_model).inject_adapter
+
+        def then_seed(*args: object, **kwargs: object) -> None:
+            inject(*args, **kwargs)
+            torch.manual_seed(generator_seed)
+
+        type(model.base_model).inject_adapter = then_seed
+        try:
+            model.add_weighted_adapter(["a0", "a1"], [1.0, 0.5], "both", combination_type=method, density=0.4)
+        finally:
+            type(model.base_model).inject_adapter = inject
+    model.set_adapter("both")
+    compose(two, out=tmp_path / "both", weights=[1.0, 0.5], method=method, density=0.4, seed=5)
+    torch.testing.assert_close(logits(lowrank.load(reload(base), tmp_path / "both")), logits(model), atol=1e-5, rtol=0)
+
+
+def test_concatenation_is_the_sum_of_the_effects(base: Path, tmp_path: Path) -> None:
+    """Different methods, ranks and targets."""
+    configs = [
+        LoraConfig(r=2, use_rslora=True, target_modules=["q_proj"], init_lora_weights=False),
+        LoraConfig(r=5, rank_pattern={"k_proj": 3}, target_modules=["q_proj", "k_proj"], init_lora_weights=False),
+        AdaLoraConfig(init_r=4, target_r=2, target_modules=["up_proj"], init_lora_weights=False),
+    ]
+    adapters = [make(base, tmp_path / f"a{i}", config, i) for i, config in enumerate(configs)]
+    report = compose(adapters, out=tmp_path / "all")
+    together = reload(base)
+    for i, adapter in enumerate(adapters):
+        lowrank.load(together, adapter, f"a{i}")
+    lowrank.set_active(together, ["a0", "a1", "a2"])
+    composed = lowrank.load(reload(base), tmp_path / "all")
+    torch.testing.assert_close(logits(composed), logits(together), atol=2e-5, rtol=0)
+    assert report.ranks["model.layers.0.self_attn.q_proj"] == 7
+    assert report.ranks["model.layers.0.mlp.up_proj"] == 4
+    assert report.error < 1e-6
+
+
+def test_negated_and_scaled(base: Path, two: list[Path], tmp_path: Path) -> None:
+    compose([two[0]], weights=[-1.0], out=tmp_path / "negative")
+    compose([two[0], tmp_path / "negative"], out=tmp_path / "nothing")
+    torch.testing.assert_close(
+        logits(lowrank.load(reload(base), tmp_path / "nothing")), logits(reload(base)), atol=1e-5, rtol=0
+    )
+    compose([two[0]], weights=[2.5], out=tmp_path / "more")
+    before, after = (read_factors(open_adapter(folder)) for folder in (two[0], tmp_path / "more"))
+    for path, factors in before.items():
+        wanted = 2.5 * factors.product.B @ factors.product.A
+        torch.testing.assert_close(after[path].product.B @ after[path].product.A, wanted)
+
+
+def test_resize_gives_the_nearest_and_says_how_near(base: Path, two: list[Path], tmp_path: Path) -> None:
+    report = resize(two[0], 2, out=tmp_path / "small")
+    before, after = (read_factors(open_adapter(folder)) for folder in (two[0], tmp_path / "small"))
+    for path, factors in before.items():
+        dense = (factors.product.B @ factors.product.A).double()
+        left = torch.linalg.svdvals(dense)[2:].norm() / dense.norm()
+        assert report.errors[path] == pytest.approx(left.item(), rel=1e-4)
+        assert after[path].product.rank == 2
+    full = resize(two[0], 99, out=tmp_path / "full")
+    assert full.error < 1e-6
+    assert set(full.ranks.values()) == {4}
+
+
+def test_resize_by_energy(two: list[Path], tmp_path: Path) -> None:
+    report = resize(two[0], out=tmp_path / "most", energy=0.9)
+    assert len(set(report.ranks.values())) > 1 or set(report.ranks.values()) != {4}
+    assert all(error <= 0.1**0.5 + 1e-6 for error in report.errors.values())
+    model = lowrank.load(tiny_llama(), tmp_path / "most")
+    assert logits(model).isfinite().all()
+
+
+def test_no_dense_matrix_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of 40,000 x 40,000 in float64 would take 12 GiB."""
+    generator = torch.Generator().manual_seed(0)
+    product = Product(torch.randn(4, 40_000, generator=generator), torch.randn(40_000, 4, generator=generator))
+    small = truncated(product, 2)
+    assert distance(small, product) == pytest.approx(singular(product)[1][2:].norm().item(), rel=1e-4)
+    assert norm(product) == pytest.approx(singular(product)[1].norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"method": "average"}, "no method 'average'"),
+        ({"weights": [1.0]}, "1 weights are given for 2 adapters"),
+        ({"weights": [1.0, float("nan")]}, "one finite number each"),
+        ({"method": "ties"}, "ties needs a density"),
+        ({"method": "cat", "density": 0.5}, "cat has no density"),
+        ({"method": "ties", "density": 1.5}, "above 0 and at most 1"),
+        ({"method": "cat", "rank": 3}, "chosen by the method svd"),
+        ({"method": "svd", "rank": 0}, "at least 1"),
+        ({"method": "svd", "energy": 2.0}, "above 0 and at most 1"),
+    ],
+)
+def test_arguments_that_do_not_go_together(two: list[Path], tmp_path: Path, arguments: dict, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        compose(two, out=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_cannot_be_composed(base: Path, two: list[Path], tmp_path: Path) -> None:
+    dora = make(base, tmp_path / "dora", LoraConfig(target_modules=["q_proj"], use_dora=True), 3)
+    whole = make(base, tmp_path / "whole", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), 3)
+    for adapter, why in ((dora, "lora_magnitude_vector"), (whole, r"lm_head\.weight")):
+        with pytest.raises(InputError, match=why):
+            compose([two[0], adapter], out=tmp_path / "out")
+    other = save_base(tiny_gpt2(), tmp_path / "gpt2")
+    stranger = make(other, tmp_path / "stranger", LoraConfig(target_modules=["c_attn"]), 3)
+    with pytest.raises(InputError, match="different bases"):
+        compose([two[0], stranger], out=tmp_path / "out")
