@@ -1,0 +1,144 @@
+"""Loading a base model and its tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank.errors import InputError
+
+_DTYPE_KEYS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
+_SHOWN = 5
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    quantization: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model from a folder or a hub; only safetensors files are read.
+
+    Args:
+        name_or_path: A folder, or a name on the hub.
+        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+        quantization: bitsandbytes' options (`load_in_4bit`, `bnb_4bit_quant_type` ...), None for a dense model.
+        device: "cpu", "cuda" ...; by default the accelerator if there is one.
+        revision: Of a hub repository.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        InputError: there is no such model, it has no safetensors files or lacks weights, or bitsandbytes is asked for
+            and missing.
+    """
+    _check_folder(name_or_path)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    if quantization is not None:
+        options |= {"quantization_config": _quantization(quantization), "device_map": {"": where}}
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _cannot_load(name_or_path, error) from error
+    if info["missing_keys"]:  # transformers fills these with random numbers and goes on
+        missing = sorted(info["missing_keys"])
+        raise InputError(
+            f"{name_or_path} lacks {len(missing)} of the weights of {type(model).__name__}: "
+            f"{', '.join(missing[:_SHOWN])}{' ...' if len(missing) > _SHOWN else ''}",
+            fix="Take a complete checkpoint of a causal language model.",
+        )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 the first pass without gradients would repack the weights, and spoil all that follow.
+        if type(module).__name__ == "Linear4bit" and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return (model if quantization is not None else model.to(where)).eval()
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Where it has no padding token, the end token pads; labels never look at it.
+
+    Raises:
+        InputError: there is none, or it has neither padding nor end token.
+    """
+    _check_folder(name_or_path)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise _cannot_load(f"the tokenizer of {name_or_path}", error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {name_or_path} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _check_folder(name_or_path: str) -> None:
+    path = Path(name_or_path)
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise InputError(
+            f"there is no model folder {name_or_path}",
+            fix="Give the folder of a saved model, or a name on the hub such as HuggingFaceTB/SmolLM2-135M-Instruct.",
+        )
+    if not path.is_dir():
+        return
+    if not (path / "config.json").exists():
+        raise InputError(f"{name_or_path} is no model folder: it holds no config.json")
+    weights = {suffix: any(path.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin", ".pt", ".pth")}
+    if not weights[".safetensors"] and any(weights.values()):
+        raise InputError(
+            f"{name_or_path} holds its weights as pickles, which can run code when they are read; only safetensors are",
+            fix="Convert it where you trust it: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new).",
+        )
+
+
+def _cannot_load(what: str, error: Exception) -> InputError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f"{what} brings Python code of its own, which is not run unasked",
+            fix="Read that code; if you trust it, set model.trust_remote_code: true.",
+        )
+    if "connect" in lines[0]:
+        return InputError(
+            f"{what} is no folder here, and the hub cannot be reached",
+            fix="Is the name right? Without a hub, give the folder of a saved model.",
+        )
+    return InputError(f"{what} cannot be loaded: {lines[0]}")
+
+
+def _quantization(options: Mapping[str, Any]) -> transformers.BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise InputError(
+            "a quantised base needs bitsandbytes, which is not installed", fix="pip install 'lowrank[quantization]'"
+        )
+    known = {key: getattr(torch, value) if key in _DTYPE_KEYS else value for key, value in options.items()}
+    return transformers.BitsAndBytesConfig(**known)

@@ -1,0 +1,107 @@
+"""Generated answers, and whether they are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def answer_all(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Greedy answers to all prompts, in their order.
+
+    Prompts of like length share a batch, padded on the left. An answer ends at the model's end tokens or at the
+    tokenizer's.
+
+    Args:
+        model: A causal language model; it is in eval mode meanwhile.
+        tokenizer: Its tokenizer.
+        prompts: Token ids.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts at a time.
+        on_batch: Told how many answers a batch has added.
+    """
+    was_training = model.training
+    model.eval()
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with greedy(model, tokenizer, max_new_tokens) as config:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = _left_padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            for i, row in zip(chosen, output[:, ids.shape[1] :].tolist(), strict=True):
+                answers[i] = str(tokenizer.decode(_until(row, config.eos_token_id), skip_special_tokens=True))
+            if on_batch is not None:
+                on_batch(len(chosen))
+    model.train(was_training)
+    return answers
+
+
+@contextmanager
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[GenerationConfig]:
+    """What to generate with for greedy answers and nothing else.
+
+    `generate` fills gaps in the config that it is given from the model's own, which may hold a repetition penalty or
+    the like: the model's is put aside meanwhile.
+    """
+    own = model.generation_config
+    configured = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({token for token in [*configured, tokenizer.eos_token_id] if token is not None})
+    model.generation_config = GenerationConfig()
+    try:
+        yield GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        )
+    finally:
+        model.generation_config = own
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask
+
+
+def _until(row: list[int], ends: Sequence[int]) -> list[int]:
+    return next((row[:i] for i, token in enumerate(row) if token in ends), row)
+
+
+def same_text(answer: str, expected: str) -> bool:
+    """Equal but for white space at the ends."""
+    return answer.strip() == expected.strip()
+
+
+def same_json(answer: str, expected: str) -> bool:
+    """Equal as JSON values: key order and layout do not matter, 3 is 3.0. An answer that is no JSON is wrong."""
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):  # "[[[[[[..." is what an untrained model may say
+        return False
+    return _same_value(value, json.loads(expected))
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same_value(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same_value, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)  # to Python, 1 == True
+
+
+MATCHES: dict[str, Callable[[str, str], bool]] = {"text": same_text, "json": same_json}
+"""`same(answer, expected)` by name."""

@@ -1,0 +1,88 @@
+"""How good a model is: the loss per supervised token, and what came of generated answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowrank.attention import segments
+from lowrank.data import Batch
+from lowrank.training.loss import Loss
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One generated answer.
+
+    Attributes:
+        prompt: What the model was given, decoded.
+        expected: The row's own answer.
+        answer: The model's.
+        correct: Whether the two count as the same.
+    """
+
+    prompt: str
+    expected: str
+    answer: str
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        loss: Mean over the supervised tokens.
+        supervised: How many there are.
+        exact_match: Share of right answers, None where none were generated.
+        samples: The answers, in the order of the rows.
+    """
+
+    loss: float
+    supervised: int
+    exact_match: float | None = None
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+    def metrics(self) -> dict[str, float]:
+        """The figures, for `metrics.jsonl`."""
+        figures = {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
+        return figures if self.exact_match is None else {**figures, "eval_exact_match": self.exact_match}
+
+    def __str__(self) -> str:
+        figures = f"evaluation loss {self.loss:.4f}, perplexity {self.perplexity:,.3f}"
+        return figures if self.exact_match is None else f"{figures}, exact match {self.exact_match:.1%}"
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any, batches: Iterable[Batch], loss: Loss, on_batch: Callable[[int], None] | None = None
+) -> tuple[float, int]:
+    """The loss per supervised token over `batches`, and the number of these tokens.
+
+    Args:
+        model: A causal language model; it is in eval mode meanwhile.
+        batches: What it is measured on.
+        loss: Sums over a batch's supervised tokens.
+        on_batch: Told 1 after each batch.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    total, supervised = 0.0, 0
+    for batch in batches:
+        with segments(model, batch.segments):
+            total += float(loss(model, batch.to(device)))
+        supervised += batch.supervised
+        if on_batch is not None:
+            on_batch(1)
+    model.train(was_training)
+    return total / supervised, supervised

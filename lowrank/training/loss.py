@@ -1,0 +1,190 @@
+"""The loss of a batch: cross-entropy of the supervised tokens, from hidden states.
+
+Only the positions that carry loss meet the head, a chunk at a time. The head is tapped while the model runs: instead of
+logits over the vocabulary it hands back a placeholder, and what it was given is turned into the loss by
+`ops.cross_entropy`. That is exact for every model whose logits are its head's output, scaled or soft-capped as its
+config says; `supervised_loss` proves it on the model at hand before the first step, and takes the model's own logits
+where it is not so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank.data import Batch
+from lowrank.ops.cross_entropy import LossOptions, chunk_rows, cross_entropy, linear_cross_entropy
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+
+
+class Loss(Protocol):
+    """Sum of the cross-entropy over a batch's supervised tokens."""
+
+    why: str
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """A scalar that gradients flow from; float32 at least."""
+        ...
+
+
+def supervised_loss(model: Any, options: LossOptions | None = None) -> Loss:
+    """The cheapest loss that is exact for this model.
+
+    Args:
+        model: A causal language model, adapters in.
+        options: Label smoothing and z-loss; scale and soft cap are read from the model's config.
+    """
+    config = model.config.get_text_config()
+    given = options or LossOptions()
+    asked = LossOptions(
+        logit_scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        label_smoothing=given.label_smoothing,
+        z_loss=given.z_loss,
+    )
+    head = model.get_output_embeddings()
+    if head is None:
+        return LogitsLoss(model, given, "the model has no output head of its own")
+    from_hidden = HiddenLoss(head, asked)
+    reason = _disagreement(model, from_hidden, LogitsLoss(model, given, ""))
+    return from_hidden if reason is None else LogitsLoss(model, given, reason)
+
+
+class HiddenLoss:
+    """Taps the head, and never holds more logits than one chunk."""
+
+    why = "from hidden states, supervised tokens only"
+
+    def __init__(self, head: nn.Module, options: LossOptions) -> None:
+        self.head, self.options = head, options
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """See `Loss`."""
+        rows, labels = _supervised(batch)
+        with _tapped(self.head) as given:
+            _forward(model, batch)
+        if len(given) != 1:
+            raise RuntimeError(f"the head ran {len(given)} times in one forward pass")
+        hidden = given[0].flatten(0, -2).index_select(0, rows)
+        head = self.head
+        if type(head) is nn.Linear and "forward" not in head.__dict__:
+            return linear_cross_entropy(hidden, head.weight, labels, head.bias, self.options)
+        return _chunked(head, hidden, labels, self.options)
+
+
+class LogitsLoss:
+    """From the model's own logits: for models that do more to them than their config says."""
+
+    def __init__(self, model: nn.Module, options: LossOptions, why: str) -> None:
+        self.options = options
+        self.why = f"from the model's logits: {why}"
+        self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """See `Loss`."""
+        rows, labels = _supervised(batch)
+        length = batch.labels.shape[1]
+        if self._keeps:  # the same positions of every row: those that any row needs
+            kept = torch.unique(rows % length)
+            logits = _forward(model, batch, kept).logits
+            rows = rows // length * len(kept) + torch.searchsorted(kept, rows % length)
+        else:
+            logits = _forward(model, batch).logits
+        return cross_entropy(logits.flatten(0, -2).index_select(0, rows), labels, self.options)
+
+
+class Autocast:
+    """Products in a shorter dtype than the weights that train."""
+
+    def __init__(self, loss: Loss, dtype: torch.dtype) -> None:
+        self.loss, self.dtype = loss, dtype
+        self.why = f"{loss.why}; products in {str(dtype).removeprefix('torch.')}"
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """See `Loss`."""
+        with torch.autocast(batch.input_ids.device.type, self.dtype):
+            return self.loss(model, batch)
+
+
+def _supervised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions whose next token carries loss, and those tokens."""
+    shifted = torch.full_like(batch.labels, -100)
+    shifted[:, :-1] = batch.labels[:, 1:]
+    flat = shifted.flatten()
+    rows = torch.nonzero_static(flat != -100, size=batch.supervised)[:, 0]  # the size is known: no waiting for a device
+    return rows, flat.index_select(0, rows)
+
+
+def _forward(model: nn.Module, batch: Batch, logits_to_keep: torch.Tensor | None = None) -> Any:
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask
+    if logits_to_keep is not None:
+        inputs["logits_to_keep"] = logits_to_keep
+    return model(**inputs)
+
+
+def _chunked(head: Any, hidden: torch.Tensor, labels: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """Through a head that carries adapters or hooks: chunk by chunk, logits recomputed in the backward pass."""
+
+    def loss(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(head(part), target, options)
+
+    rows = chunk_rows(head.weight.shape[0])
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
+        total = total + checkpoint(loss, part, target, use_reentrant=False)
+    return total
+
+
+@contextmanager
+def _tapped(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """While it lasts the head notes what it is given and hands back one number a position instead of logits."""
+    given: list[torch.Tensor] = []
+
+    def note(hidden: torch.Tensor) -> torch.Tensor:
+        given.append(hidden)
+        return hidden[..., :1]
+
+    own = head.__dict__.get("forward")
+    head.__dict__["forward"] = note
+    try:
+        yield given
+    finally:
+        if own is None:
+            del head.__dict__["forward"]
+        else:
+            head.__dict__["forward"] = own
+
+
+def _disagreement(model: Any, loss: HiddenLoss, reference: LogitsLoss) -> str | None:
+    """Why the loss from hidden states is not this model's; None where the two agree."""
+    batch = _probe(model)
+    was_training = model.training
+    model.eval()
+    try:
+        mine, expected = float(loss(model, batch).detach()), float(reference(model, batch).detach())
+    except (RuntimeError, IndexError) as error:
+        return f"its forward pass does not leave the head's place to others ({error})"
+    finally:
+        model.train(was_training)
+    if abs(mine - expected) <= _TOLERANCE.get(model.dtype, 2e-2) * abs(expected):
+        return None
+    return f"{type(model).__name__} changes its head's output in a way its config does not tell"
+
+
+def _probe(model: Any) -> Batch:
+    """A few tokens, the same at every run, without touching the random state."""
+    device = model.get_input_embeddings().weight.device
+    length = 8
+    ids = (torch.arange(1, length + 1, device=device) * 7919 % model.config.get_text_config().vocab_size)[None]
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return Batch(ids, torch.arange(length, device=device)[None], labels, None, [length], length, length - 3)
