@@ -1,0 +1,29 @@
+"""The `lowrank` command: one file for each verb; each parses, calls a recipe, prints.
+
+Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lowrank.cli.app import app
+from lowrank.cli.failure import told
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command and exits.
+
+    Args:
+        arguments: What follows `lowrank`; the process's own arguments by default.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    try:
+        app([argument for argument in given if argument != "--debug"], prog_name="lowrank")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(told(error))

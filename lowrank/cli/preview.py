@@ -1,0 +1,24 @@
+"""`lowrank preview`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowrank.cli.options import ConfigPath, Overrides
+
+EXAMPLE = "Example: lowrank preview configs/quickstart.yaml --row 3"
+
+
+def preview(
+    config: ConfigPath,
+    row: Annotated[int | None, typer.Option(min=1, help="Show this row instead of the first pack.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+    overrides: Overrides = [],  # noqa: B006  (typer reads it)
+) -> None:
+    """Show what would be trained on, token by token: what carries loss, where examples end."""
+    from lowrank.recipes.preview import preview as run
+
+    run(config, overrides, row=row, html=html)

@@ -1,0 +1,95 @@
+"""What cannot be meant together: keys of different sections that rule one another out, or leave one without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowrank.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Keys that do not go together.
+
+    Attributes:
+        keys: "section.key" each; the first is the one that the message stands at.
+        why: The reason, as what follows the key in a sentence.
+    """
+
+    keys: tuple[str, ...]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.keys[0]}: {self.why}"
+
+
+class ContradictionsError(ValueError):
+    """All of a config's contradictions.
+
+    Attributes:
+        found: One or more.
+    """
+
+    def __init__(self, found: list[Contradiction]) -> None:
+        self.found = found
+        super().__init__("; ".join(map(str, found)))
+
+
+def contradictions(config: RunConfig) -> Iterator[Contradiction]:
+    """Whatever in the sections does not go together."""
+    method, training, data = config.adapter.method, config.training, config.data
+    if config.quantization is not None and method in ("full", "bias"):
+        yield Contradiction(
+            ("adapter.method", "quantization"),
+            f"{method} trains the base's own weights, and quantization holds them in few bits; take lora, dora or "
+            "adalora, or leave the section quantization out",
+        )
+    starts_from = getattr(config.adapter, "init_lora_weights", None)
+    if starts_from == "loftq" and not (config.quantization and config.quantization.load_in_4bit):
+        yield Contradiction(
+            ("adapter.init_lora_weights", "quantization"),
+            "loftq begins with the error of a 4-bit base; set quantization.load_in_4bit: true",
+        )
+    if data.eval is None and training.predict_with_generate:
+        yield Contradiction(
+            ("training.predict_with_generate", "data.eval"), "there is nothing to answer: data.eval is not set"
+        )
+    if data.eval is None and training.eval_steps is not None:
+        yield Contradiction(("training.eval_steps", "data.eval"), "there is nothing to evaluate: data.eval is not set")
+    if data.packing and training.tokens_per_batch is not None and training.tokens_per_batch < data.max_length:
+        yield Contradiction(
+            ("training.tokens_per_batch", "data.max_length", "data.packing"),
+            f"a pack of {training.tokens_per_batch} tokens may not hold an example of up to data.max_length "
+            f"({data.max_length}); raise the one or lower the other",
+        )
+    for idle in without_effect(config):
+        section, name = idle.keys[0].split(".")
+        part = getattr(config, section)
+        if getattr(part, name) != type(part).model_fields[name].default:
+            yield idle
+
+
+def without_effect(config: RunConfig) -> Iterator[Contradiction]:
+    """The keys that change nothing in this run, each with what makes it so."""
+    if config.data.packing:
+        yield Contradiction(
+            ("training.per_device_train_batch_size", "data.packing"),
+            "sizes padded batches, and data.packing is true; training.tokens_per_batch sizes packs",
+        )
+    else:
+        yield Contradiction(
+            ("training.tokens_per_batch", "data.packing"),
+            "sizes packs, and data.packing is false; training.per_device_train_batch_size sizes padded batches",
+        )
+    if config.data.eval is None:
+        yield Contradiction(("data.max_eval_rows", "data.eval"), "there are no rows to limit: data.eval is not set")
+    if config.adapter.method == "adalora":
+        yield Contradiction(("adapter.total_step", "adapter.method"), "a run counts its own steps; leave it out")
+    if config.quantization is not None and config.quantization.load_in_8bit:
+        for name in type(config.quantization).model_fields:
+            if name.startswith("bnb_4bit"):
+                keys = (f"quantization.{name}", "quantization.load_in_8bit")
+                yield Contradiction(keys, "is about 4 bits, and load_in_8bit is true")

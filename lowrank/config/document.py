@@ -1,0 +1,194 @@
+"""A YAML file as plain values that know where they stand and how they were written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowrank.config.yamlcore import TAG, CoreLoader
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands: ("training", "learning_rate"), ("adapter", "target_modules", 0)."""
+
+
+def dotted(path: KeyPath) -> str:
+    """The path as a person writes it: training.learning_rate, adapter.target_modules[0]."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake.
+
+    Attributes:
+        where: "run.yaml:7" or "--set training.seed".
+        key: "training.learning_rate", empty for the file as a whole.
+        what: What is wrong with it, and what is allowed.
+    """
+
+    where: str
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        named = not self.key or self.where == f"--set {self.key}"
+        return f"{self.where}: {self.what}" if named else f"{self.where}: {self.key}: {self.what}"
+
+
+@dataclass
+class Document:
+    """A config as it was written.
+
+    Attributes:
+        name: The file.
+        values: Plain dicts, lists and scalars.
+        places: Where each value stands, by its path.
+        written: What stands there, for scalars.
+        problems: What is wrong with the YAML itself.
+    """
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    written: dict[KeyPath, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> str:
+        """Where `path`, or the nearest key above it, stands."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, self.name)
+
+    def value(self, path: KeyPath) -> Any:
+        """What was given at `path`, None if nothing was."""
+        value: Any = self.values
+        for key in path:
+            if isinstance(value, dict):
+                value = value.get(key)
+            else:
+                value = value[key] if isinstance(value, list) and isinstance(key, int) else None
+        return value
+
+    def shown(self, path: KeyPath) -> str:
+        """The value at `path` as the user wrote it, texts in quotes, cut to a length that fits into a line."""
+        value = self.value(path)
+        text = repr(value) if isinstance(value, str) or path not in self.written else self.written[path]
+        return text if len(text) <= 60 else f"{text[:57]}..."
+
+    def forget(self, path: KeyPath) -> None:
+        """Removes what is known of `path` and all below it."""
+        for table in (self.places, self.written):
+            for known in [known for known in table if known[: len(path)] == path]:
+                del table[known]
+
+
+def read_document(path: Path) -> Document:
+    """Reads a YAML file; what is wrong with it is in `problems`."""
+    document = Document(str(path))
+    try:
+        root = CoreLoader(path.read_text(encoding="utf-8-sig")).get_single_node()
+    except FileNotFoundError:
+        document.problems.append(Problem(str(path), "", f"there is no such file; `lowrank init {path}` writes one"))
+    except OSError as error:
+        document.problems.append(Problem(str(path), "", f"cannot be read: {error.strerror}"))
+    except UnicodeDecodeError:
+        document.problems.append(Problem(str(path), "", "is not UTF-8 text"))
+    except yaml.YAMLError as error:
+        document.problems.append(_invalid(str(path), error))
+    else:
+        if isinstance(root, yaml.MappingNode):
+            document.values = _Values(document, None).of(root, ())
+        else:
+            document.problems.append(Problem(str(path), "", "holds no sections; a config begins with `model:`"))
+    return document
+
+
+def override(document: Document, assignment: str) -> None:
+    """Applies one `section.key=value`; the value is read as YAML."""
+    name, equals, text = assignment.partition("=")
+    where = f"--set {name}"
+    keys = tuple(name.split("."))
+    if not equals or not all(keys):
+        what = "write section.key=value, such as training.learning_rate=1e-4"
+        document.problems.append(Problem(f"--set {assignment}", "", what))
+        return
+    try:
+        node = CoreLoader(text).get_single_node()
+    except yaml.YAMLError as error:
+        document.problems.append(_invalid(where, error))
+        return
+    section = document.values
+    for depth in range(1, len(keys)):
+        key = keys[depth - 1]
+        if section.get(key) is None:
+            section[key] = {}
+            document.forget(keys[:depth])
+            document.places[keys[:depth]] = where
+        if not isinstance(section[key], dict):
+            document.problems.append(Problem(where, ".".join(keys[:depth]), "is no section"))
+            return
+        section = section[key]
+    document.forget(keys)
+    document.places[keys] = where
+    section[keys[-1]] = None if node is None else _Values(document, where).of(node, keys)
+
+
+def _invalid(where: str, error: yaml.YAMLError) -> Problem:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    what = getattr(error, "problem", None) or getattr(error, "context", None) or str(error).splitlines()[0]
+    line = f":{mark.line + 1}" if mark is not None and not where.startswith("--set") else ""
+    return Problem(f"{where}{line}", "", f"not valid YAML: {what}")
+
+
+@dataclass
+class _Values:
+    """From nodes to values; places, texts and problems go to the document.
+
+    Attributes:
+        document: What is filled.
+        where: Where all of it stands; None: each at its line.
+    """
+
+    document: Document
+    where: str | None
+
+    def of(self, node: yaml.Node, path: KeyPath) -> Any:
+        """The node's value."""
+        kind = node.tag.removeprefix(TAG)
+        if isinstance(node, yaml.CollectionNode) and kind not in ("map", "seq"):
+            self._problem(node, path, f"the tag {kind} is not supported")
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self.document.places[(*path, index)] = self._place(item)
+            return [self.of(item, (*path, index)) for index, item in enumerate(node.value)]
+        self.document.written[path] = node.value
+        try:
+            return CoreLoader("").construct_object(node)
+        except (yaml.MarkedYAMLError, ValueError):
+            self._problem(node, path, f"{node.value!r} cannot be read as {kind}")
+            return None
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problem(key_node, path, "a key is a word, not a list or a mapping")
+                continue
+            inner = (*path, key_node.value)
+            if key_node.value in values:
+                self._problem(key_node, inner, f"stands at {self.document.places[inner]} already")
+                self.document.forget(inner)
+            self.document.places[inner] = self._place(key_node)
+            values[key_node.value] = self.of(value_node, inner)
+        return values
+
+    def _place(self, node: yaml.Node) -> str:
+        return self.where or f"{self.document.name}:{node.start_mark.line + 1}"
+
+    def _problem(self, node: yaml.Node, path: KeyPath, what: str) -> None:
+        self.document.problems.append(Problem(self._place(node), dotted(path), what))

@@ -1,0 +1,253 @@
+"""The five sections of a run's config: every field with its type, default and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lowrank.adapters.config import AdaLoraConfig, LoraConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """The base model."""
+
+    name_or_path: str
+    """A folder with a saved model (relative to the current folder), or a name on the hub."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the base's weights are held in; auto takes the checkpoint's."""
+
+    attention: Literal["auto", "eager", "sdpa", "segments", "flash", "flex", "paged"] = "auto"
+    """Attention backend: auto takes the fastest that is exact for this model and machine."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default the accelerator if there is one."""
+
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+
+
+class QuantizationSection(_Section):
+    """bitsandbytes: the base is held in 4 or 8 bits, and the adapter is trained over it (QLoRA)."""
+
+    load_in_4bit: bool = False
+    """Four bits a weight."""
+
+    load_in_8bit: bool = False
+    """Eight bits a weight."""
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The sixteen values that a 4-bit weight can have."""
+
+    bnb_4bit_use_double_quant: bool = False
+    """Quantise the scales as well: 0.4 bits a weight less."""
+
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What products are computed in."""
+
+    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
+    """What packed weights are stored as; sharding needs the model's own dtype."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.load_in_4bit == self.load_in_8bit:
+            given = str(self.load_in_4bit).lower()
+            raise ValueError(
+                f"load_in_4bit is {given}, and so is load_in_8bit; set one to true, or leave the section out"
+            )
+        return self
+
+
+class LoraSection(LoraConfig):
+    """LoRA."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    method: Literal["lora"] = "lora"
+    """LoRA: low-rank factors beside frozen weights; the default."""
+
+
+class DoraSection(LoraConfig):
+    """DoRA."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    method: Literal["dora"]
+    """DoRA: the direction of each weight by low-rank factors, its magnitude by a vector."""
+
+    use_dora: Literal[True] = True
+    """Always true here; `method: dora` says it."""
+
+
+class AdaLoraSection(AdaLoraConfig):
+    """AdaLoRA."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    method: Literal["adalora"]
+    """AdaLoRA: low-rank factors whose ranks shrink to a budget where they matter least."""
+
+
+class FullSection(_Section):
+    """Every weight of the model trains; no adapter."""
+
+    method: Literal["full"]
+    """Every weight of the model."""
+
+
+class BiasSection(_Section):
+    """Only the biases train (BitFit); no adapter."""
+
+    method: Literal["bias"]
+    """The biases alone (BitFit)."""
+
+
+AdapterSection = Annotated[
+    LoraSection | DoraSection | AdaLoraSection | FullSection | BiasSection, Field(discriminator="method")
+]
+
+
+Format = Literal["messages", "sharegpt", "preference", "prompt_completion", "alpaca", "text"]
+
+
+class SourceSection(_Section):
+    """One of several sources."""
+
+    path: str
+    """A file, a folder, or a name on the hub."""
+
+    format: Format | None = None
+    """What its rows hold; found by looking at them where it is not named."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of an epoch's examples, relative to the other sources' weights; by default it is taken as it is."""
+
+    split: str = "train"
+    """Which split of a data set that has several."""
+
+    subset: str | None = None
+    """Which configuration of a data set on the hub."""
+
+
+class DataSection(_Section):
+    """What is trained on."""
+
+    train: str | list[str | SourceSection]
+    """The training data: a file or a folder (relative to the current folder), or a name on the hub. A list
+    mixes several, all with a weight or none."""
+
+    eval: str | Annotated[float, Field(gt=0, lt=1)] | list[str | SourceSection] | None = None
+    """The evaluation data, in the same forms; or a share of the training rows to set aside, such as 0.05."""
+
+    chat_template: str | None = None
+    """chatml, llama3, gemma, phi, mistral or plain; or a .jinja file. By default the tokenizer's own."""
+
+    format: Format | None = None
+    """What a row holds; found by looking at the rows where it is not named."""
+
+    max_length: int = Field(default=1024, ge=2)
+    """The most tokens in an example."""
+
+    too_long: Literal["error", "drop", "truncate", "split"] = "error"
+    """What is done with a longer one; split cuts plain text into several examples."""
+
+    packing: bool = True
+    """Several examples in one row, without padding and without seeing one another."""
+
+    train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
+    """Which tokens carry loss."""
+
+    max_train_rows: int | None = Field(default=None, ge=1)
+    """Read only so many rows of the training data."""
+
+    max_eval_rows: int | None = Field(default=None, ge=1)
+    """Read only so many rows of the evaluation data."""
+
+
+class TrainingSection(_Section):
+    """How it is trained."""
+
+    output_dir: str
+    """The run's folder (relative to the current folder); it must not hold a run already."""
+
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data."""
+
+    max_steps: int = -1
+    """Optimiser steps; a positive number stands before num_train_epochs."""
+
+    tokens_per_batch: int | None = Field(default=None, ge=2)
+    """Tokens in one pack (data.packing: true); data.max_length by default."""
+
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Rows in a padded batch (data.packing: false)."""
+
+    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    """Rows in a batch of the evaluation, prompts that are answered at a time."""
+
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Batches in an optimiser step. The loss is normalised over all of them at once."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """The highest learning rate."""
+
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes down after the warm-up."""
+
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """The same in steps; a positive number stands before warmup_ratio."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's, on matrices."""
+
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first moment."""
+
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """AdamW's second moment."""
+
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's denominator."""
+
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 leaves them."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+
+    seed: int = 42
+    """Of the adapter's start, the order of the data, and dropout."""
+
+    logging_steps: int = Field(default=1, ge=1)
+    """Lines of progress, where the output is no terminal, come every so many steps."""
+
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate the loss every so many steps; before and after training it is done anyway."""
+
+    predict_with_generate: bool = False
+    """Also generate an answer to every evaluation row and compare it with the row's own."""
+
+    generation_max_new_tokens: int = Field(default=128, ge=1)
+    """Longest generated answer."""
+
+    exact_match: Literal["text", "json"] = "text"
+    """How answers are compared: as text, or as JSON values."""
+
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"max_steps is {self.max_steps}; write a number of steps from 1 on, or -1 for num_train_epochs"
+            )
+        return self

@@ -1,0 +1,72 @@
+"""One evaluation of a model as a config asks for it: the loss, and the answers where they are wanted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.config import RunConfig
+from lowrank.data import Examples, answer_of, prompt_of
+from lowrank.errors import InputError
+from lowrank.recipes.prepare import batch_plan
+from lowrank.training.answers import MATCHES, answer_all
+from lowrank.training.evaluate import Evaluation, Sample, mean_loss
+from lowrank.training.loss import Loss
+from lowrank.training.progress import Task
+
+
+def assess(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    config: RunConfig,
+    loss: Loss,
+    task: Task,
+    *,
+    generate: bool,
+) -> Evaluation:
+    """Loss per supervised token, and with `generate` the answer to every row.
+
+    Raises:
+        InputError: answers are to be compared as JSON, and a row's own answer is not JSON.
+    """
+    plan = batch_plan(config, examples, tokenizer, shuffle=False)
+    with task("evaluating", len(plan.epoch(0))) as advance:
+        value, supervised = mean_loss(model, plan.batches(0), loss, advance)
+    if not generate:
+        return Evaluation(value, supervised)
+    expected = expected_answers(examples, config)
+    prompts = [prompt_of(examples.row(i), tokenizer, config.data.format) for i in range(len(examples))]
+    with task("answering", len(prompts)) as advance:
+        answers = answer_all(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=config.training.generation_max_new_tokens,
+            batch_size=config.training.per_device_eval_batch_size,
+            on_batch=advance,
+        )
+    same = MATCHES[config.training.exact_match]
+    samples = tuple(
+        Sample(str(tokenizer.decode(prompt)), right, answer, same(answer, right))
+        for prompt, right, answer in zip(prompts, expected, answers, strict=True)
+    )
+    return Evaluation(value, supervised, sum(sample.correct for sample in samples) / len(samples), samples)
+
+
+def expected_answers(examples: Examples, config: RunConfig) -> list[str]:
+    """Each row's own answer."""
+    answers = [answer_of(examples.row(i), config.data.format) for i in range(len(examples))]
+    if config.training.exact_match == "json":
+        for i, answer in enumerate(answers):
+            try:
+                json.loads(answer)
+            except ValueError:
+                raise InputError(
+                    f"the answer of example {i + 1} is not JSON: {answer[:60]!r}",
+                    where=str(config.data.eval),
+                    fix="Set training.exact_match: text, or mend the row.",
+                ) from None
+    return answers

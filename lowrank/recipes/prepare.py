@@ -1,0 +1,137 @@
+"""The first half of a run, which training and evaluation share: model, adapter, data, as the config says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank.adapters import AdaLoraConfig, LoraConfig, wrap
+from lowrank.attention import AttentionChoice, check_packing, set_attention
+from lowrank.config import RunConfig
+from lowrank.config.sections import BiasSection, FullSection, QuantizationSection, SourceSection
+from lowrank.data import BatchPlan, Examples, check_supervision, load_train_eval, plan_batches, use_template
+from lowrank.errors import InputError
+from lowrank.models import load_model, load_tokenizer
+
+EVA_BATCHES = 8
+
+
+def base_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the chat template that the config gives it."""
+    section = config.model
+    tokenizer = load_tokenizer(
+        section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
+    if config.data.chat_template is not None:
+        use_template(tokenizer, config.data.chat_template)
+    return tokenizer
+
+
+def base_model(config: RunConfig) -> PreTrainedModel:
+    """The base, quantised if the config says so."""
+    section = config.model
+    return load_model(
+        section.name_or_path,
+        dtype=section.dtype,
+        quantization=quantization_options(config.quantization),
+        device=section.device,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def quantization_options(section: QuantizationSection | None) -> Mapping[str, Any] | None:
+    """bitsandbytes' own options."""
+    if section is None:
+        return None
+    options = section.model_dump()
+    return {"load_in_8bit": True} if section.load_in_8bit else options
+
+
+def read_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
+    """The examples to train on and those held out (None where the config names none), their supervision proved."""
+    section = config.data
+    train, held_out = load_train_eval(
+        _sources(section.train),
+        section.eval if isinstance(section.eval, float) else _sources(section.eval),
+        tokenizer,
+        train_on=section.train_on,
+        max_length=section.max_length,
+        too_long=section.too_long,
+        format=section.format,
+        max_train_rows=section.max_train_rows,
+        max_eval_rows=section.max_eval_rows,
+    )
+    for examples in (train, held_out):
+        if examples is not None:
+            check_supervision(examples, tokenizer)
+    return train, held_out
+
+
+def _sources(given: Any) -> Any:
+    """The section's sources as the data room takes them."""
+    if isinstance(given, list):
+        return [source.model_dump() if isinstance(source, SourceSection) else source for source in given]
+    return given
+
+
+def batch_plan(config: RunConfig, examples: Examples, tokenizer: Any, *, shuffle: bool) -> BatchPlan:
+    """The order of the batches."""
+    training = config.training
+    return plan_batches(
+        examples,
+        packing=config.data.packing,
+        batch_size=training.per_device_train_batch_size if shuffle else training.per_device_eval_batch_size,
+        max_tokens=(training.tokens_per_batch or config.data.max_length) if config.data.packing else None,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=training.seed,
+        shuffle=shuffle,
+    )
+
+
+def put_in(model: PreTrainedModel, config: RunConfig, plan: BatchPlan) -> None:
+    """Puts the adapter in, or makes the model's own parameters trainable."""
+    adapter = config.adapter
+    if isinstance(adapter, FullSection):
+        # bf16 has too few digits for small updates: weights train in float32, products are in the dtype asked for.
+        model.float().requires_grad_(True)
+    elif isinstance(adapter, BiasSection):
+        model.float().requires_grad_(False)
+        biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+        if not biases:
+            raise InputError(f"{type(model).__name__} has no biases to train", where="adapter.method")
+        for bias in biases:
+            bias.requires_grad_(True)
+    else:
+        wrap(model, adapter_config(adapter), batches=_eva_batches(adapter, plan), originals=_originals(config))
+
+
+def swap_attention(model: PreTrainedModel, config: RunConfig) -> AttentionChoice:
+    """The attention backend; where packs will be trained on, the proof that their segments do not see one another."""
+    choice = set_attention(model, config.model.attention, packing=config.data.packing)
+    if config.data.packing:
+        check_packing(model)
+    return choice
+
+
+def adapter_config(section: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraConfig:
+    """The section without `method`: what the adapter layer and peft's files know."""
+    kind = AdaLoraConfig if isinstance(section, AdaLoraConfig) else LoraConfig
+    return kind.model_validate(section.model_dump(exclude={"method"}))
+
+
+def _eva_batches(section: LoraConfig | AdaLoraConfig, plan: BatchPlan) -> list[dict[str, torch.Tensor]] | None:
+    if section.init_lora_weights != "eva":
+        return None
+    indices = plan.epoch(0)[:EVA_BATCHES]
+    return [{"input_ids": batch.input_ids, "position_ids": batch.position_ids} for batch in map(plan.batch, indices)]
+
+
+def _originals(config: RunConfig) -> Callable[[str], torch.Tensor] | None:
+    if getattr(config.adapter, "init_lora_weights", None) != "loftq":
+        return None
+    dense = load_model(config.model.name_or_path, revision=config.model.revision, device="cpu").state_dict()
+    return dense.__getitem__

@@ -1,0 +1,101 @@
+"""What a run prints: its plan before any work, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from lowrank.adapters import describe
+from lowrank.attention import AttentionChoice
+from lowrank.config import RunConfig
+from lowrank.data import BatchPlan
+from lowrank.training.evaluate import Evaluation
+from lowrank.training.loss import Loss
+from lowrank.training.report import comparison
+from lowrank.training.steps import Length
+
+SAMPLES = 3
+FILE_WIDTH = 120
+
+
+def open_console() -> Console:
+    """As wide as the terminal; in a log nothing is cut at 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
+
+
+def plan_of(
+    config: RunConfig, model: Any, attention: AttentionChoice, loss: Loss, plan: BatchPlan, length: Length
+) -> dict[str, str]:
+    """What the run will do, line by line."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = total - sum(info.parameters for info in describe(model).values())
+    report = plan.examples.report
+    section = config.quantization
+    held = "" if section is None else f", base in {'4' if section.load_in_4bit else '8'} bits"
+    batch = (
+        f"packs of up to {plan.max_tokens} tokens, {plan.fill():.1%} full"
+        if plan.packing
+        else (f"{plan.batch_size} rows a batch, padding {1 - plan.fill():.1%}")
+    )
+    training = config.training
+    return {
+        "model": f"{config.model.name_or_path} ({type(model).__name__}, {base / 1e6:,.1f} M parameters)",
+        "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
+        "attention": f"{attention.backend}: {attention.why}",
+        "loss": loss.why,
+        "adapter": _adapter(config, model),
+        "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
+        "data": f"{report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised",
+        "batches": f"{batch}; {training.gradient_accumulation_steps} in a step",
+        "steps": f"{length.steps:,} ({length.per_epoch:,} an epoch), learning rate {training.learning_rate:g}, "
+        f"{training.lr_scheduler_type}",
+        "output": training.output_dir,
+    }
+
+
+def _adapter(config: RunConfig, model: Any) -> str:
+    info = describe(model).get("default")
+    if info is None:
+        return config.adapter.method
+    matched = ", ".join(f"{pattern} {count}" for pattern, count in info.matched.items())
+    return f"{config.adapter.method}, r = {info.config.r}, on {len(info.modules)} modules ({matched})"
+
+
+def show_plan(console: Console, plan: Mapping[str, str]) -> None:
+    """Prints it."""
+    table = Table.grid(padding=(0, 2))
+    for name, text in plan.items():
+        table.add_row(name, text)
+    console.print(Panel(table, title="this run", title_align="left"), highlight=False)
+
+
+def show_outcome(console: Console, before: Evaluation | None, after: Evaluation | None) -> None:
+    """Before and after side by side, then a few answers of each."""
+    table = Table("", "before", "after", title="evaluation", title_justify="left")
+    for row in comparison(before, after):
+        table.add_row(*row)
+    if table.row_count:
+        console.print(table, highlight=False)
+    first, second = (evaluation.samples if evaluation else () for evaluation in (before, after))
+    for i in range(min(SAMPLES, max(len(first), len(second)))):
+        console.print(_answers(first[i : i + 1], second[i : i + 1]), highlight=False)
+
+
+def _answers(before: Any, after: Any) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    shown = (*before, *after)[0]
+    table.add_row("asked", shown.prompt.strip()[-300:], style="dim")
+    table.add_row("expected", shown.expected)
+    for name, samples in (("before", before), ("after", after)):
+        for sample in samples:
+            table.add_row(name, sample.answer.strip() or "(nothing)", style="green" if sample.correct else "red")
+    table.add_row("")
+    return table

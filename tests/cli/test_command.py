@@ -1,0 +1,190 @@
+"""The command line: exit codes, messages, help, and what each verb hands to its recipe."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from lowrank.cli import main
+from lowrank.errors import InputError, JobError
+
+VERBS = ["init", "train", "eval", "chat", "merge"]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exited:
+        main(list(arguments))
+    return int(exited.value.code or 0)
+
+
+@pytest.fixture
+def failing(monkeypatch, tmp_path):
+    """Makes `lowrank init` end in an error."""
+    monkeypatch.chdir(tmp_path)
+
+    def failing(error: BaseException) -> None:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("lowrank.recipes.init.write_config", fail)
+
+    return failing
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Puts something in the place of a recipe, and gives back what it was called with."""
+
+    def called(recipe: str) -> list[tuple[tuple, dict]]:
+        calls: list[tuple[tuple, dict]] = []
+        monkeypatch.setattr(f"lowrank.recipes.{recipe}", lambda *given, **named: calls.append((given, named)))
+        return calls
+
+    return called
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: t}\ntraining: {output_dir: o}\n", encoding="utf-8")
+    return path
+
+
+def test_help_names_every_verb(capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert all(f" {verb} " in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb, capsys):
+    assert run(verb, "--help") == 0
+    assert f"Example: lowrank {verb}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_answers_at_once():
+    """Under half a second of work, and nothing heavy loaded on the way."""
+    code = (
+        "import sys; from lowrank.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'yaml'}.intersection(sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trian"],
+        ["train"],
+        ["train", "a.yaml", "--nope"],
+        ["init", "--template", "x"],
+        ["chat", "m", "--max-new-tokens", "0"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_call_exits_with_2(arguments, capsys):
+    assert run(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_mistakes_in_a_config_exit_with_2_a_line_each(config, capsys):
+    config.write_text("base_model: m\nlora_r: 4\ndata: {train: t}\ntraining: {output_dir: o}\n", encoding="utf-8")
+    for verb in ("train", "eval"):
+        assert run(verb, str(config), "--set", "training.seed=x") == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.splitlines() == [
+            f"error: {config}:1: base_model: is model.name_or_path here",
+            f"       {config}:2: lora_r: is adapter.r here",
+            "       --set training.seed: 'x' is not a whole number",
+        ]
+
+
+def test_a_missing_config(capsys):
+    assert run("train", "none.yaml") == 2
+    assert capsys.readouterr().err == "error: none.yaml: there is no such file; `lowrank init none.yaml` writes one\n"
+
+
+def test_a_wrong_input_exits_with_2(failing, capsys):
+    failing(InputError("the rows are empty", where="rows.jsonl", fix="Add some."))
+    assert run("init") == 2
+    assert capsys.readouterr().err == "error: rows.jsonl: the rows are empty\n       Add some.\n"
+
+
+def test_a_failed_job_exits_with_1(failing, capsys):
+    failing(JobError("the disk is full"))
+    assert run("init") == 1
+    assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+def test_an_unforeseen_error_exits_with_1_and_keeps_its_traceback(failing, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    failing(RuntimeError("no kernel image\nand a long explanation"))
+    assert run("init") == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: RuntimeError: no kernel image"
+    [kept] = tmp_path.glob("lowrank-*.txt")
+    assert second == f"       lowrank did not expect this; where it comes from is in {kept}"
+    assert "and a long explanation" in kept.read_text()
+    assert "in fail" in kept.read_text()
+
+
+@pytest.mark.parametrize("error", [InputError("x"), RuntimeError("x")])
+@pytest.mark.parametrize("arguments", [["--debug", "init"], ["init", "--debug"]], ids=" ".join)
+def test_debug_shows_where_an_error_comes_from(failing, error, arguments):
+    failing(error)
+    with pytest.raises(type(error)):
+        main(arguments)
+
+
+def test_an_interruption_exits_with_130(failing, capsys):
+    failing(KeyboardInterrupt())
+    assert run("init") == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_init(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("init") == 0
+    assert "method: lora" in (tmp_path / "run.yaml").read_text()
+    assert run("init", "mine.yaml", "--template", "dora") == 0
+    assert "method: dora" in (tmp_path / "mine.yaml").read_text()
+    assert run("init", "mine.yaml") == 2
+    assert "mine.yaml exists already" in capsys.readouterr().err
+
+
+def test_train_hands_on_the_config_with_its_overrides(called, config):
+    calls = called("train.train")
+    assert run("train", str(config), "--set", "training.seed=7", "--set", "adapter.r=3") == 0
+    [((given,), _)] = calls
+    assert (given.training.seed, given.adapter.r, given.model.name_or_path) == (7, 3, "m")
+
+
+def test_eval_hands_on_config_and_adapter(called, config, tmp_path):
+    calls = called("evaluate.evaluate")
+    assert run("eval", str(config), "--adapter", str(tmp_path), "--set", "data.eval=e") == 0
+    assert run("eval", str(config)) == 0
+    assert [(given[0].data.eval, given[1]) for given, _ in calls] == [("e", tmp_path), (None, None)]
+
+
+def test_chat_hands_on_the_question(called):
+    calls = called("chat.chat")
+    assert run("chat", "some/model", "--prompt", "Hello?", "--max-new-tokens", "5") == 0
+    [(given, named)] = calls
+    assert given == ("some/model",)
+    assert (named["prompt"], named["max_new_tokens"]) == ("Hello?", 5)
+
+
+def test_merge_hands_on_the_folders(called, tmp_path):
+    calls = called("merge.merge_adapter")
+    assert run("merge", "adapter", "out", "--base", "base") == 0
+    [(given, _)] = calls
+    assert [str(path) for path in given] == ["adapter", "out", "base"]

@@ -1,0 +1,192 @@
+"""The main job, end to end on a tiny model: what a run writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import lowrank
+from lowrank.cli import main
+from lowrank.errors import InputError
+from lowrank.recipes.check import check
+from lowrank.recipes.evaluate import evaluate
+from lowrank.recipes.merge import merge_adapter
+from lowrank.recipes.preview import preview
+
+WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "metrics.jsonl", "report.html"}
+
+
+def test_train_then_evaluate_then_merge(write_config, base, capsys):
+    path = write_config(training={"predict_with_generate": True, "exact_match": "json", "generation_max_new_tokens": 8})
+    result = lowrank.train(path)
+    out = capsys.readouterr().out
+    for word in ("LlamaForCausalLM", "segments", "all-linear 14", "supervised", "before", "after"):
+        assert word in out
+    assert {file.name for file in result.output_dir.iterdir()} == WRITTEN
+    lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, result.steps + 1))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert result.after.loss < result.before.loss
+    assert len(result.after.samples) == 6
+    page = (result.output_dir / "report.html").read_text()
+    assert page.count("<svg") >= 3
+    assert not re.search(r"(src|href|url)\W{1,3}https?:", page)  # nothing is fetched
+
+    again = evaluate(path, adapter=result.output_dir)
+    assert again.loss == pytest.approx(result.after.loss, rel=1e-6)
+    assert [s.answer for s in again.samples] == [s.answer for s in result.after.samples]
+
+    merge_adapter(result.output_dir, "merged", base)
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged")
+    adapted = lowrank.load(transformers.AutoModelForCausalLM.from_pretrained(base), result.output_dir)
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-5)
+    assert main_exit(["chat", "merged", "--prompt", "say 3", "--max-new-tokens", "4"]) == 0
+
+
+def main_exit(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    return int(exited.value.code or 0)
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora", "full"])
+def test_other_methods(write_config, base, method):
+    adapter = {"dora": {"method": "dora"}, "adalora": {"method": "adalora", "init_r": 4, "target_r": 2}}
+    path = write_config(adapter=adapter.get(method, {"method": "full"}))
+    text = path.read_text().replace("  r: 4\n", "") if method != "dora" else path.read_text()
+    if method == "full":
+        text = text.replace("  lora_alpha: 8\n", "")
+    path.write_text(text)
+    result = lowrank.train(path, ["training.learning_rate=1e-3", "training.tokens_per_batch=128"])
+    assert result.after.loss < result.before.loss
+    if method == "full":
+        tuned = transformers.AutoModelForCausalLM.from_pretrained(result.output_dir)
+        before = transformers.AutoModelForCausalLM.from_pretrained(base)
+        assert not torch.equal(tuned.lm_head.weight, before.lm_head.weight)
+
+
+def adapter_of(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_the_same_seed_gives_the_same_bytes(write_config):
+    path = write_config(adapter={"lora_dropout": 0.1})
+    first = lowrank.train(path, ["training.output_dir=a"]).output_dir / "adapter_model.safetensors"
+    second = lowrank.train(path, ["training.output_dir=b"]).output_dir / "adapter_model.safetensors"
+    other = lowrank.train(path, ["training.output_dir=c", "training.seed=7"]).output_dir / "adapter_model.safetensors"
+    assert first.read_bytes() == second.read_bytes()
+    assert first.read_bytes() != other.read_bytes()
+
+
+def test_how_a_step_is_cut_into_batches_does_not_matter(write_config):
+    """All 24 rows in one step: as one padded batch, as three accumulated ones, as packs."""
+    path = write_config(training={"num_train_epochs": 3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0})
+    one = ["data.packing=false", "training.per_device_train_batch_size=24", "training.output_dir=one"]
+    three = [
+        "data.packing=false",
+        "training.per_device_train_batch_size=8",
+        "training.gradient_accumulation_steps=3",
+        "training.output_dir=three",
+    ]
+    packs = ["training.gradient_accumulation_steps=99", "training.output_dir=packs"]
+    runs = [lowrank.train(path, overrides) for overrides in (one, three, packs)]
+    assert [run.steps for run in runs] == [3, 3, 3]
+    expected, *others = (adapter_of(run.output_dir) for run in runs)
+    for adapter in others:
+        for name, tensor in adapter.items():
+            torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(write_config):
+    path = write_config()
+    plain = adapter_of(lowrank.train(path, ["training.output_dir=a"]).output_dir)
+    cut = adapter_of(lowrank.train(path, ["training.output_dir=b", "training.gradient_checkpointing=true"]).output_dir)
+    for name, tensor in cut.items():
+        torch.testing.assert_close(tensor, plain[name], atol=1e-6, rtol=1e-5)
+
+
+def test_ctrl_c_once_stops_after_the_step_and_saves(write_config, capsys):
+    path = write_config(training={"num_train_epochs": 2000})
+    threading.Timer(4.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    result = lowrank.train(path)
+    assert result.interrupted
+    assert 0 < result.steps < 2000
+    assert {file.name for file in result.output_dir.iterdir()} >= WRITTEN
+    assert f"stopped after step {result.steps}" in capsys.readouterr().out
+
+
+class TestRefusals:
+    def test_a_folder_that_holds_a_run(self, write_config, tmp_path):
+        path = write_config()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.yaml").write_text("mine")
+        with pytest.raises(InputError, match="out holds something already"):
+            lowrank.train(path)
+        assert (tmp_path / "out" / "config.yaml").read_text() == "mine"
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("data.train=none.jsonl", "none.jsonl"),
+            ("model.name_or_path=./nowhere", "there is no model folder ./nowhere"),
+            ("adapter.target_modules=[q_porj]", "q_proj"),
+            ("model.attention=flash", "flash"),
+        ],
+    )
+    def test_what_is_not_there(self, write_config, tmp_path, override, message, capsys):
+        path = write_config()
+        assert main_exit(["train", str(path), "--set", override]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+        assert not (tmp_path / "out").exists()
+
+    def test_a_row_without_an_answer(self, write_config, tmp_path):
+        path = write_config()
+        rows = (tmp_path / "train.jsonl").read_text().splitlines()
+        rows[4] = json.dumps({"messages": [{"role": "user", "content": "hello?"}]})
+        (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
+        with pytest.raises(InputError, match=r"train.jsonl:5.*assistant"):
+            lowrank.train(path)
+        assert not (tmp_path / "out").exists()
+
+
+def test_check_does_everything_but_train(write_config, tmp_path, capsys):
+    path = write_config()
+    memory = check(path)
+    assert memory.total == memory.weights + memory.training + memory.activations + memory.logits
+    assert memory.activations > 0
+    assert "the run can start" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="matches no module"):
+        check(path, ["adapter.target_modules=[nope]"])
+
+
+def test_preview_in_the_terminal_and_as_a_page(write_config, tmp_path, capsys):
+    path = write_config()
+    preview(path, row=3)
+    assert '{"n": 2}' in capsys.readouterr().out.replace("\n", "")
+    preview(path, html="page.html")
+    assert "<html" in (tmp_path / "page.html").read_text()
+    with pytest.raises(InputError, match=r"page.html exists already"):
+        preview(path, html="page.html")
+    with pytest.raises(InputError, match="there is no row 99"):
+        preview(path, row=99)
+
+
+def test_evaluation_rows_set_aside_and_sources_mixed(write_config):
+    path = write_config(
+        data={"eval": 0.25, "train": [{"path": "train.jsonl", "weight": 3.0}, {"path": "eval.jsonl", "weight": 1.0}]}
+    )
+    result = lowrank.train(path, ["training.max_steps=1"])
+    assert result.after.supervised > 0
