@@ -15,14 +15,14 @@ REQUEST := Remind me at 6:40 am to feed the horses
 .PHONY: quickstart test test-slow clean
 
 quickstart: $(INSTALLED) $(MODEL)
-	@run=runs/quickstart; n=2; while [ -e $$run ]; do run=runs/quickstart-$$n; n=$$((n+1)); done; \
+	@run=runs/quickstart; n=2; while [ -e $$run ] || [ -e $$run-merged ]; do run=runs/quickstart-$$n; n=$$((n+1)); done; \
 	[ $$run = runs/quickstart ] || echo "quickstart: earlier runs are kept; this one goes to $$run"; \
 	set -e; \
 	$(VENV)/bin/lowrank train configs/quickstart.yaml --set training.output_dir=$$run; \
-	echo "quickstart: merging the adapter into $$run/merged"; \
-	$(VENV)/bin/lowrank merge $$run $$run/merged; \
-	echo "quickstart: asking $$run/merged with plain transformers: $(REQUEST)"; \
-	$(PY) examples/ask.py $$run/merged "$(REQUEST)" --system-of examples/data/toolcalls_eval.jsonl
+	echo "quickstart: merging the adapter into $$run-merged"; \
+	$(VENV)/bin/lowrank merge $$run $$run-merged; \
+	echo "quickstart: asking $$run-merged with plain transformers: $(REQUEST)"; \
+	$(PY) examples/ask.py $$run-merged "$(REQUEST)" --system-of examples/data/toolcalls_eval.jsonl
 
 test: $(INSTALLED) $(MODEL)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyrefly check
