@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowrank.weights import MergeReport, merge_checkpoint
-from lowrank.weights.merge import Onto
+from lowrank.weights.decoding import Onto
 from lowrank.weights.rounding import Rounding
 
 

@@ -9,7 +9,7 @@ from lowrank.weights.export import ExportReport as ExportReport
 from lowrank.weights.export import export as export
 from lowrank.weights.extract import ExtractReport as ExtractReport
 from lowrank.weights.extract import extract as extract
-from lowrank.weights.merge import MergeReport as MergeReport
 from lowrank.weights.merge import merge_checkpoint as merge_checkpoint
+from lowrank.weights.mergereport import MergeReport as MergeReport
 from lowrank.weights.saving import load as load
 from lowrank.weights.saving import save as save

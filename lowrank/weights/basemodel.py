@@ -106,12 +106,13 @@ def _check_depth(config: object, tensors: int, folder: Path) -> None:
 
 def _skeleton(folder: Path, config: PretrainedConfig, task_type: str | None, trust: bool) -> PreTrainedModel:
     named = (config.architectures or [None])[0]
-    cls = getattr(transformers, named, None) if named else None
+    cls = getattr(transformers, named, None) if isinstance(named, str) else None
+    known = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
     try:
         with torch.device("meta"):
             if task_type in _AUTO and not (named and _same_head(named, task_type)):
                 model = _AUTO[task_type].from_config(config, trust_remote_code=trust)
-            elif cls is not None:
+            elif known:
                 model = cls(config)
             else:
                 model = _AUTO["CAUSAL_LM"].from_config(config, trust_remote_code=trust)

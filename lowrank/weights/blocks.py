@@ -56,22 +56,40 @@ def blocks_of(planned: Planned, to: Entry) -> Iterator[Block]:
 def merge_block(block: Block, files: Mapping[Path, int], out: Path, rounding: Rounding) -> Loss | None:
     """Writes the block; returns what rounding lost where that is measured.
 
+    A block that is a whole large tensor is read and written in parts: only its float32 sum is held whole.
+
     Raises:
         InputError: The base holds NaN or infinity there, or the result does not fit the dtype.
     """
     planned = block.planned
-    raw = _read_rows(block, files)
-    exact = _BUFFERS.take("exact", raw.numel(), _sum_dtype(planned)).view(raw.shape).copy_(raw)
+    shape = (block.last - block.first, *planned.shape[1:])
+    exact = _BUFFERS.take("exact", torch.Size(shape).numel(), _sum_dtype(planned)).view(shape)
+    parts = _parts(block)
+    raw = torch.empty(0)
+    for first, last in parts:
+        raw = _read_rows(planned, first, last, files)
+        exact[first - block.first : last - block.first].copy_(raw)
     for piece, update in planned.changes:
         first, last = max(block.first, piece.at), min(block.last, piece.at + piece.rows)
         if first < last:
             update.apply(exact[first - block.first : last - block.first], piece.first + first - piece.at)
-    written = _BUFFERS.take("written", raw.numel(), TORCH_DTYPES[planned.dtype]).view(raw.shape)
-    _check_range(exact, planned)
-    round_into(written, exact, rounding, seed=zlib.crc32(planned.name.encode()) + block.first)
-    loss = _measure(raw, exact, written, block.stands_for) if block.stands_for else None
-    write_bytes(files[out], block.to.start + block.first * (block.to.size // row_count(planned.shape)), written)
-    return loss
+    loss = Loss()
+    for first, last in parts:
+        values = exact[first - block.first : last - block.first]
+        _check_range(values, planned)
+        written = _BUFFERS.take("written", values.numel(), TORCH_DTYPES[planned.dtype]).view(values.shape)
+        round_into(written, values, rounding, seed=zlib.crc32(planned.name.encode()) + first)
+        if block.stands_for:
+            before = raw if len(parts) == 1 else _read_rows(planned, first, last, files)
+            loss.add(_measure(before, values, written, block.stands_for))
+        write_bytes(files[out], block.to.start + first * (block.to.size // row_count(planned.shape)), written)
+    return loss if block.stands_for else None
+
+
+def _parts(block: Block) -> list[tuple[int, int]]:
+    width = max(1, torch.Size(block.planned.shape).numel() // max(1, row_count(block.planned.shape)))
+    step = max(1, BLOCK // width)
+    return [(first, min(first + step, block.last)) for first in range(block.first, block.last, step)]
 
 
 def copy_bytes(source: int, start: int, out: int, to: int, size: int) -> None:
@@ -103,18 +121,18 @@ def _measure(raw: Tensor, exact: Tensor, written: Tensor, stands_for: float) -> 
     return Loss(stands_for * effect**2, stands_for * error**2)
 
 
-def _read_rows(block: Block, files: Mapping[Path, int]) -> Tensor:
+def _read_rows(planned: Planned, first: int, last: int, files: Mapping[Path, int]) -> Tensor:
     """The base's rows in its dtype; zeros where the base has none (a new head, new tokens)."""
-    planned, entry, rows = block.planned, block.planned.source, block.last - block.first
+    entry, rows = planned.source, last - first
     shape = (rows, *planned.shape[1:])
     if planned.decoder is not None:
-        return planned.decoder.rows(block.first, block.last)
+        return planned.decoder.rows(first, last)
     if entry is None:
         return torch.zeros(shape)
-    there = max(0, min(block.last, row_count(entry.shape)) - block.first)
+    there = max(0, min(last, row_count(entry.shape)) - first)
     row = entry.size // max(1, row_count(entry.shape))
     buffer = _BUFFERS.take("raw", there * row, torch.uint8)
-    data = read_bytes(files[planned.path], entry.start + block.first * row, buffer)
+    data = read_bytes(files[planned.path], entry.start + first * row, buffer)
     values = data.view(entry.torch_dtype).view(there, *shape[1:])
     return values if there == rows else torch.cat([values, values.new_zeros(rows - there, *shape[1:])])
 

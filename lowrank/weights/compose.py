@@ -88,34 +88,24 @@ def compose(
         refuse_inside(Path(out), file.path)
     notes = _check_bases(files)
     read = [read_factors(file) for file in files]
-    paths = list(dict.fromkeys(path for factors in read for path in factors))
-    limit = rank or max(f.product.rank for factors in read for f in factors.values())
+    limit = rank if rank is not None or energy is not None else max(f.product.rank for r in read for f in r.values())
     composed: dict[str, Factors] = {}
     errors: dict[str, tuple[float, float]] = {}
-    for path in paths:
+    for path in dict.fromkeys(path for factors in read for path in factors):
         present = [(factors[path], weight) for factors, weight in zip(read, chosen, strict=True) if path in factors]
         _check_shapes(path, [factors for factors, _ in present])
         exact = total([factors.product.times(weight) for factors, weight in present])
         if method == "cat":
             product = exact
         elif method == "svd":
-            product = truncated(exact, None if energy is not None and rank is None else limit, energy)
+            product = truncated(exact, limit, energy)
         else:
             generator = torch.Generator().manual_seed(seed + zlib.crc32(path.encode()))
             product = _on_factors(method, present, density or 1.0, majority_sign, generator)
         composed[path] = present[0][0].with_product(product)
         errors[path] = (distance(product, exact), norm(exact))
     _write(Path(out), files, composed)
-    whole = math.sqrt(sum(error**2 for error, _ in errors.values()))
-    size = math.sqrt(sum(size**2 for _, size in errors.values()))
-    return ComposeReport(
-        out=Path(out),
-        method=method,
-        ranks={path: factors.product.rank for path, factors in composed.items()},
-        errors={path: error / size if size else 0.0 for path, (error, size) in errors.items()},
-        error=whole / size if size else 0.0,
-        notes=notes,
-    )
+    return _report(Path(out), method, composed, errors, notes)
 
 
 def resize(
@@ -135,6 +125,21 @@ def resize(
     if rank is None and energy is None:
         raise InputError("Neither a rank nor an energy is given.")
     return compose([adapter], out=out, method="svd", rank=rank, energy=energy)
+
+
+def _report(
+    out: Path, method: str, composed: dict[str, Factors], errors: dict[str, tuple[float, float]], notes: list[str]
+) -> ComposeReport:
+    error = math.sqrt(sum(error**2 for error, _ in errors.values()))
+    size = math.sqrt(sum(size**2 for _, size in errors.values()))
+    return ComposeReport(
+        out=out,
+        method=method,
+        ranks={path: factors.product.rank for path, factors in composed.items()},
+        errors={path: error / size if size else 0.0 for path, (error, size) in errors.items()},
+        error=error / size if size else 0.0,
+        notes=notes,
+    )
 
 
 def _on_factors(

@@ -19,11 +19,11 @@ from lowrank.errors import InputError
 from lowrank.weights.adapterfile import CONFIG_NAME, shorten
 from lowrank.weights.approximate import leading
 from lowrank.weights.basemodel import BaseModel, open_base
+from lowrank.weights.decoding import decode_stored
 from lowrank.weights.extract_experts import ExpertMatrices, differing_experts, experts_in_file
 from lowrank.weights.factors import Product
 from lowrank.weights.fingerprint import Fingerprint
 from lowrank.weights.folders import refuse_inside
-from lowrank.weights.quantized import decode_stored
 from lowrank.weights.stored import Stored
 from lowrank.weights.targetnames import target_names
 from lowrank.weights.writing import write_adapter

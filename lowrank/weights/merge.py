@@ -6,57 +6,26 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lowrank.errors import InputError, JobError
 from lowrank.weights.adapterfile import AdapterFile, open_adapter, refuse_taken_out, shorten
 from lowrank.weights.basemodel import INDEX, BaseModel, open_base
+from lowrank.weights.decoding import Onto, choose_decoding
 from lowrank.weights.fingerprint import Fingerprint
 from lowrank.weights.fit import find_updates
 from lowrank.weights.folders import new_folder, refuse_inside, refuse_occupied, require_space, sync
+from lowrank.weights.mergereport import MergeReport, make_report, total_loss
 from lowrank.weights.plan import Plan, make_plan
-from lowrank.weights.quantized import Decoding, decode_as_loaded, decode_stored
 from lowrank.weights.rounding import Loss, Rounding
 from lowrank.weights.sidecars import copy_sidecars, write_config
 from lowrank.weights.stream import Progress, write_shard
 from lowrank.weights.verify import Verification, can_verify, fits_in_memory, verify_merge
 
-Onto = Literal["dequantised", "original"]
 MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes:
-        out: The merged folder.
-        base: The base's folder.
-        tensors: How many tensors were written.
-        changed: How many of them differ from the base's.
-        size: Bytes of all tensors.
-        seconds: Time that it took.
-        rounding_loss: Norm of what rounding took away, as a share of the norm of the adapter's effect; measured on a
-            quarter of the blocks of large tensors.
-        worst: The tensor with the largest such share, and the share; None without low-rank updates.
-        verified: How near its answers are to base and adapter; None where that was not compared.
-        notes: What the user should know (weights untied, a large loss), as sentences.
-    """
-
-    out: Path
-    base: Path
-    tensors: int
-    changed: int
-    size: int
-    seconds: float
-    rounding_loss: float
-    worst: tuple[str, float] | None
-    verified: Verification | None
-    notes: list[str] = field(default_factory=list)
 
 
 def merge_checkpoint(
@@ -105,22 +74,18 @@ def merge_checkpoint(
     for folder in (model.folder, source.path):
         refuse_inside(out, folder)
     check_fingerprint(source, model)
-    updates = find_updates(source, model)
-    decoding, notes = _decoding(source, model, onto, quantization)
-    plan = make_plan(model, updates, target, decoding)
-    plan.notes.extend(notes)
-    if hasattr(model.config, "quantization_config"):
-        plan.config["quantization_config"] = None
+    trained_over = quantization if quantization is not None else source.quantization
+    plan = make_plan(model, find_updates(source, model), target, choose_decoding(model, onto, trained_over))
     require_space(out, plan.size + 64 * 2**20)
     with new_folder(out) as work:
         losses = _write(plan, model, work, rounding, progress)
         copy_sidecars(model.folder, source.path, work)
         write_config(model.folder, work, plan.config | _architecture(model), _text_key(model))
-        _check(work, model, source, plan)
+        _check(work, model, source, plan, trust_remote_code)
         seconds = time.monotonic() - started
         wanted = can_verify(model) and fits_in_memory(model) if verify is None else verify
-        verified = _verify(model, source, work, onto, quantization, _sum(losses)) if wanted else None
-    return _report(out, model, plan, losses, seconds, verified)
+        verified = _verify(model, source, work, onto, trained_over, total_loss(losses)) if wanted else None
+    return make_report(out, model, plan, losses, seconds, verified)
 
 
 def check_fingerprint(adapter: AdapterFile, base: BaseModel) -> None:
@@ -142,34 +107,6 @@ def _base_of(adapter: AdapterFile, base: str | Path | None) -> str | Path:
     if adapter.base is None:
         raise InputError("The adapter's config names no base model.", where=str(adapter.path), fix="Give the base.")
     return adapter.base
-
-
-def _decoding(
-    adapter: AdapterFile, base: BaseModel, onto: str, quantization: Mapping[str, Any] | None
-) -> tuple[Decoding | None, list[str]]:
-    """How the base's weights are read, and what is to be said about that."""
-    if onto not in ("dequantised", "original"):
-        raise InputError(
-            f"onto={onto!r} is neither dequantised nor original. Quantising the merged weights again is not offered: "
-            "their steps are larger than most of the adapter's changes, which would be lost.",
-            fix="Merge into 16 bits, and keep the adapter apart where 4 bits must be.",
-        )
-    stored = decode_stored(base)
-    trained_over = quantization if quantization is not None else adapter.quantization
-    if stored is not None and onto == "original":
-        raise InputError(
-            "The base's folder holds quantised weights; the original ones are not in it.",
-            where=str(base.folder),
-            fix="Give the original model as the base.",
-        )
-    if stored is not None or not trained_over:
-        return stored, []
-    if onto == "dequantised":
-        return decode_as_loaded(base, trained_over), []
-    return None, [
-        "The adapter was trained over quantised weights and is merged onto the original ones: what it learned to make "
-        "up for is not there, and the answers differ from those that were evaluated."
-    ]
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -216,9 +153,9 @@ def _text_key(base: BaseModel) -> str | None:
     return next((name for name in base.config.sub_configs if getattr(base.config, name, None) is text), None)
 
 
-def _check(work: Path, base: BaseModel, adapter: AdapterFile, plan: Plan) -> None:
+def _check(work: Path, base: BaseModel, adapter: AdapterFile, plan: Plan, trust_remote_code: bool) -> None:
     """Reads the result back as a model folder: every parameter that the base had a tensor for has one."""
-    merged = open_base(work, adapter.config.task_type)
+    merged = open_base(work, adapter.config.task_type, trust_remote_code)
     planned = {tensor.name for tensors in plan.shards.values() for tensor in tensors}
     entries = {name: entry for file in merged.files.values() for name, entry in file.entries.items()}
     had = {piece.parameter for pieces in base.pieces.values() for piece in pieces}
@@ -235,9 +172,13 @@ def _check(work: Path, base: BaseModel, adapter: AdapterFile, plan: Plan) -> Non
 
 
 def _verify(
-    base: BaseModel, adapter: AdapterFile, work: Path, onto: Onto, quantization: Mapping[str, Any] | None, loss: Loss
+    base: BaseModel,
+    adapter: AdapterFile,
+    work: Path,
+    onto: Onto,
+    trained_over: Mapping[str, Any] | None,
+    loss: Loss,
 ) -> Verification:
-    trained_over = quantization if quantization is not None else adapter.quantization
     stored = hasattr(base.config, "quantization_config")
     found = verify_merge(base, adapter, work, None if stored or onto == "original" else dict(trained_over or {}))
     if found.failed and loss.share < 0.5:
@@ -246,36 +187,3 @@ def _verify(
             "effect, and rounding does not explain that."
         )
     return found
-
-
-def _report(
-    out: Path, base: BaseModel, plan: Plan, losses: dict[str, Loss], seconds: float, verified: Verification | None
-) -> MergeReport:
-    whole = _sum(losses)
-    worst = max(losses, key=lambda name: losses[name].share, default=None)
-    notes = list(plan.notes)
-    if whole.share > 0.1:
-        notes.append(
-            f"Rounding lost {whole.share:.0%} of the adapter's effect: its changes are small beside the weights' "
-            'precision. A float32 merge (dtype="float32") or rounding="stochastic" keeps more.'
-        )
-    tensors = [tensor for shard in plan.shards.values() for tensor in shard]
-    return MergeReport(
-        out=out,
-        base=base.folder,
-        tensors=len(tensors),
-        changed=sum(bool(tensor.changes) or tensor.decoder is not None for tensor in tensors),
-        size=plan.size,
-        seconds=seconds,
-        rounding_loss=whole.share,
-        worst=None if worst is None else (worst, losses[worst].share),
-        verified=verified,
-        notes=notes,
-    )
-
-
-def _sum(losses: dict[str, Loss]) -> Loss:
-    whole = Loss()
-    for loss in losses.values():
-        whole.add(loss)
-    return whole

@@ -9,8 +9,9 @@ import torch
 
 from lowrank.errors import InputError
 from lowrank.weights.basemodel import BaseModel
+from lowrank.weights.decoding import Decoding
 from lowrank.weights.names import Piece
-from lowrank.weights.quantized import Decoder, Decoding
+from lowrank.weights.quantized import Decoder
 from lowrank.weights.tensorfile import CODES, TORCH_DTYPES, Entry
 from lowrank.weights.updates import Update
 
@@ -60,37 +61,37 @@ class Plan:
         return [tensor for shard in self.shards.values() for tensor in shard]
 
 
-def make_plan(
-    base: BaseModel, updates: dict[str, Update], dtype: torch.dtype | None, decoding: Decoding | None = None
-) -> Plan:
+def make_plan(base: BaseModel, updates: dict[str, Update], dtype: torch.dtype | None, decoding: Decoding) -> Plan:
     """Lays the updates over the base's files.
 
     Args:
         base: The base.
         updates: By parameter name.
         dtype: Of the result's float tensors; None keeps the base's.
-        decoding: How the base's quantised tensors are read.
+        decoding: How the base's tensors are read.
 
     Raises:
         InputError: An update's parameter is nowhere in the files, or in a form that cannot be merged into.
     """
     shards: dict[str, list[Planned]] = {}
     placed: set[str] = set()
-    notes: list[str] = []
+    notes = list(decoding.notes)
     for file_name, file in base.files.items():
         shard = []
         for entry in file.entries.values():
-            if decoding is not None and entry.name in decoding.dropped:
+            if entry.name in decoding.dropped:
                 continue
             changes = _changes(entry, base.pieces[entry.name], updates)
             placed |= {piece.parameter for piece, _ in changes}
-            decoder = None if decoding is None else decoding.decoders.get(entry.name)
+            decoder = decoding.decoders.get(entry.name)
             if decoder is None:
                 shard.append(_planned(entry, file.path, changes, dtype))
             else:
                 shard.append(_decoded(entry, file.path, changes, dtype, decoder))
         shards[file_name] = shard
     config: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    if hasattr(base.config, "quantization_config"):
+        config["quantization_config"] = None
     rest = {name: update for name, update in updates.items() if name not in placed}
     if _untie(base, shards, updates, rest, dtype):
         config["tie_word_embeddings"] = False

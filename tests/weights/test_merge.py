@@ -345,9 +345,17 @@ def test_interrupted_and_killed_runs_can_be_run_again(pair: tuple[Path, Path], t
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
-def test_blocks_are_the_same_as_the_whole(pair: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_blocks_are_the_same_as_the_whole(make, method: str, tmp_path: Path, monkeypatch) -> None:
+    """DoRA's gain on a transposed weight (GPT-2) needs all of it; that is read and written in parts."""
+    base = save_base(make(), tmp_path / "base")
+    pair = base, adapted(base, CONFIGS[method], tmp_path)[0]
     merge_checkpoint(*pair, tmp_path / "whole", dtype="bfloat16", rounding="nearest")
     monkeypatch.setattr(blocks, "BLOCK", 100)
     monkeypatch.setattr(stream, "COPY", 1000)
     merge_checkpoint(*pair, tmp_path / "blocks", dtype="bfloat16", rounding="nearest")
-    assert tree(tmp_path / "whole") == tree(tmp_path / "blocks")
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "blocks"))
+    for name, tensor in whole.items():  # sums of other lengths may fall on the other side of a rounding step
+        torch.testing.assert_close(parts[name], tensor, rtol=2**-7, atol=0)
+        assert (parts[name] != tensor).float().mean() < 0.01
