@@ -3,8 +3,11 @@
     tokens of a pack     a a a b b c c c          stack   a a a
                                              ->           c c c         and   b b
 
-A stack is as long as its longest span. A shorter one is filled up with repeats of its last token: causal attention of
-the real tokens cannot see what comes after them, and what is computed for the fill is thrown away.
+A stack is as long as its longest span, rounded up. A shorter one is filled up with repeats of its last token: causal
+attention of the real tokens cannot see what comes after them, and what is computed for the fill is thrown away.
+
+Why round, and why stacks of one size: for 16-bit matrix products on CPU oneDNN compiles a kernel for each shape and
+stride it meets, a millisecond and 0.7 MiB each, and keeps a thousand. Packs of ever new lengths would fill that.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import torch
 
 from lowrank.attention.spans import Spans
 
-LIKE_LENGTH = 0.8  # a span joins a stack when it has at least this share of the longest's tokens
+LIKE_LENGTH = 0.9  # a span joins a stack when it has at least this share of the longest's tokens
+TOGETHER = 4  # spans in a stack that has more than one
+GRAIN = 16  # stacks' lengths are multiples of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +32,7 @@ class Stack:
 
     Attributes:
         count: How many.
-        length: Tokens of the longest.
+        length: Tokens of the longest, rounded up.
         run: (start, end) of the tokens when they are one unfilled run in order: then no index is needed.
         source: (count * length,) the token to read at each place.
         target: The same with the number of tokens, one past the last, at each fill.
@@ -54,17 +59,18 @@ def stacks_of(spans: Spans, device: torch.device) -> list[Stack]:
 
 
 def _stacked(spans: Spans, device: torch.device) -> list[Stack]:
-    stacks, members = [], []
-    for span in sorted(spans.spans, key=lambda span: (span[0] - span[1], span[0])):
-        if members and span[1] - span[0] < LIKE_LENGTH * (members[0][1] - members[0][0]):
-            stacks.append(_stack(members, spans.batch * spans.length, device))
-            members = []
-        members.append(span)
-    return [*stacks, _stack(members, spans.batch * spans.length, device)] if members else stacks
+    order = sorted(spans.spans, key=lambda span: (span[0] - span[1], span[0]))
+    stacks = []
+    while order:
+        longest, shortest = (end - start for start, end in (order[0], order[:TOGETHER][-1]))
+        count = TOGETHER if len(order) >= TOGETHER and shortest >= LIKE_LENGTH * longest else 1
+        stacks.append(_stack(order[:count], spans.batch * spans.length, device))
+        order = order[count:]
+    return stacks
 
 
 def _stack(members: list[tuple[int, int]], tokens: int, device: torch.device) -> Stack:
-    length = members[0][1] - members[0][0]
+    length = -(-(members[0][1] - members[0][0]) // GRAIN) * GRAIN
     starts, ends = torch.tensor(members).unbind(-1)
     place = starts[:, None] + torch.arange(length)
     fill = place >= ends[:, None]
@@ -117,8 +123,14 @@ def _read(x: torch.Tensor, stack: Stack, key_heads: int, zero_fill: bool = False
     rows = x[stack.run[0] : stack.run[1]] if stack.run else x.index_select(0, stack.source)
     if zero_fill and len(stack.fill):
         rows.index_fill_(0, stack.fill, 0)
-    rows = rows.unflatten(0, (stack.count, stack.length)).unflatten(2, (key_heads, -1))
-    return rows.transpose(1, 2).flatten(0, 1).contiguous()
+    rows = rows.unflatten(0, (stack.count, stack.length)).unflatten(2, (key_heads, -1)).transpose(1, 2)
+    part = rows.new_empty(stack.count, key_heads, _capacity(stack.length), *rows.shape[3:])[:, :, : stack.length]
+    return part.copy_(rows).flatten(0, 1)
+
+
+def _capacity(length: int) -> int:
+    """Room for `length` tokens of which the strides take few values: a power of two."""
+    return max(256, 1 << (length - 1).bit_length())
 
 
 def _write(parts: tuple[torch.Tensor, ...], stacks: list[Stack], shape: tuple[int, ...]) -> torch.Tensor:

@@ -55,7 +55,7 @@ class StripAttention(torch.autograd.Function):
         """Strip by strip; keeps its inputs alone for the backward pass."""
         ctx.save_for_backward(q, k, v, sinks)
         ctx.rule = rule
-        scaled_k, v = k.squeeze(2) * rule.scale, v.squeeze(2)
+        scaled_k, v = _scaled(k.squeeze(2), rule.scale), v.squeeze(2)
         out = q.new_empty(*q.shape[:3], v.shape[-1])
         for pairs, queries, keys in _strips(q.shape, rule.window):
             p, _ = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule)
@@ -71,8 +71,8 @@ class StripAttention(torch.autograd.Function):
         """Keys' and values' gradients are summed over the strips in float32."""
         q, k, v, sinks = ctx.saved_tensors
         rule: Rule = ctx.rule
-        scaled_k, v = k.squeeze(2) * rule.scale, v.squeeze(2)
-        grad_q = torch.empty_like(q)
+        scaled_k, v = _scaled(k.squeeze(2), rule.scale), v.squeeze(2)
+        grad_q = q.new_empty(q.shape)
         grad_k, grad_v = torch.zeros_like(scaled_k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
         for pairs, queries, keys in _strips(q.shape, rule.window):
@@ -96,18 +96,34 @@ class StripAttention(torch.autograd.Function):
 
 
 def _strips(shape: tuple[int, ...], window: int | None) -> Iterator[tuple[slice, slice, slice]]:
-    """(pairs, queries, keys): about `STRIP` queries, and at most `SCORES_AT_ONCE` scores where pairs can be parted.
+    """(pairs, queries, keys) whose sizes take few values (`stacking` says why), at most `SCORES_AT_ONCE` scores each.
 
     The last strip first: it has the most keys, and each next one fits into the memory that the one before gave back.
+    A single pair's strip may have more scores.
     """
     n, length, g, _ = shape
-    step = -(-length // max(1, round(length / STRIP)))
-    for first in reversed(range(0, length, step)):
-        last = min(first + step, length)
-        start = 0 if window is None else max(0, first - window + 1)
-        at_once = max(1, SCORES_AT_ONCE // (g * (last - first) * (last - start)))
+    for first in reversed(range(0, length, STRIP)):
+        last = min(first + STRIP, length)
+        start = 0 if window is None else max(0, first - window + 1) // STRIP * STRIP
+        stop = start + min(_rounded(last - start), length - start)
+        at_once = n
+        while at_once > 1 and at_once * g * (last - first) * (stop - start) > SCORES_AT_ONCE:
+            at_once = -(-at_once // 2)
         for pair in range(0, n, at_once):
-            yield slice(pair, min(pair + at_once, n)), slice(first, last), slice(start, last)
+            yield slice(pair, min(pair + at_once, n)), slice(first, last), slice(start, stop)
+
+
+def _rounded(keys: int) -> int:
+    """Up to one of eight values for each doubling of the number of keys, once there are many."""
+    step = max(1, (1 << (keys - 1).bit_length()) // 16) if keys > 16 * STRIP else 1
+    return -(-keys // step) * step
+
+
+def _scaled(k_nsd: torch.Tensor, scale: float) -> torch.Tensor:
+    """k * scale, with the strides of k."""
+    return torch.mul(
+        k_nsd, scale, out=torch.empty_strided(k_nsd.shape, k_nsd.stride(), dtype=k_nsd.dtype, device=k_nsd.device)
+    )
 
 
 def _probabilities(
@@ -135,10 +151,10 @@ def _probabilities(
 
 def _hide(scores: torch.Tensor, queries: slice, keys: slice, window: int | None) -> None:
     """Set the scores (n, queries, g, keys) of keys after a query, or before its window, to -inf."""
-    rows = queries.stop - queries.start
-    later = torch.full((rows, rows), float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
-    scores[..., -rows:] += later[:, None]
-    # The last query sees no key before `border`; for the strip's other queries theirs lies up to `rows` further back.
+    shape = queries.stop - queries.start, keys.stop - queries.start
+    later = torch.full(shape, float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
+    scores[..., queries.start - keys.start :] += later[:, None]
+    # The last query sees no key before `border`; of the strip's other queries each sees one further back.
     border = 0 if window is None else queries.stop - window - keys.start
     if window is not None and border > 0:
         query = torch.arange(queries.start, queries.stop, device=scores.device)[:, None, None]

@@ -136,6 +136,7 @@ class TestPrefetched:
         assert threading.active_count() == before
         assert list(batches) == []
 
+    @pytest.mark.slow  # it is timed
     def test_the_model_waits_for_less_than_one_percent_of_its_steps(self):
         examples = Examples.of([Example([n % 200] * 256, [False] + [True] * 255) for n in range(400)])
         plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=1024, pad_token_id=0, seed=0)
