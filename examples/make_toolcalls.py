@@ -33,7 +33,7 @@ Split = Literal["train", "eval"]
 
 ROWS: dict[Split, int] = {"train": 800, "eval": 120}
 # Requests in a row: training asks several things of one system prompt.
-EXCHANGES: dict[Split, int] = {"train": 3, "eval": 1}
+EXCHANGES: dict[Split, int] = {"train": 4, "eval": 1}
 
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August"]
 MONTHS += ["September", "October", "November", "December"]
