@@ -22,7 +22,7 @@ import transformers
 
 import lowrank
 from lowrank.models import load_model
-from lowrank.training.memory import keep_freed_blocks
+from lowrank.training.memory import freed_blocks_kept
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -78,14 +78,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    keep_freed_blocks()
     steps = {name: stepper(model, options.tokens) for name, model in sides(options.base).items()}
-    for step in steps.values():
-        step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.repeats):
-        for name, step in steps.items():
-            seconds[name].append(step())
+    with freed_blocks_kept():
+        for step in steps.values():
+            step()
+        for _ in range(options.repeats):
+            for name, step in steps.items():
+                seconds[name].append(step())
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     ours, theirs = putting_in()
     lines = [
