@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lowrank.attention import segments as segments
     from lowrank.attention import set_attention as set_attention
     from lowrank.recipes.train import train as train
+    from lowrank.training.callbacks import Callback as Callback
     from lowrank.weights import compose as compose
     from lowrank.weights import extract as extract
     from lowrank.weights import load as load
@@ -44,6 +45,7 @@ _HOME = {
     "segments": "lowrank.attention",
     "set_attention": "lowrank.attention",
     "train": "lowrank.recipes.train",
+    "Callback": "lowrank.training.callbacks",
     "save": "lowrank.weights",
     "compose": "lowrank.weights",
     "extract": "lowrank.weights",

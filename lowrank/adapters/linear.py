@@ -19,6 +19,15 @@ def low_rank_output(x: torch.Tensor, term: LowRank) -> torch.Tensor:
     return F.linear(F.linear(dropped, term.A.to(x.dtype)), term.B.to(x.dtype)) * term.scale
 
 
+def stored_weight(module: HostModule) -> torch.Tensor:
+    """The module's weight. One that was gathered from its shards has lost its 4-bit state: its module kept it."""
+    weight = module.weight
+    state = getattr(module, "quant_state", None)
+    if state is not None and getattr(weight, "quant_state", None) is None:
+        weight.quant_state = state
+    return weight
+
+
 def dense_int8(module: HostModule) -> torch.Tensor:
     """The matrix that bitsandbytes' 8-bit layer stands for; its first call moves the weight into `state`."""
     stored = module.weight if module.state.CB is None else module.state.CB
@@ -53,7 +62,7 @@ class LinearKind:
         """W, dequantised where it is quantised."""
         if type(module).__name__ == "Linear8bitLt":
             return dense_int8(module)
-        return dense(module.weight)
+        return dense(stored_weight(module))
 
     def write(self, module: HostModule, weight: torch.Tensor) -> None:
         """A dense weight replaces the old one. Quantised modules are made dense first (see `merging`)."""
@@ -62,7 +71,7 @@ class LinearKind:
     def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
         """One autograd function, where the module's forward is the plain product."""
         if type(module).forward is nn.Linear.forward or type(module).__name__ == "Linear4bit":
-            return lora_linear(x, module.weight, bias, term)
+            return lora_linear(x, stored_weight(module), bias, term)
         y = type(module).forward(module, x)
         if bias is not module.bias:
             y = y + (bias - module.bias)

@@ -44,6 +44,11 @@ def segments(model: PreTrainedModel, lengths: Sequence[int] | None) -> Iterator[
             hook.remove()
 
 
+def announced_segments(model: PreTrainedModel) -> tuple[int, ...] | None:
+    """The lengths that `segments` has announced for the pack under way; None outside of one."""
+    return ANNOUNCED.get(id(model.config))
+
+
 def _adding(more: dict[str, torch.Tensor | int]) -> Callable[..., tuple[tuple[object, ...], dict[str, object]]]:
     return lambda module, args, kwargs: (args, {**kwargs, **more})
 

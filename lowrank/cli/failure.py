@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
@@ -18,7 +19,8 @@ def told(error: Exception) -> int:
         The exit code.
     """
     if isinstance(error, LowrankError):
-        _print(str(error))
+        if int(os.environ.get("RANK", "0")) == 0:  # of several processes one tells it
+            _print(str(error))
         return error.exit_code
     with tempfile.NamedTemporaryFile("w", prefix="lowrank-", suffix=".txt", delete=False, encoding="utf-8") as file:
         traceback.print_exception(error, file=file)

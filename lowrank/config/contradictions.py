@@ -59,6 +59,27 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
         )
     if data.eval is None and training.eval_steps is not None:
         yield Contradiction(("training.eval_steps", "data.eval"), "there is nothing to evaluate: data.eval is not set")
+    if data.streaming:
+        yield from streaming_alone(config)
+    if training.fsdp and method in ("full", "bias"):
+        yield Contradiction(
+            ("training.fsdp", "adapter.method"),
+            f"what is sharded is a frozen base, and {method} trains it; take an adapter, or leave fsdp out",
+        )
+    judged = {
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "early_stopping_patience": training.early_stopping_patience is not None,
+    }
+    for name, asked in judged.items():
+        if asked and training.eval_steps is None:
+            yield Contradiction(
+                (f"training.{name}", "training.eval_steps"), "it looks at the evaluations of every eval_steps; set it"
+            )
+    if training.metric_for_best_model == "exact_match" and not training.predict_with_generate:
+        yield Contradiction(
+            ("training.metric_for_best_model", "training.predict_with_generate"),
+            "exact_match is measured on generated answers; set training.predict_with_generate: true, or take loss",
+        )
     if data.packing and training.tokens_per_batch is not None and training.tokens_per_batch < data.max_length:
         yield Contradiction(
             ("training.tokens_per_batch", "data.max_length", "data.packing"),
@@ -72,6 +93,27 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
             yield idle
 
 
+def streaming_alone(config: RunConfig) -> Iterator[Contradiction]:
+    """What needs to know all rows, which a stream does not."""
+    if config.training.max_steps < 1:
+        yield Contradiction(
+            ("training.max_steps", "data.streaming"), "a stream does not say how long it is; set the number of steps"
+        )
+    if isinstance(config.data.eval, float):
+        yield Contradiction(
+            ("data.eval", "data.streaming"), "a share cannot be set aside from a stream; name the evaluation rows"
+        )
+    if config.data.max_train_rows is not None:
+        yield Contradiction(("data.max_train_rows", "data.streaming"), "training.max_steps says where a stream ends")
+    if config.data.too_long == "split":
+        yield Contradiction(("data.too_long", "data.streaming"), "rows of a stream are not split; take truncate")
+    if getattr(config.adapter, "init_lora_weights", None) == "eva":
+        yield Contradiction(
+            ("adapter.init_lora_weights", "data.streaming"),
+            "eva looks at batches beforehand, and a stream has none yet",
+        )
+
+
 def without_effect(config: RunConfig) -> Iterator[Contradiction]:
     """The keys that change nothing in this run, each with what makes it so."""
     if config.data.packing:
@@ -83,6 +125,31 @@ def without_effect(config: RunConfig) -> Iterator[Contradiction]:
         yield Contradiction(
             ("training.tokens_per_batch", "data.packing"),
             "sizes packs, and data.packing is false; training.per_device_train_batch_size sizes padded batches",
+        )
+    training = config.training
+    if not training.load_best_model_at_end and training.early_stopping_patience is None:
+        yield Contradiction(
+            ("training.metric_for_best_model", "training.load_best_model_at_end"),
+            "nothing is judged by it: load_best_model_at_end is false, and early_stopping_patience is not set",
+        )
+    if training.lr_scheduler_type not in ("cosine_with_min_lr", "warmup_stable_decay"):
+        yield Contradiction(
+            ("training.min_lr_ratio", "training.lr_scheduler_type"),
+            f"{training.lr_scheduler_type} has no lowest learning rate; take cosine_with_min_lr",
+        )
+    if training.lr_scheduler_type != "warmup_stable_decay":
+        yield Contradiction(
+            ("training.lr_decay_ratio", "training.lr_scheduler_type"),
+            "is about warmup_stable_decay alone",
+        )
+    if training.loraplus_lr_ratio is None:
+        yield Contradiction(
+            ("training.loraplus_lr_embedding", "training.loraplus_lr_ratio"), "is about LoRA+; set loraplus_lr_ratio"
+        )
+    if config.training.tokens_per_step is not None:
+        yield Contradiction(
+            ("training.gradient_accumulation_steps", "training.tokens_per_step"),
+            "counts the batches of a step, and training.tokens_per_step sizes it by tokens; leave one of them out",
         )
     if config.data.eval is None:
         yield Contradiction(("data.max_eval_rows", "data.eval"), "there are no rows to limit: data.eval is not set")

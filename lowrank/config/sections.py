@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lowrank.adapters.config import AdaLoraConfig, LoraConfig
 
@@ -159,6 +160,9 @@ class DataSection(_Section):
     too_long: Literal["error", "drop", "truncate", "split"] = "error"
     """What is done with a longer one; split cuts plain text into several examples."""
 
+    streaming: bool = False
+    """Read, tokenise and pack rows while training goes on, for data that does not fit; needs training.max_steps."""
+
     packing: bool = True
     """Several examples in one row, without padding and without seeing one another."""
 
@@ -170,6 +174,44 @@ class DataSection(_Section):
 
     max_eval_rows: int | None = Field(default=None, ge=1)
     """Read only so many rows of the evaluation data."""
+
+
+class ParameterGroup(_Section):
+    """What some of the parameters are trained with."""
+
+    pattern: str
+    """A regular expression that is searched for in the parameter's name."""
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Their highest learning rate; the run's by default."""
+
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Their weight decay; the run's by default."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
+
+
+Optim = Literal[
+    "adamw_torch_fused",
+    "adamw_torch",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adafactor",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    "muon",
+    "sgd",
+]
 
 
 class TrainingSection(_Section):
@@ -194,13 +236,36 @@ class TrainingSection(_Section):
     """Rows in a batch of the evaluation, prompts that are answered at a time."""
 
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Batches in an optimiser step. The loss is normalised over all of them at once."""
+    """Batches in an optimiser step for each process. The loss is normalised over all of them at once."""
+
+    tokens_per_step: int | None = Field(default=None, ge=2)
+    """Instead of that: as many batches in a step, over all processes, as hold no more than so many tokens."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """The highest learning rate."""
 
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    optim: Optim = "adamw_torch_fused"
+    """The optimiser. 8bit ones, lion and paged ones are bitsandbytes'; paged ones need an accelerator."""
+
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: lora_B learns so many times as fast as lora_A; 16 is the paper's."""
+
+    loraplus_lr_embedding: float = Field(default=1e-6, gt=0)
+    """With LoRA+, the learning rate of adapted embeddings."""
+
+    parameter_groups: list[ParameterGroup] = []
+    """Learning rate and weight decay by parameter name; of several that fit, the first."""
+
+    lr_scheduler_type: Literal[
+        "cosine", "cosine_with_min_lr", "linear", "constant", "inverse_sqrt", "warmup_stable_decay"
+    ] = "cosine"
     """How the learning rate goes down after the warm-up."""
+
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Of cosine_with_min_lr and warmup_stable_decay: the lowest learning rate, as a share of the highest."""
+
+    lr_decay_ratio: float = Field(default=0.1, gt=0, le=1)
+    """Of warmup_stable_decay: the share of the steps, at the end, in which the learning rate falls."""
 
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
@@ -220,20 +285,63 @@ class TrainingSection(_Section):
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """AdamW's denominator."""
 
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
+    """NEFTune: noise of this strength on the input embeddings while training; 5 to 15 are usual."""
+
+    label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
+    """So much of each token's probability is asked for evenly over the vocabulary."""
+
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared logarithm of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual."""
+
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    gradient_checkpointing: bool | Literal["offload"] = False
+    """Recompute activations in the backward pass: less memory, about a third slower. With offload, what is kept goes
+    from the accelerator to the host's memory."""
 
     seed: int = 42
     """Of the adapter's start, the order of the data, and dropout."""
+
+    num_processes: int | None = Field(default=None, ge=1)
+    """How many processes share each step's batches; refused where another number was launched. Launch them with
+    torchrun --nproc_per_node N -m lowrank train CONFIG."""
+
+    fsdp: bool = False
+    """Shard the frozen base between the processes (FSDP2) instead of holding all of it in each."""
+
+    report_to: str | list[str] = "auto"
+    """Trackers: tensorboard, wandb, trackio, mlflow and others that accelerate knows, one or a list; none; auto is
+    tensorboard where it is installed. metrics.jsonl and report.html are written anyway."""
 
     logging_steps: int = Field(default=1, ge=1)
     """Lines of progress, where the output is no terminal, come every so many steps."""
 
     eval_steps: int | None = Field(default=None, ge=1)
     """Evaluate the loss every so many steps; before and after training it is done anyway."""
+
+    save_steps: int | None = Field(default=None, ge=1)
+    """Write a checkpoint every so many steps."""
+
+    save_minutes: float | None = Field(default=10.0, gt=0)
+    """Write a checkpoint when so many minutes have gone by since the last one, and after the last step. Null writes
+    them every save_steps alone, or, where that is null too, only when the run is stopped."""
+
+    save_total_limit: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints stay; the best one stays besides."""
+
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """End the run after so many evaluations in a row without a better one (by metric_for_best_model)."""
+
+    load_best_model_at_end: bool = False
+    """Save the weights of the best evaluation (by metric_for_best_model) instead of the last; needs eval_steps."""
+
+    metric_for_best_model: Literal["loss", "exact_match"] = "loss"
+    """What the best evaluation is judged by: the lowest loss, or the highest exact match."""
+
+    max_skipped_steps: int = Field(default=5, ge=0)
+    """A step whose loss or gradients are not finite is skipped; more of them in a row end the run."""
 
     predict_with_generate: bool = False
     """Also generate an answer to every evaluation row and compare it with the row's own."""

@@ -6,6 +6,7 @@ thousand rows cost megabytes and a batch is cut out with slices.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -138,6 +139,11 @@ class Examples(Sequence[Example]):
     def row(self, index: int) -> Mapping[str, Any]:
         """The row, as it was read, that an example came from."""
         return self.rows[int(self.table.example_rows[self.order[index]])]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same examples in the same order."""
+        return hashlib.blake2b(self.table.digests[self.order].tobytes(), digest_size=16).hexdigest()
 
     def select(self, order: np.ndarray, row_mask: np.ndarray | None = None) -> Examples:
         """The same table through another selection (indices into the table, not into this set)."""

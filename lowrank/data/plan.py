@@ -45,6 +45,28 @@ class BatchPlan:
         for indices in self.epoch(epoch)[start:]:
             yield self.batch(indices)
 
+    def tokens(self, indices: np.ndarray) -> int:
+        """Tokens of one batch, padding not counted."""
+        return int(self.examples.lengths[indices].sum())
+
+    def supervised(self, indices: np.ndarray) -> int:
+        """Those of them that carry loss."""
+        return sum(int(self.examples.arrays(int(index))[1].sum()) for index in indices)
+
+    def largest(self) -> Batch:
+        """The batch of the first epoch with the most tokens, padding counted."""
+        lengths = self.examples.lengths
+
+        def size(indices: np.ndarray) -> int:
+            return int(lengths[indices].sum() if self.packing else len(indices) * lengths[indices].max())
+
+        return self.batch(max(self.epoch(0), key=size))
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same examples in the same order."""
+        return self.examples.fingerprint
+
     def fill(self, epoch: int = 0) -> float:
         """The share of an epoch's batches that is tokens and not padding (in a pack: not left empty)."""
         lengths = self.examples.lengths

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 
 from lowrank.data.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """The last thing in the queue: why nothing follows."""
+
+    error: BaseException | None
 
 
 class Prefetched(Iterator[Batch]):
@@ -20,7 +28,7 @@ class Prefetched(Iterator[Batch]):
     def __init__(self, batches: Iterator[Batch], depth: int = 4) -> None:
         """Start drawing from `batches`, at most `depth` ahead."""
         self.blocked = 0.0
-        self._queue: Queue[Batch | BaseException | None] = Queue(maxsize=depth)
+        self._queue: Queue[Batch | _Ended] = Queue(maxsize=depth)
         self._stop = Event()
         self._thread = Thread(target=self._fill, args=(batches,), name="lowrank-batches", daemon=True)
         self._thread.start()
@@ -30,11 +38,11 @@ class Prefetched(Iterator[Batch]):
             for batch in batches:
                 if not self._put(batch):
                     return
-            self._put(None)
+            self._put(_Ended(None))
         except BaseException as error:  # raised again where the batch is asked for
-            self._put(error)
+            self._put(_Ended(error))
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: Batch | _Ended) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -49,12 +57,10 @@ class Prefetched(Iterator[Batch]):
         started = time.perf_counter()
         item = self._queue.get()
         self.blocked += time.perf_counter() - started
-        if isinstance(item, Batch):
+        if not isinstance(item, _Ended):
             return item
         self.close()
-        if item is None:
-            raise StopIteration
-        raise item
+        raise item.error or StopIteration
 
     def close(self) -> None:
         """Stop the thread; what it had ready is lost."""

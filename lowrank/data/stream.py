@@ -38,6 +38,20 @@ class BatchStream:
     seed: int
     buffer: int
 
+    def largest(self) -> Batch:
+        """The largest batch that can come, of tokens without meaning."""
+        longest = self.tokeniser.options.max_length
+        lengths = [longest] * (self.max_tokens // longest if self.packing else self.batch_size)
+        if self.packing and self.max_tokens % longest > 1:
+            lengths.append(self.max_tokens % longest)
+        parts = [(np.zeros(length, dtype=np.int32), np.arange(length) > 0) for length in lengths]
+        return packed_batch(parts) if self.packing else padded_batch(parts, self.pad_token_id)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of where the rows come from; what they hold is known only when they are read."""
+        return " ".join(f"{source.path} {source.subset} {source.split} {source.weight}" for source in self.sources)
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; what comes before is read and packed again, not built."""
         for parts in islice(self._groups(epoch), start, None):

@@ -14,6 +14,8 @@ from lowrank.recipes.prepare import batch_plan
 from lowrank.training.answers import MATCHES, answer_all
 from lowrank.training.evaluate import Evaluation, Sample, mean_loss
 from lowrank.training.loss import Loss
+from lowrank.training.memory import freed_blocks_kept
+from lowrank.training.parallel import ALONE, Ranks
 from lowrank.training.progress import Task
 
 
@@ -26,6 +28,7 @@ def assess(
     task: Task,
     *,
     generate: bool,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Loss per supervised token, and with `generate` the answer to every row.
 
@@ -33,13 +36,13 @@ def assess(
         InputError: answers are to be compared as JSON, and a row's own answer is not JSON.
     """
     plan = batch_plan(config, examples, tokenizer, shuffle=False)
-    with task("evaluating", len(plan.epoch(0))) as advance:
-        value, supervised = mean_loss(model, plan.batches(0), loss, advance)
+    with task("evaluating", len(plan.epoch(0))) as advance, freed_blocks_kept():
+        value, supervised = mean_loss(model, plan.batches(0), loss, advance, ranks)
     if not generate:
         return Evaluation(value, supervised)
     expected = expected_answers(examples, config)
     prompts = [prompt_of(examples.row(i), tokenizer, config.data.format) for i in range(len(examples))]
-    with task("answering", len(prompts)) as advance:
+    with task("answering", len(prompts)) as advance, freed_blocks_kept(False):
         answers = answer_all(
             model,
             tokenizer,

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from lowrank.config import RunConfig, load_config
 from lowrank.errors import InputError
-from lowrank.recipes.prepare import base_model, base_tokenizer, batch_plan, put_in, read_examples, swap_attention
+from lowrank.recipes.resume import refuse_a_run_in
+from lowrank.recipes.setup import set_up
 from lowrank.recipes.show import open_console, plan_of, show_plan
-from lowrank.recipes.train import exact_loss, refuse_a_run_in
-from lowrank.training.estimate import MemoryEstimate, estimate_memory, largest_batch
-from lowrank.training.steps import run_length
+from lowrank.training.estimate import MemoryEstimate, estimate_memory
 
 SPARE_DISK = 64 * 2**20  # metrics, report, config
 
@@ -35,26 +34,18 @@ def check(config: RunConfig | str | Path, overrides: Sequence[str] = ()) -> Memo
     output = Path(config.training.output_dir)
     refuse_a_run_in(output)
     console = open_console()
-    tokenizer = base_tokenizer(config)
-    plan = batch_plan(config, read_examples(config, tokenizer)[0], tokenizer, shuffle=True)
-    training = config.training
-    length = run_length(
-        plan,
-        accumulation=training.gradient_accumulation_steps,
-        epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-    )
-    model = base_model(config)
-    dtype = model.dtype
-    put_in(model, config, plan)
-    attention = swap_attention(model, config)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss = exact_loss(model, dtype)
-    memory = estimate_memory(model, loss, largest_batch(plan))
+    setup = set_up(config)
+    model = setup.model
+    memory = estimate_memory(model, setup.loss, setup.plan.largest())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     free = refuse_a_full_disk(output, trained + SPARE_DISK)
-    show_plan(console, {**plan_of(config, model, attention, loss, plan, length), **_needs(memory, trained, free)})
+    show_plan(
+        console,
+        {
+            **plan_of(config, model, setup.attention, setup.loss, setup.plan, setup.size, setup.length),
+            **_needs(memory, trained, free),
+        },
+    )
     console.print("the run can start", highlight=False)
     return memory
 

@@ -12,7 +12,6 @@ from lowrank.recipes.prepare import base_model, base_tokenizer, read_examples, s
 from lowrank.recipes.show import open_console
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.loss import supervised_loss
-from lowrank.training.memory import keep_freed_blocks
 from lowrank.training.progress import Screen
 from lowrank.weights import load
 
@@ -34,7 +33,6 @@ def evaluate(
         config = load_config(config, overrides)
     if config.data.eval is None:
         raise InputError("there is nothing to evaluate on", where="data.eval", fix="Name the evaluation data.")
-    keep_freed_blocks()
     console = open_console()
     tokenizer = base_tokenizer(config)
     _, examples = read_examples(config, tokenizer)

@@ -12,7 +12,16 @@ from lowrank.adapters import AdaLoraConfig, LoraConfig, wrap
 from lowrank.attention import AttentionChoice, check_packing, set_attention
 from lowrank.config import RunConfig
 from lowrank.config.sections import BiasSection, FullSection, QuantizationSection, SourceSection
-from lowrank.data import BatchPlan, Examples, check_supervision, load_train_eval, plan_batches, use_template
+from lowrank.data import (
+    BatchPlan,
+    BatchStream,
+    Examples,
+    check_supervision,
+    load_train_eval,
+    plan_batches,
+    stream_batches,
+    use_template,
+)
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer
 
@@ -30,14 +39,14 @@ def base_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def base_model(config: RunConfig) -> PreTrainedModel:
-    """The base, quantised if the config says so."""
+def base_model(config: RunConfig, device: str | None = None) -> PreTrainedModel:
+    """The base, quantised if the config says so; on `device`, or where the config wants it."""
     section = config.model
     return load_model(
         section.name_or_path,
         dtype=section.dtype,
         quantization=quantization_options(config.quantization),
-        device=section.device,
+        device=device or section.device,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
@@ -49,6 +58,42 @@ def quantization_options(section: QuantizationSection | None) -> Mapping[str, An
         return None
     options = section.model_dump()
     return {"load_in_8bit": True} if section.load_in_8bit else options
+
+
+SAMPLE_ROWS = 500
+
+
+def stream_plan(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[BatchStream, Examples | None]:
+    """The training batches as a stream, its first rows' supervision proved; and the examples held out."""
+    data, training = config.data, config.training
+    sample, held_out = load_train_eval(
+        _sources(data.train),
+        _sources(data.eval),
+        tokenizer,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        format=data.format,
+        max_train_rows=SAMPLE_ROWS,
+        max_eval_rows=data.max_eval_rows,
+    )
+    for examples in (sample, held_out):
+        if examples is not None:
+            check_supervision(examples, tokenizer)
+    stream = stream_batches(
+        _sources(data.train),
+        tokenizer,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        format=data.format,
+        packing=data.packing,
+        batch_size=training.per_device_train_batch_size,
+        max_tokens=training.tokens_per_batch or data.max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=training.seed,
+    )
+    return stream, held_out
 
 
 def read_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
@@ -92,7 +137,7 @@ def batch_plan(config: RunConfig, examples: Examples, tokenizer: Any, *, shuffle
     )
 
 
-def put_in(model: PreTrainedModel, config: RunConfig, plan: BatchPlan) -> None:
+def put_in(model: PreTrainedModel, config: RunConfig, plan: BatchPlan | BatchStream) -> None:
     """Puts the adapter in, or makes the model's own parameters trainable."""
     adapter = config.adapter
     if isinstance(adapter, FullSection):
@@ -123,9 +168,12 @@ def adapter_config(section: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraC
     return kind.model_validate(section.model_dump(exclude={"method"}))
 
 
-def _eva_batches(section: LoraConfig | AdaLoraConfig, plan: BatchPlan) -> list[dict[str, torch.Tensor]] | None:
+def _eva_batches(
+    section: LoraConfig | AdaLoraConfig, plan: BatchPlan | BatchStream
+) -> list[dict[str, torch.Tensor]] | None:
     if section.init_lora_weights != "eva":
         return None
+    assert isinstance(plan, BatchPlan), "the config has refused it"
     indices = plan.epoch(0)[:EVA_BATCHES]
     return [{"input_ids": batch.input_ids, "position_ids": batch.position_ids} for batch in map(plan.batch, indices)]
 

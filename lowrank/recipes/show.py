@@ -12,38 +12,39 @@ from rich.table import Table
 from lowrank.adapters import describe
 from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
-from lowrank.data import BatchPlan
+from lowrank.data import BatchPlan, BatchStream
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.loss import Loss
 from lowrank.training.report import comparison
-from lowrank.training.steps import Length
+from lowrank.training.steps import Length, StepSize
 
 SAMPLES = 3
 FILE_WIDTH = 120
 
 
-def open_console() -> Console:
-    """As wide as the terminal; in a log nothing is cut at 80 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=FILE_WIDTH)
+def open_console(quiet: bool = False) -> Console:
+    """As wide as the terminal; in a log nothing is cut at 80 columns. A quiet one shows nothing."""
+    console = Console(quiet=quiet)
+    return console if console.is_terminal else Console(width=FILE_WIDTH, quiet=quiet)
 
 
 def plan_of(
-    config: RunConfig, model: Any, attention: AttentionChoice, loss: Loss, plan: BatchPlan, length: Length
+    config: RunConfig,
+    model: Any,
+    attention: AttentionChoice,
+    loss: Loss,
+    plan: BatchPlan | BatchStream,
+    size: StepSize,
+    length: Length,
 ) -> dict[str, str]:
     """What the run will do, line by line."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = total - sum(info.parameters for info in describe(model).values())
-    report = plan.examples.report
     section = config.quantization
     held = "" if section is None else f", base in {'4' if section.load_in_4bit else '8'} bits"
-    batch = (
-        f"packs of up to {plan.max_tokens} tokens, {plan.fill():.1%} full"
-        if plan.packing
-        else (f"{plan.batch_size} rows a batch, padding {1 - plan.fill():.1%}")
-    )
     training = config.training
+    epoch = "" if length.per_epoch is None else f" ({length.per_epoch:,} an epoch)"
     return {
         "model": f"{config.model.name_or_path} ({type(model).__name__}, {base / 1e6:,.1f} M parameters)",
         "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
@@ -51,12 +52,30 @@ def plan_of(
         "loss": loss.why,
         "adapter": _adapter(config, model),
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
-        "data": f"{report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised",
-        "batches": f"{batch}; {training.gradient_accumulation_steps} in a step",
-        "steps": f"{length.steps:,} ({length.per_epoch:,} an epoch), learning rate {training.learning_rate:g}, "
-        f"{training.lr_scheduler_type}",
+        "data": _rows(plan),
+        "batches": f"{_batches(plan)}; {size}",
+        "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
         "output": training.output_dir,
     }
+
+
+def _rows(plan: BatchPlan | BatchStream) -> str:
+    if isinstance(plan, BatchStream):
+        return f"streamed from {', '.join(source.path for source in plan.sources)}"
+    report = plan.examples.report
+    text = f"{report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised"
+    counts = {"truncated": report.truncated, "split": report.split, "dropped": report.dropped}
+    counts |= {"duplicates": report.duplicates, "empty": report.empty}
+    counts |= {"with a special token in their own text": report.control_text}
+    counts |= {"whose prompt alone is cut into other tokens": report.uneven}
+    return ", ".join([text, *(f"{count:,} {what}" for what, count in counts.items() if count)])
+
+
+def _batches(plan: BatchPlan | BatchStream) -> str:
+    fill = None if isinstance(plan, BatchStream) else plan.fill()
+    if plan.packing:
+        return f"packs of up to {plan.max_tokens} tokens" + ("" if fill is None else f", {fill:.1%} full")
+    return f"{plan.batch_size} rows a batch" + ("" if fill is None else f", padding {1 - fill:.1%}")
 
 
 def _adapter(config: RunConfig, model: Any) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,33 +11,49 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from transformers import PreTrainedModel
+from accelerate.utils import ProjectConfiguration, set_seed
+from rich.console import Console
 
-from lowrank.adapters import AdaLoraConfig, RankBudget, config_of, describe, disabled, orthogonality
+from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
-from lowrank.errors import InputError
 from lowrank.recipes.assess import assess
-from lowrank.recipes.prepare import base_model, base_tokenizer, batch_plan, put_in, read_examples, swap_attention
+from lowrank.recipes.budget import rank_budget
+from lowrank.recipes.optimisation import optimizer_for, schedule_for
+from lowrank.recipes.prepare import batch_plan
+from lowrank.recipes.resume import (
+    CONFIG,
+    checkpoint_to_resume,
+    describe_start,
+    flat,
+    refuse_a_run_in,
+    refuse_another_schedule,
+)
+from lowrank.recipes.setup import Setup, set_up
 from lowrank.recipes.show import open_console, plan_of, show_outcome, show_plan
+from lowrank.training.best import Best
 from lowrank.training.callbacks import Callback, Run
+from lowrank.training.checkpoint import FOLDER, Checkpoints
+from lowrank.training.early_stopping import EarlyStopping
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.interrupt import stopping_softly
 from lowrank.training.loop import fit
-from lowrank.training.loss import Autocast, Loss, supervised_loss
-from lowrank.training.memory import keep_freed_blocks
+from lowrank.training.memory import freed_blocks_kept
 from lowrank.training.metrics import FILE as METRICS
 from lowrank.training.metrics import MetricsFile
-from lowrank.training.optim import build_optimizer
+from lowrank.training.neftune import noisy_embeddings
+from lowrank.training.parallel import Ranks, joined_ranks
 from lowrank.training.periodic import PeriodicEval
 from lowrank.training.progress import Screen
+from lowrank.training.rehearsal import rehearse, rehearse_evaluation
 from lowrank.training.report import FILE as REPORT
 from lowrank.training.report import ReportWriter
-from lowrank.training.schedule import build_schedule
-from lowrank.training.steps import run_length
+from lowrank.training.shortage import told_when_short
+from lowrank.training.snapshot import load_model_state, restore
+from lowrank.training.state import read_state
+from lowrank.training.trackers import Trackers, chosen_trackers
 from lowrank.weights import save
 
-CONFIG = "config.yaml"
+LOGS = "logs"
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,21 @@ class RunResult:
     after: Evaluation | None
 
 
-def train(config: RunConfig | str | Path, overrides: Sequence[str] = ()) -> RunResult:
+def train(
+    config: RunConfig | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
     """Fine-tunes a model.
 
     Args:
         config: A config, or the path of one.
         overrides: `section.key=value`, for a path.
+        resume: Go on with the run in `training.output_dir` from its newest checkpoint, bit for bit as if it had never
+            stopped.
+        callbacks: Told of every moment of the run (`lowrank.Callback`).
 
     Raises:
         InputError: something in the config, the model or the data cannot be used; nothing has been written.
@@ -74,135 +99,201 @@ def train(config: RunConfig | str | Path, overrides: Sequence[str] = ()) -> RunR
         config = load_config(config, overrides)
     training = config.training
     output = Path(training.output_dir)
-    refuse_a_run_in(output)
-    keep_freed_blocks()
-    set_seed(training.seed)
-    console = open_console()
-
-    # Rows to examples to packs. Before the model: a mistake in a row is found in seconds.
-    tokenizer = base_tokenizer(config)
-    examples, held_out = read_examples(config, tokenizer)
-    plan = batch_plan(config, examples, tokenizer, shuffle=True)
-    length = run_length(
-        plan,
-        accumulation=training.gradient_accumulation_steps,
-        epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
+    trackers = chosen_trackers(training.report_to)
+    accelerator = Accelerator(
+        cpu=config.model.device == "cpu" or not torch.cuda.is_available(),
+        log_with=[*trackers] or None,
+        project_config=ProjectConfiguration(str(output), logging_dir=str(output / LOGS)),
     )
+    ranks = joined_ranks(training.num_processes)
+    checkpoint = checkpoint_to_resume(config, output) if resume else refuse_a_run_in(output)
+    ranks.wait()
+    console = open_console(quiet=not ranks.main)
+    if resume:
+        console.print(describe_start(checkpoint, output), highlight=False, soft_wrap=True)
+    set_seed(training.seed)
 
-    # The base model, adapters put in, attention chosen.
-    model = base_model(config)
-    dtype = model.dtype
-    put_in(model, config, plan)
-    attention = swap_attention(model, config)
-    if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss = exact_loss(model, dtype)
-    summary = plan_of(config, model, attention, loss, plan, length)
+    # Rows to packs; the base model, adapter put in, attention chosen; what will happen is shown before any work.
+    setup = set_up(config, ranks)
+    run = new_run(config, setup)
+    summary = plan_of(config, setup.model, setup.attention, setup.loss, setup.plan, setup.size, setup.length)
     show_plan(console, summary)
+    with told_when_short(run.model.device, "trying the longest batch", advice(config)):
+        rehearse(run.model, setup.plan, setup.loss, accelerator)
+        if setup.held_out is not None:
+            held_out = batch_plan(config, setup.held_out, setup.tokenizer, shuffle=False)
+            rehearse_evaluation(run.model, held_out, setup.loss)
 
-    # Who is told of the run.
-    output.mkdir(parents=True, exist_ok=True)
+    # Who is told of the run, and where it stands.
     screen = Screen(console, training.logging_steps)
-    report = ReportWriter(output / REPORT, output.name, summary, output / METRICS)
-    budget = rank_budget(model, length.steps)
-    run = Run(model, output, length.steps, [MetricsFile(output / METRICS), screen, report, *budget])
-    evaluate = None if held_out is None else partial(assess, model, tokenizer, held_out, config, loss, screen.task)
-    if evaluate is not None and training.eval_steps is not None:
-        run.callbacks.append(PeriodicEval(training.eval_steps, partial(evaluate, generate=False)))
+    evaluate = evaluation_of(config, setup, screen, ranks)
+    best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
+    writers = [
+        MetricsFile(output / METRICS),
+        screen,
+        ReportWriter(output / REPORT, output.name, summary, output / METRICS),
+    ]
+    run.callbacks = [
+        *(writers if ranks.main else []),
+        *(budget := rank_budget(setup.model, run.total_steps)),
+        *periodic_evaluation(config, evaluate),
+        *([Trackers(accelerator, output.name, flat(config.model_dump(mode="json")))] if trackers else []),
+        *callbacks,
+        checkpoints := checkpoints_of(config, run, console, best, ranks),
+    ]
+    begin(run, config, checkpoint, ranks)
 
-    with run.underway():
-        before = None
-        if evaluate is not None:
-            with disabled(model) if describe(model) else nullcontext():
-                before = evaluate(generate=training.predict_with_generate)
-            run.tell(Callback.on_eval, before)
+    with run.underway(), told_when_short(run.model.device, "training", advice(config)):
+        if evaluate is not None and run.step == 0:
+            with disabled(run.model) if describe(run.model) else nullcontext():
+                run.before = evaluate()
+            run.tell(Callback.on_eval, run.before)
 
-        (output / CONFIG).write_text(dump_config(config), encoding="utf-8")
-        optimise(run, config, plan, loss, budget)
-        model.eval()
-        save_result(model, tokenizer, output, dtype)
+        with stopping_softly(run), noise(config, run.model), freed_blocks_kept():
+            fit(
+                run,
+                setup.plan,
+                setup.loss,
+                accelerator=accelerator,
+                ranks=ranks,
+                size=setup.size,
+                max_grad_norm=training.max_grad_norm,
+                max_skips=training.max_skipped_steps,
+                penalty=budget[0].penalty if budget else None,
+            )
+        if run.interrupted:
+            checkpoints.write(run)
+        elif best is not None:
+            take_the_best(run, best, console)
+        run.model.eval()
+        if ranks.main:
+            save_result(run.model, setup, output)
         run.tell(Callback.on_save, output)
 
         after = None
         if evaluate is not None and not run.interrupted:
-            after = evaluate(generate=training.predict_with_generate)
+            after = evaluate()
             run.tell(Callback.on_eval, after)
 
-    show_outcome(console, before, after)
-    told = f"stopped after step {run.step} of {run.total_steps}: what it learned is in" if run.interrupted else "done:"
-    console.print(f"{told} {output}; open {output / REPORT}", highlight=False, soft_wrap=True)
-    return RunResult(output, run.step, run.interrupted, before, after)
+    show_outcome(console, run.before, after)
+    console.print(farewell(run), highlight=False, soft_wrap=True)
+    return RunResult(output, run.step, run.interrupted, run.before, after)
 
 
-def refuse_a_run_in(output: Path) -> None:
-    """Raises InputError where a run, or anything else, is in the output folder already."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(
-            f"{output} holds something already; nothing in it was changed",
-            where="training.output_dir",
-            fix="Give another folder (--set training.output_dir=...), or move that one away.",
-        )
-
-
-def exact_loss(model: PreTrainedModel, dtype: torch.dtype) -> Loss:
-    """The loss; where weights train in more digits than the base was asked to have, products stay in the base's."""
-    loss = supervised_loss(model)
-    return loss if model.dtype == dtype else Autocast(loss, dtype)
-
-
-def optimise(run: Run, config: RunConfig, plan: Any, loss: Loss, budget: Sequence[AdaLoraBudget]) -> None:
-    """Optimiser, schedule, and the loop. Ctrl-C once ends it after the current step."""
-    training = config.training
-    optimizer = build_optimizer(
-        run.model,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        betas=(training.adam_beta1, training.adam_beta2),
-        epsilon=training.adam_epsilon,
+def new_run(config: RunConfig, setup: Setup) -> Run:
+    """Optimiser and schedule over what trains, before the first step."""
+    optimizer = optimizer_for(config.training, setup.model)
+    steps = setup.length.steps
+    return Run(
+        setup.model,
+        optimizer,
+        schedule_for(config.training, optimizer, steps),
+        torch.amp.GradScaler(setup.model.device.type, enabled=setup.dtype == torch.float16),
+        output_dir=Path(config.training.output_dir),
+        total_steps=steps,
+        data=setup.plan.fingerprint,
+        batches=setup.size.batches,
     )
-    warmup = training.warmup_steps or round(training.warmup_ratio * run.total_steps)
-    schedule = build_schedule(optimizer, training.lr_scheduler_type, warmup_steps=warmup, total_steps=run.total_steps)
-    with stopping_softly(run):
-        fit(
-            run,
-            plan,
-            loss,
-            optimizer,
-            schedule,
-            accelerator=Accelerator(cpu=run.model.device.type == "cpu"),
-            accumulation=training.gradient_accumulation_steps,
-            max_grad_norm=training.max_grad_norm,
-            penalty=budget[0].penalty if budget else None,
-        )
 
 
-def save_result(model: Any, tokenizer: Any, output: Path, dtype: torch.dtype) -> None:
+def noise(config: RunConfig, model: Any) -> AbstractContextManager[None]:
+    """NEFTune, where the config asks for it."""
+    alpha = config.training.neftune_noise_alpha
+    return nullcontext() if alpha is None else noisy_embeddings(model, alpha)
+
+
+def begin(run: Run, config: RunConfig, checkpoint: Path | None, ranks: Ranks) -> None:
+    """Takes up a checkpoint, or makes the output folder."""
+    if ranks.index > 0:  # dropout is another one in each process; adapters began alike
+        torch.manual_seed(config.training.seed + ranks.index)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        refuse_another_schedule(config, state["total_steps"], run.total_steps, state["step"])
+        restore(run, state, ranks)
+    if ranks.main:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            (run.output_dir / METRICS).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        (run.output_dir / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    ranks.wait()
+
+
+def evaluation_of(config: RunConfig, setup: Setup, screen: Screen, ranks: Ranks) -> Callable[[], Evaluation] | None:
+    """Evaluates the model as it is; None where the config names nothing to evaluate on."""
+    if setup.held_out is None:
+        return None
+    generate = config.training.predict_with_generate
+    given = (setup.model, setup.tokenizer, setup.held_out, config, setup.plain_loss, screen.task)
+    return partial(assess, *given, generate=generate, ranks=ranks)
+
+
+def periodic_evaluation(config: RunConfig, evaluate: Callable[[], Evaluation] | None) -> list[Callback]:
+    """Evaluations between the steps, where the config asks for them."""
+    every = config.training.eval_steps
+    if evaluate is None or every is None:
+        return []
+    training = config.training
+    found: list[Callback] = [PeriodicEval(every, evaluate, last=training.load_best_model_at_end)]
+    if training.early_stopping_patience is not None:
+        found.append(EarlyStopping(training.metric_for_best_model, training.early_stopping_patience))
+    return found
+
+
+def checkpoints_of(config: RunConfig, run: Run, console: Console, best: Best | None, ranks: Ranks) -> Checkpoints:
+    """Writes the run's checkpoints."""
+    training = config.training
+    return Checkpoints(
+        partial(save, run.model) if describe(run.model) else lambda folder: None,
+        lambda line: console.print(line, highlight=False, soft_wrap=True),
+        steps=training.save_steps,
+        minutes=training.save_minutes,
+        keep=training.save_total_limit,
+        best=best,
+        ranks=ranks,
+    )
+
+
+def take_the_best(run: Run, best: Best, console: Console) -> None:
+    """Puts the weights of the best checkpoint into the model."""
+    assert best.step is not None, "a run that is judged is evaluated after its last step"
+    path = run.output_dir / FOLDER / f"step-{best.step}"
+    load_model_state(run.model, read_state(path)["model"])
+    console.print(f"best {best.metric}: {best.value:.4f} after step {best.step}, taken from {path}", highlight=False)
+
+
+def save_result(model: Any, setup: Setup, output: Path) -> None:
     """The adapter, or the whole model where that was trained."""
     if describe(model):
-        save(model, output)
+        save(model, output, overwrite=True)
         return
-    model.to(dtype).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    model.to(setup.dtype).save_pretrained(output)
+    setup.tokenizer.save_pretrained(output)
 
 
-class AdaLoraBudget(Callback):
-    """Shrinks AdaLoRA's ranks after each step."""
-
-    def __init__(self, model: PreTrainedModel, config: AdaLoraConfig, total_steps: int) -> None:
-        self.model, self.config = model, config
-        self.budget = RankBudget(model, "default", total_steps)
-
-    def penalty(self) -> torch.Tensor:
-        """The orthogonality term of the loss."""
-        return self.config.orth_reg_weight * orthogonality(self.model, "default")
-
-    def on_gradients(self, run: Run) -> None:
-        """One step of the budget."""
-        self.budget.step(run.step)
+def farewell(run: Run) -> str:
+    """The last line: where everything is, and how to go on."""
+    report = f"open {run.output_dir / REPORT}"
+    skipped = f" {run.skipped} steps were skipped." if run.skipped else ""
+    if run.interrupted:
+        return (
+            f"stopped after step {run.step} of {run.total_steps}: what it learned is in {run.output_dir}; {report}."
+            f"{skipped}\nTo go on: lowrank train {run.output_dir / CONFIG} --resume"
+        )
+    early = f" stopped early, after step {run.step} of {run.total_steps}" if run.stop else ""
+    return f"done:{early} {run.output_dir}; {report}.{skipped}"
 
 
-def rank_budget(model: PreTrainedModel, total_steps: int) -> list[AdaLoraBudget]:
-    """AdaLoRA's callback; none for other methods."""
-    config = config_of(model, "default") if describe(model) else None
-    return [AdaLoraBudget(model, config, total_steps)] if isinstance(config, AdaLoraConfig) else []
+def advice(config: RunConfig) -> list[str]:
+    """What needs less memory than this config, the first thing to try first."""
+    training = config.training
+    if config.data.packing:
+        tokens = training.tokens_per_batch or config.data.max_length
+        less = f"training.tokens_per_batch below {tokens:,} (data.max_length is {config.data.max_length:,})"
+    else:
+        less = f"training.per_device_train_batch_size below {training.per_device_train_batch_size}"
+    found = [less]
+    if not training.gradient_checkpointing:
+        found.append("training.gradient_checkpointing: true")
+    if config.quantization is None:
+        found.append("quantization.load_in_4bit: true")
+    return found

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
+import torch
+
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.steps import Position
 
@@ -60,37 +62,61 @@ class Callback:
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
         """After each optimiser step."""
 
+    def on_skip(self, run: Run, loss: float, grad_norm: float) -> None:
+        """After a step that was not taken, because its loss or a gradient was not finite."""
+
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
         """After an evaluation: of the base before the first step, of the trained model after the last, or between."""
 
     def on_save(self, run: Run, path: Path) -> None:
-        """After the adapter (or the model) was written to `path`."""
+        """After the adapter (or the model), or a checkpoint, was written to `path`."""
 
     def on_run_end(self, run: Run) -> None:
         """When all is done, and also when the run breaks off."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: tables, lists, numbers, texts and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up what `state_dict` gave, when a run is resumed."""
+
 
 @dataclass
 class Run:
-    """The model, where the run stands, who is told of it, and how it may be stopped.
+    """What is trained with what, where the run stands, who is told of it, and how it may be stopped.
 
     Attributes:
         model: Under training.
+        optimizer: Over its trainable parameters.
+        schedule: Of the learning rate.
+        scaler: Of the loss, for float16; it does nothing for other dtypes.
         output_dir: Where the run writes.
         total_steps: Optimiser steps that it will take.
+        data: Fingerprint of the examples.
+        batches: In a step, over all processes.
         callbacks: Told of each moment, in this order.
-        step: Optimiser steps taken.
+        step: Optimiser steps behind it, those that were skipped among them.
         position: What is behind it of the data.
+        skipped: Steps that were not taken because something in them was not finite.
+        before: The evaluation of the base.
         stop: Set it, and training ends after the current step.
-        interrupted: Whether it was a signal that set it.
+        interrupted: Whether a signal asked for the end.
     """
 
     model: Any
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
     output_dir: Path
     total_steps: int
+    data: str = ""
+    batches: int = 1
     callbacks: list[Callback] = field(default_factory=list)
     step: int = 0
     position: Position = field(default_factory=Position)
+    skipped: int = 0
+    before: Evaluation | None = None
     stop: bool = False
     interrupted: bool = False
 

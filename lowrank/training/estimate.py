@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowrank.attention import segments
-from lowrank.data import Batch, BatchPlan
+from lowrank.data import Batch
 from lowrank.ops.cross_entropy import CHUNK_BYTES
 from lowrank.training.loss import Loss
 
@@ -36,13 +36,6 @@ class MemoryEstimate:
     def total(self) -> int:
         """All of it; the interpreter and its libraries not counted."""
         return self.weights + self.training + self.activations + self.logits
-
-
-def largest_batch(plan: BatchPlan) -> Batch:
-    """The batch of the first epoch with the most tokens, padding counted."""
-    lengths = plan.examples.lengths
-    size = (lambda part: lengths[part].sum()) if plan.packing else (lambda part: len(part) * lengths[part].max())
-    return plan.batch(max(plan.epoch(0), key=size))
 
 
 def estimate_memory(model: Any, loss: Loss, batch: Batch) -> MemoryEstimate:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from lowrank.attention import segments
 from lowrank.data import Batch
 from lowrank.training.loss import Loss
+from lowrank.training.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,16 @@ class Evaluation:
         figures = {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
         return figures if self.exact_match is None else {**figures, "eval_exact_match": self.exact_match}
 
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Evaluation:
+        """What `as_dict` gave."""
+        samples = tuple(Sample(**sample) for sample in state["samples"])
+        return cls(state["loss"], state["supervised"], state["exact_match"], samples)
+
     def __str__(self) -> str:
         figures = f"evaluation loss {self.loss:.4f}, perplexity {self.perplexity:,.3f}"
         return figures if self.exact_match is None else f"{figures}, exact match {self.exact_match:.1%}"
@@ -64,7 +76,11 @@ class Evaluation:
 
 @torch.no_grad()
 def mean_loss(
-    model: Any, batches: Iterable[Batch], loss: Loss, on_batch: Callable[[int], None] | None = None
+    model: Any,
+    batches: Iterable[Batch],
+    loss: Loss,
+    on_batch: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, int]:
     """The loss per supervised token over `batches`, and the number of these tokens.
 
@@ -73,16 +89,22 @@ def mean_loss(
         batches: What it is measured on.
         loss: Sums over a batch's supervised tokens.
         on_batch: Told 1 after each batch.
+        ranks: The processes that share the batches; all get the whole result.
     """
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
     total, supervised = 0.0, 0
-    for batch in batches:
+    left = iter(batches)
+    while group := list(islice(left, ranks.count)):
+        mine = ranks.index < len(group)
+        batch = group[ranks.index if mine else 0]  # all go through the model equally often
         with segments(model, batch.segments):
-            total += float(loss(model, batch.to(device)))
-        supervised += batch.supervised
+            value = float(loss(model, batch.to(device)))
+        total += value if mine else 0.0
+        supervised += batch.supervised if mine else 0
         if on_batch is not None:
-            on_batch(1)
+            on_batch(len(group))
     model.train(was_training)
-    return total / supervised, supervised
+    totals, counts = zip(*ranks.all((total, supervised)), strict=True)
+    return math.fsum(totals) / sum(counts), sum(counts)

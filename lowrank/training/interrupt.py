@@ -24,7 +24,7 @@ def stopping_softly(run: Run) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        run.stop = run.interrupted = True
+        run.interrupted = True
         print("stopping after this step; once more stops at once and loses it", file=sys.stderr, flush=True)
         restore()
 

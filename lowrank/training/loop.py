@@ -5,31 +5,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from lowrank.attention import segments
-from lowrank.data import BatchPlan
+from lowrank.data import BatchPlan, BatchStream
 from lowrank.errors import JobError
 from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.loss import Loss
 from lowrank.training.memory import peak_bytes
-from lowrank.training.steps import Group, groups
+from lowrank.training.parallel import ALONE, Ranks
+from lowrank.training.steps import ONE_BATCH, Group, StepSize, groups
 
 
 def fit(
     run: Run,
-    plan: BatchPlan,
+    plan: BatchPlan | BatchStream,
     loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
     *,
     accelerator: Accelerator,
-    accumulation: int = 1,
+    ranks: Ranks = ALONE,
+    size: StepSize = ONE_BATCH,
     max_grad_norm: float = 1.0,
+    max_skips: int = 5,
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> None:
     """Trains `run.model` from where the run stands until `run.total_steps` are done or `run.stop` is set.
@@ -38,38 +38,54 @@ def fit(
     once: how a step's tokens are split into batches does not change it. accelerate's own accumulation would average
     over batches, so it is not used.
 
+    A step whose loss or gradients are not finite is not taken: weights and optimiser stay, the data moves on.
+
     Args:
-        run: Model and position; its callbacks are told of every step.
+        run: Model, optimiser and position; its callbacks are told of every step.
         plan: The order of the batches.
         loss: Sums over a batch's supervised tokens.
-        optimizer: Over the trainable parameters.
-        schedule: Of its learning rate, stepped once an optimiser step.
         accelerator: Runs the backward pass.
-        accumulation: Batches in an optimiser step.
+        ranks: The processes that share each step's batches; all see the same losses and take the same steps.
+        size: What goes into an optimiser step, over all processes.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them as they are.
+        max_skips: So many steps in a row may be skipped.
         penalty: Added to the loss of each step once (AdaLoRA's orthogonality).
 
     Raises:
-        JobError: the loss or a gradient is not finite; the step was not taken.
+        JobError: more steps in a row than `max_skips` were not finite.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
-    upcoming = groups(plan, accumulation, run.position)
+    upcoming = groups(plan, size, run.position, ranks)
+    in_a_row = 0
     run.model.train()
-    while run.step < run.total_steps and not run.stop:
+    while run.step < run.total_steps and not _agree_to_stop(run, ranks):
         began = time.perf_counter()
         group = next(upcoming).to(device)
         fetched = time.perf_counter()
-        total = _gradients(run.model, loss, group, accelerator, penalty)
+        total = ranks.total(_gradients(run, loss, group, accelerator, penalty, ranks))
+        ranks.add_up_gradients(parameters)
+        run.scaler.unscale_(run.optimizer)
         norm = _clip(parameters, max_grad_norm)
         value, norm_value = torch.stack([total, norm.to(total.dtype)]).tolist()  # where the host waits for the device
-        _check_finite(run, value, norm_value)
-        learning_rate = float(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+        _agree_to_stop(run, ranks)
+        finite = math.isfinite(value) and math.isfinite(norm_value)
+        learning_rate = float(run.schedule.get_last_lr()[0])
+        if finite:
+            run.optimizer.step()
+        scale_was_lowered = _rescale(run.scaler)
+        run.schedule.step()
         run.step, run.position = run.step + 1, group.after
+        if not finite:
+            run.optimizer.zero_grad(set_to_none=True)
+            run.skipped += 1
+            in_a_row += not scale_was_lowered  # float16 overflows now and then until its scale is found
+            run.tell(Callback.on_skip, value, norm_value)
+            _stop_when_lost(in_a_row, max_skips, run)
+            continue
+        in_a_row = 0
         run.tell(Callback.on_gradients)
-        optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
         metrics = StepMetrics(
             step=run.step,
             epoch=group.epochs,
@@ -83,21 +99,43 @@ def fit(
             peak_bytes=peak_bytes(device),
         )
         run.tell(Callback.on_step_end, metrics)
+    run.interrupted = run.stop and any(ranks.all(run.interrupted))
+
+
+def _agree_to_stop(run: Run, ranks: Ranks) -> bool:
+    """Whether training ends here: a signal may have reached one process and not yet the others."""
+    run.stop = any(ranks.all(run.stop or run.interrupted))
+    return run.stop
 
 
 def _gradients(
-    model: Any, loss: Loss, group: Group, accelerator: Accelerator, penalty: Callable[[], torch.Tensor] | None
+    run: Run,
+    loss: Loss,
+    group: Group,
+    accelerator: Accelerator,
+    penalty: Callable[[], torch.Tensor] | None,
+    ranks: Ranks,
 ) -> torch.Tensor:
-    """The gradients of one optimiser step; returns its loss, the penalty left out."""
+    """This process's part of an optimiser step's gradients; returns its part of the loss, the penalty left out."""
     parts = []
-    for batch in group.batches:
-        with segments(model, batch.segments):
-            part = loss(model, batch) / group.supervised
-            accelerator.backward(part)
-        parts.append(part.detach())
+    for number, batch in enumerate(group.batches):
+        counts = number < len(group.batches) - group.idle
+        with segments(run.model, batch.segments):
+            part = loss(run.model, batch) / group.supervised
+            accelerator.backward(run.scaler.scale(part if counts else part * 0.0))
+        parts.append(part.detach() if counts else torch.zeros_like(part))
     if penalty is not None:
-        accelerator.backward(penalty())
+        accelerator.backward(run.scaler.scale(penalty() / ranks.count))
     return torch.stack(parts).sum()
+
+
+def _rescale(scaler: torch.amp.GradScaler) -> bool:
+    """Moves float16's loss scale; whether it went down, and is still one that can."""
+    if not scaler.is_enabled():
+        return False
+    before = scaler.get_scale()
+    scaler.update()
+    return 1.0 <= scaler.get_scale() < before
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -108,9 +146,10 @@ def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _check_finite(run: Run, loss: float, norm: float) -> None:
-    if not math.isfinite(loss) or not math.isfinite(norm):
+def _stop_when_lost(in_a_row: int, allowed: int, run: Run) -> None:
+    if in_a_row > allowed:
         raise JobError(
-            f"step {run.step + 1}: the loss is {loss} and the norm of the gradients {norm}",
-            fix="Lower training.learning_rate, or look at the data with `lowrank preview`.",
+            f"step {run.step}: {in_a_row} steps in a row had a loss or gradients that are not finite; none was taken",
+            fix="Lower training.learning_rate, or look at the data with `lowrank preview`. Checkpoints, and what they "
+            "hold, are from before.",
         )

@@ -67,6 +67,11 @@ class Screen(Callback):
             self._line(f"step {run.step}/{run.total_steps}  {_figures(self._window)}  {left} left")
             self._window.clear()
 
+    def on_skip(self, run: Run, loss: float, grad_norm: float) -> None:
+        """A line."""
+        why = f"loss {loss}, gradient norm {grad_norm}"
+        self.console.print(f"step {run.step}: skipped ({why}); {run.skipped} so far", highlight=False)
+
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
         """A line."""
         self.console.print(f"step {run.step}: {evaluation}", highlight=False)

@@ -33,7 +33,6 @@ class ReportWriter(Callback):
 
     def __init__(self, path: Path, title: str, plan: Mapping[str, str], metrics_file: Path, samples: int = 3) -> None:
         self.path, self.title, self.plan, self.metrics_file, self.samples = path, title, plan, metrics_file, samples
-        self._before: Evaluation | None = None
         self._after: Evaluation | None = None
         self._due = 0.0
 
@@ -44,9 +43,7 @@ class ReportWriter(Callback):
 
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
         """Keeps it, and writes."""
-        if run.step == 0:
-            self._before = evaluation
-        else:
+        if run.step > 0:
             self._after = evaluation
         self._write(run)
 
@@ -66,11 +63,11 @@ class ReportWriter(Callback):
         page = environment.get_template("report.html.jinja").render(
             title=self.title,
             status=_status(run),
-            cards=_cards(steps, self._before, self._after),
+            cards=_cards(steps, run.before, self._after),
             plan=self.plan,
             charts=_charts(steps, evaluations),
-            comparison=comparison(self._before, self._after),
-            samples=_samples(self._before, self._after, self.samples),
+            comparison=comparison(run.before, self._after),
+            samples=_samples(run.before, self._after, self.samples),
         )
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(page, encoding="utf-8")
@@ -96,8 +93,8 @@ def _number(evaluation: Evaluation | None, name: str, form: str) -> str:
 
 def _status(run: Run) -> str:
     steps = f"{run.step:,} of {run.total_steps:,} steps"
-    if run.interrupted:
-        return f"interrupted after {steps}"
+    if run.interrupted or run.stop:
+        return f"{'interrupted' if run.interrupted else 'stopped early'} after {steps}"
     return f"finished, {run.step:,} steps" if run.step >= run.total_steps else f"{steps} so far"
 
 

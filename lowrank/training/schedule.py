@@ -4,28 +4,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-Shape = Callable[[float], float]
 
-SHAPES: dict[str, Shape] = {
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-    "linear": lambda done: 1.0 - done,
-    "constant": lambda done: 1.0,
+@dataclass(frozen=True)
+class Span:
+    """What a schedule's shape may look at.
+
+    Attributes:
+        warmup: Steps in which the learning rate rises.
+        total: Steps of the whole run.
+        min_ratio: The lowest learning rate, as a share of the highest.
+        decay: Of `warmup_stable_decay`: the last so many steps.
+    """
+
+    warmup: int
+    total: int
+    min_ratio: float
+    decay: int
+
+    def done(self, step: int) -> float:
+        """The share of the steps after the warm-up that is behind `step`."""
+        return min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+
+    def falling(self, share: float) -> float:
+        """Half a cosine from 1 at a share of 0 down to `min_ratio` at 1."""
+        return self.min_ratio + (1.0 - self.min_ratio) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def _inverse_sqrt(step: int, span: Span) -> float:
+    timescale = span.warmup or 10_000
+    return math.sqrt(timescale / (timescale + step - span.warmup))
+
+
+def _warmup_stable_decay(step: int, span: Span) -> float:
+    """Hu 2024 (MiniCPM): the highest learning rate until the decay begins."""
+    begins = span.total - span.decay
+    return 1.0 if step < begins else span.falling((step - begins) / max(1, span.decay))
+
+
+SHAPES: dict[str, Callable[[int, Span], float]] = {
+    "cosine": lambda step, span: 0.5 * (1.0 + math.cos(math.pi * span.done(step))),
+    "cosine_with_min_lr": lambda step, span: span.falling(span.done(step)),
+    "linear": lambda step, span: 1.0 - span.done(step),
+    "constant": lambda step, span: 1.0,
+    "inverse_sqrt": _inverse_sqrt,
+    "warmup_stable_decay": _warmup_stable_decay,
 }
-"""What is left of the learning rate when a share `done` of the steps after the warm-up is over."""
+"""The learning rate of a step after the warm-up, the highest counted as 1; by transformers' names."""
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, name: str, *, warmup_steps: int, total_steps: int
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    *,
+    warmup_steps: int,
+    total_steps: int,
+    min_lr_ratio: float = 0.0,
+    decay_steps: int = 0,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear warm-up over `warmup_steps`, then the shape down to the end of the run."""
+    """A linear warm-up over `warmup_steps`, whose first step is not lost to a learning rate of 0; then the shape."""
     shape = SHAPES[name]
+    span = Span(warmup_steps, total_steps, min_lr_ratio, decay_steps)
 
     def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        return shape(min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+        return (step + 1) / (warmup_steps + 1) if step < warmup_steps else shape(step, span)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -21,7 +21,15 @@ from lowrank.recipes.evaluate import evaluate
 from lowrank.recipes.merge import merge_adapter
 from lowrank.recipes.preview import preview
 
-WRITTEN = {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "metrics.jsonl", "report.html"}
+WRITTEN = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.yaml",
+    "metrics.jsonl",
+    "report.html",
+    "logs",
+    "checkpoints",
+}
 
 
 def test_train_then_evaluate_then_merge(write_config, base, capsys):
@@ -130,7 +138,7 @@ class TestRefusals:
         path = write_config()
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "config.yaml").write_text("mine")
-        with pytest.raises(InputError, match="out holds something already"):
+        with pytest.raises(InputError, match="out holds a run already"):
             lowrank.train(path)
         assert (tmp_path / "out" / "config.yaml").read_text() == "mine"
 

@@ -1,0 +1,116 @@
+"""Going on with a run: the same config, and the newest whole checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.config import RunConfig, load_config
+from lowrank.config.sections import TrainingSection
+from lowrank.errors import InputError
+from lowrank.recipes.optimisation import schedule_for
+from lowrank.training.checkpoint import checkpoints_in, step_of
+
+CONFIG = "config.yaml"
+
+# Changes here cannot alter what is trained, and neither can the run's length where its schedule does not look ahead.
+FREE = frozenset(
+    f"training.{name}"
+    for name in (
+        *("output_dir", "logging_steps", "save_steps", "save_minutes", "save_total_limit"),
+        *("predict_with_generate", "generation_max_new_tokens", "exact_match", "per_device_eval_batch_size"),
+        *("eval_steps", "num_train_epochs", "max_steps", "report_to"),
+        *("num_processes", "fsdp", "gradient_accumulation_steps"),  # their product is compared
+    )
+)
+JUDGED = ("load_best_model_at_end", "early_stopping_patience")  # with these, evaluations decide what comes out
+
+
+def refuse_a_run_in(output: Path) -> None:
+    """Raises InputError where a run, or anything else, is in the output folder already."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        going_on = (output / CONFIG).exists()
+        raise InputError(
+            f"{output} holds {'a run' if going_on else 'something'} already; nothing in it was changed",
+            where="training.output_dir",
+            fix="Give another folder (--set training.output_dir=...), or move that one away."
+            + (" To go on with the run, add --resume." if going_on else ""),
+        )
+
+
+def checkpoint_to_resume(config: RunConfig, output: Path) -> Path | None:
+    """The newest checkpoint of the run in `output`; None where it was stopped before its first.
+
+    Raises:
+        InputError: there is no run, or its config differs in what decides about the numbers.
+    """
+    if not (output / CONFIG).is_file():
+        raise InputError(
+            f"{output} holds no run to resume", where="training.output_dir", fix="Start it without --resume."
+        )
+    there = checkpoints_in(output)
+    earlier = load_config(output / CONFIG)
+    refuse_another_config(earlier, config, output)
+    return there[-1] if there else None
+
+
+def refuse_another_config(earlier: RunConfig, now: RunConfig, output: Path) -> None:
+    """Raises InputError with the differences, if any matters."""
+    free = FREE
+    if any(getattr(now.training, name, None) for name in JUDGED):
+        free = FREE - {f"training.{name}" for name in ("eval_steps", "predict_with_generate", "exact_match")}
+    changed = [line for key, line in differences(earlier, now).items() if key not in free]
+    if changed:
+        raise InputError(
+            "the config is not the one that the run was started with:\n  " + "\n  ".join(changed),
+            where=str(output / CONFIG),
+            fix=f"Resume with that one (lowrank train {output / CONFIG} --resume), or start anew in another folder.",
+        )
+
+
+def refuse_another_schedule(config: RunConfig, was_total: int, is_total: int, step: int) -> None:
+    """Raises InputError where a new number of steps would have changed the learning rates so far."""
+    before, now = (factors(config.training, total, step) for total in (was_total, is_total))
+    if before != now:
+        raise InputError(
+            f"the run was planned for {was_total} steps and is now to take {is_total}; with the "
+            f"{config.training.lr_scheduler_type} schedule its {step} steps so far would have had other learning rates",
+            where="training.lr_scheduler_type",
+            fix="Keep the number of steps, or start anew; a constant schedule with warmup_steps can be prolonged.",
+        )
+
+
+def factors(training: TrainingSection, total_steps: int, count: int) -> list[float]:
+    """The first learning rates of a run of so many steps, the highest counted as 1."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = schedule_for(training, optimizer, total_steps).lr_lambdas[0]
+    return [float(factor(step)) for step in range(count)]
+
+
+def differences(earlier: RunConfig, now: RunConfig) -> dict[str, str]:
+    """What differs, key by key: "training.seed: 42, now 7"."""
+    before, after = flat(earlier.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    keys = [*before, *(key for key in after if key not in before)]
+    return {
+        key: f"{key}: {json.dumps(before.get(key))}, now {json.dumps(after.get(key))}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    }
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def describe_start(checkpoint: Path | None, output: Path) -> str:
+    """Where the run goes on."""
+    if checkpoint is None:
+        return f"{output} has no checkpoint yet: the run begins again"
+    return f"resuming after step {step_of(checkpoint)} from {checkpoint}"

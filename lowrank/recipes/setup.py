@@ -1,0 +1,116 @@
+"""All that stands before the first step: rows to packs, the model with its adapter and attention, the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank.attention import AttentionChoice
+from lowrank.config import RunConfig
+from lowrank.config.sections import TrainingSection
+from lowrank.data import BatchPlan, BatchStream, Examples
+from lowrank.ops.cross_entropy import LossOptions
+from lowrank.recipes.prepare import (
+    base_model,
+    base_tokenizer,
+    batch_plan,
+    put_in,
+    read_examples,
+    stream_plan,
+    swap_attention,
+)
+from lowrank.training.loss import Autocast, Loss, supervised_loss
+from lowrank.training.parallel import ALONE, Ranks
+from lowrank.training.recompute import recompute_activations
+from lowrank.training.sharding import shard
+from lowrank.training.steps import Length, StepSize, run_length
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that has not begun.
+
+    Attributes:
+        tokenizer: The base's, with the chat template that is used.
+        plan: The order of the training batches.
+        size: Of an optimiser step.
+        length: Optimiser steps.
+        held_out: The evaluation examples, None where the config names none.
+        model: Adapter in, attention swapped.
+        dtype: What the model is computed and saved in.
+        attention: What was chosen, and why.
+        loss: Exact for this model.
+        plain_loss: The same without label smoothing and z-loss, for evaluations.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    plan: BatchPlan | BatchStream
+    size: StepSize
+    length: Length
+    held_out: Examples | None
+    model: PreTrainedModel
+    dtype: torch.dtype
+    attention: AttentionChoice
+    loss: Loss
+    plain_loss: Loss
+
+
+def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
+    """Reads the data, then loads the model: a mistake in a row is found in seconds.
+
+    Args:
+        config: Of the run.
+        ranks: Its processes.
+
+    Raises:
+        InputError: something in the config, the model or the data cannot be used.
+    """
+    training = config.training
+    tokenizer = base_tokenizer(config)
+    plan, held_out = plan_and_held_out(config, tokenizer)
+    size = step_size(training, ranks)
+    length = run_length(plan, size, epochs=training.num_train_epochs, max_steps=training.max_steps)
+    options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
+    model = base_model(config, device="cpu" if training.fsdp else None)
+    dtype = model.dtype
+    put_in(model, config, plan)
+    if training.fsdp:
+        shard(model, ranks, own_device(config))
+    attention = swap_attention(model, config)
+    if training.gradient_checkpointing:
+        recompute_activations(model, training.gradient_checkpointing)
+    loss = exact_loss(model, dtype, options)
+    plain = loss if options == LossOptions() else exact_loss(model, dtype)
+    return Setup(tokenizer, plan, size, length, held_out, model, dtype, attention, loss, plain)
+
+
+def plan_and_held_out(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[BatchPlan | BatchStream, Examples | None]:
+    """The training batches, and the evaluation examples."""
+    if config.data.streaming:
+        return stream_plan(config, tokenizer)
+    examples, held_out = read_examples(config, tokenizer)
+    return batch_plan(config, examples, tokenizer, shuffle=True), held_out
+
+
+def step_size(training: TrainingSection, ranks: Ranks) -> StepSize:
+    """By tokens or by batches, over all processes."""
+    if training.tokens_per_step is not None:
+        return StepSize(tokens=training.tokens_per_step)
+    return StepSize(training.gradient_accumulation_steps * ranks.count)
+
+
+def own_device(config: RunConfig) -> torch.device:
+    """The accelerator that this process has, or the CPU."""
+    if config.model.device is not None:
+        return torch.device(config.model.device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def exact_loss(model: PreTrainedModel, dtype: torch.dtype, options: LossOptions | None = None) -> Loss:
+    """The loss; where weights train in more digits than the base was asked to have, products stay in the base's."""
+    loss = supervised_loss(model, options)
+    return loss if model.dtype == dtype else Autocast(loss, dtype)

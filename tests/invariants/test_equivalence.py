@@ -1,0 +1,95 @@
+"""What must not change a run's result does not: the same training by other means gives the same adapter.
+
+All rows are in every step, so the means differ in how a step is computed and in nothing else. Where the arithmetic is the
+same the files are equal; elsewhere sums of float32 are taken in another order, and Adam divides small numbers by small
+numbers: no weight may be off by more than `LARGEST`, and all together by no more than `DRIFT` on average.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from processes import start, start_ranks
+from runs import chats
+from safetensors.torch import load_file
+
+from lowrank.cli import main
+
+ROWS = 8  # as many as a batch holds by default
+LARGEST, DRIFT = 2e-5, 1e-6
+ADAPTER = "adapter_model.safetensors"
+
+PADDED = ["data.packing=false"]
+WAYS = {
+    "eight single rows": [*PADDED, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=8"],
+    "two batches of four": [*PADDED, "training.per_device_train_batch_size=4", "training.tokens_per_step=100000"],
+    "gradient checkpointing": [*PADDED, "training.gradient_checkpointing=true"],
+    "one pack": ["training.tokens_per_batch=100000"],
+    "several packs": ["data.max_length=64", "training.tokens_per_batch=80", "training.tokens_per_step=100000"],
+    "eager attention": [*PADDED, "model.attention=eager"],
+    "sdpa": [*PADDED, "model.attention=sdpa"],
+}
+
+
+@pytest.fixture
+def config(write_config, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats(ROWS)))
+    return write_config(training={"num_train_epochs": 6, "learning_rate": 1e-3})
+
+
+def command(config, *overrides: str, output: str) -> list[str]:
+    settings = [part for override in (*overrides, f"training.output_dir={output}") for part in ("--set", override)]
+    return ["train", str(config), *settings]
+
+
+def run(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(arguments)
+    assert not exited.value.code
+
+
+def in_one_batch(config, tmp_path) -> dict[str, torch.Tensor]:
+    run(command(config, *PADDED, output="batch"))
+    return load_file(tmp_path / "batch" / ADAPTER)
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    off = torch.cat([(found[name] - tensor).flatten() for name, tensor in expected.items()])
+    assert off.abs().max() <= LARGEST
+    assert off.mean().abs() <= DRIFT
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_step_by_other_means(config, tmp_path, way):
+    expected = in_one_batch(config, tmp_path)
+    run(command(config, *WAYS[way], output="other"))
+    assert_same(load_file(tmp_path / "other" / ADAPTER), expected)
+
+
+@pytest.mark.parametrize("fsdp", ["false", "true"])
+def test_two_processes(config, tmp_path, fsdp):
+    expected = in_one_batch(config, tmp_path)
+    halves = ["training.per_device_train_batch_size=4", f"training.fsdp={fsdp}"]
+    processes = start_ranks(tmp_path, command(config, *PADDED, *halves, output="two"), 2)
+    for process in processes:
+        process.join(200)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "out.txt").read_text()
+    assert_same(load_file(tmp_path / "two" / ADAPTER), expected)
+
+
+def test_resumed_half_way_is_the_same_file(config, tmp_path):
+    in_one_batch(config, tmp_path)
+    halves = command(config, *PADDED, "training.save_steps=3", output="resumed")
+    killed = start(tmp_path, halves, dies=("step", 4))
+    killed.join(100)
+    assert killed.exitcode < 0
+    run([*halves, "--resume"])
+    assert (tmp_path / "resumed" / ADAPTER).read_bytes() == (tmp_path / "batch" / ADAPTER).read_bytes()
+
+
+def test_the_same_run_twice_is_the_same_file(config, tmp_path):
+    in_one_batch(config, tmp_path)
+    run(command(config, *PADDED, output="again"))
+    assert (tmp_path / "again" / ADAPTER).read_bytes() == (tmp_path / "batch" / ADAPTER).read_bytes()
