@@ -1,6 +1,7 @@
 # make quickstart   fine-tune a small model, see that it got better, merge it, ask it
 # make test         lint, format, types and tests
 # make test-slow    the tests that take minutes
+# make bench        a fine-tune beside peft and TRL, in an environment of its own; an hour
 # make clean        remove what can be made again: .venv, the base model, caches; never runs/
 # Another Python: make quickstart PYTHON=python3.12
 
@@ -12,7 +13,9 @@ INSTALLED := $(VENV)/.installed
 MODEL := .cache/models/smollm2-135m-instruct
 REQUEST := Remind me at 6:40 am to feed the horses
 
-.PHONY: quickstart test test-slow clean
+BENCH := .venv-bench
+
+.PHONY: quickstart test test-slow bench clean
 
 quickstart: $(INSTALLED) $(MODEL)
 	@run=runs/quickstart; n=2; while [ -e $$run ] || [ -e $$run-merged ]; do run=runs/quickstart-$$n; n=$$((n+1)); done; \
@@ -31,8 +34,18 @@ test: $(INSTALLED) $(MODEL)
 test-slow: $(INSTALLED) $(MODEL)
 	@$(PY) -m pytest -m slow
 
+bench: $(BENCH)/.installed $(MODEL)
+	@for case in "lora bfloat16" "lora float32" "dora bfloat16" "qlora bfloat16"; do set -- $$case; \
+	$(BENCH)/bin/python benchmarks/finetune.py $(MODEL) --method $$1 --dtype $$2; done
+
+$(BENCH)/.installed: pyproject.toml constraints.txt
+	@echo "setup: installing lowrank and its peers into $(BENCH) (once, minutes)"
+	@$(PYTHON) -m venv $(BENCH)
+	@$(BENCH)/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt -e ".[dev]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(BENCH) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find lowrank tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)

@@ -301,6 +301,9 @@ class TrainingSection(_Section):
     """Recompute activations in the backward pass: less memory, about a third slower. With offload, what is kept goes
     from the accelerator to the host's memory."""
 
+    torch_compile: bool = False
+    """Compile the model's layers, one by one; it takes a minute or two before the first step."""
+
     seed: int = 42
     """Of the adapter's start, the order of the data, and dropout."""
 

@@ -21,6 +21,7 @@ from lowrank.recipes.prepare import (
     stream_plan,
     swap_attention,
 )
+from lowrank.training.layers import compile_layers
 from lowrank.training.loss import Autocast, Loss, supervised_loss
 from lowrank.training.parallel import ALONE, Ranks
 from lowrank.training.recompute import recompute_activations
@@ -81,6 +82,8 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     attention = swap_attention(model, config)
     if training.gradient_checkpointing:
         recompute_activations(model, training.gradient_checkpointing)
+    if training.torch_compile:
+        compile_layers(model)
     loss = exact_loss(model, dtype, options)
     plain = loss if options == LossOptions() else exact_loss(model, dtype)
     return Setup(tokenizer, plan, size, length, held_out, model, dtype, attention, loss, plain)

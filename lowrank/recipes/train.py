@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from rich.console import Console
 
 from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
-from lowrank.recipes.assess import assess
-from lowrank.recipes.budget import rank_budget
+from lowrank.recipes.crew import Crew, crew_of
 from lowrank.recipes.optimisation import optimizer_for, schedule_for
 from lowrank.recipes.prepare import batch_plan
 from lowrank.recipes.resume import (
     CONFIG,
     checkpoint_to_resume,
     describe_start,
-    flat,
     refuse_a_run_in,
     refuse_another_schedule,
 )
@@ -32,25 +28,20 @@ from lowrank.recipes.setup import Setup, set_up
 from lowrank.recipes.show import open_console, plan_of, show_outcome, show_plan
 from lowrank.training.best import Best
 from lowrank.training.callbacks import Callback, Run
-from lowrank.training.checkpoint import FOLDER, Checkpoints
-from lowrank.training.early_stopping import EarlyStopping
+from lowrank.training.checkpoint import FOLDER
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.interrupt import stopping_softly
 from lowrank.training.loop import fit
 from lowrank.training.memory import freed_blocks_kept
 from lowrank.training.metrics import FILE as METRICS
-from lowrank.training.metrics import MetricsFile
 from lowrank.training.neftune import noisy_embeddings
 from lowrank.training.parallel import Ranks, joined_ranks
-from lowrank.training.periodic import PeriodicEval
-from lowrank.training.progress import Screen
 from lowrank.training.rehearsal import rehearse, rehearse_evaluation
 from lowrank.training.report import FILE as REPORT
-from lowrank.training.report import ReportWriter
 from lowrank.training.shortage import told_when_short
 from lowrank.training.snapshot import load_model_state, restore
 from lowrank.training.state import read_state
-from lowrank.training.trackers import Trackers, chosen_trackers
+from lowrank.training.trackers import chosen_trackers
 from lowrank.weights import save
 
 LOGS = "logs"
@@ -97,87 +88,86 @@ def train(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
-    training = config.training
-    output = Path(training.output_dir)
-    trackers = chosen_trackers(training.report_to)
-    accelerator = Accelerator(
-        cpu=config.model.device == "cpu" or not torch.cuda.is_available(),
-        log_with=[*trackers] or None,
-        project_config=ProjectConfiguration(str(output), logging_dir=str(output / LOGS)),
-    )
-    ranks = joined_ranks(training.num_processes)
+    output = Path(config.training.output_dir)
+    accelerator = accelerator_for(config)
+    ranks = joined_ranks(config.training.num_processes)
     checkpoint = checkpoint_to_resume(config, output) if resume else refuse_a_run_in(output)
     ranks.wait()
     console = open_console(quiet=not ranks.main)
     if resume:
         console.print(describe_start(checkpoint, output), highlight=False, soft_wrap=True)
-    set_seed(training.seed)
+    set_seed(config.training.seed)
 
     # Rows to packs; the base model, adapter put in, attention chosen; what will happen is shown before any work.
     setup = set_up(config, ranks)
     run = new_run(config, setup)
     summary = plan_of(config, setup.model, setup.attention, setup.loss, setup.plan, setup.size, setup.length)
     show_plan(console, summary)
+    try_the_longest(run, config, setup, accelerator)
+
+    crew = crew_of(config, setup, run, console, summary, accelerator, ranks, callbacks)
+    run.callbacks = crew.callbacks
+    begin(run, config, checkpoint, ranks)
+    with run.underway(), told_when_short(run.model.device, "training", advice(config)):
+        if crew.evaluate is not None and run.step == 0:
+            with disabled(run.model) if describe(run.model) else nullcontext():
+                run.before = crew.evaluate()
+            run.tell(Callback.on_eval, run.before)
+        learn(run, config, setup, crew, accelerator, ranks)
+        if ranks.main:
+            save_result(run.model, setup, output)
+        run.tell(Callback.on_save, output)
+        after = None
+        if crew.evaluate is not None and not run.interrupted:
+            after = crew.evaluate()
+            run.tell(Callback.on_eval, after)
+
+    show_outcome(console, run.before, after)
+    console.print(farewell(run, crew.best), highlight=False, soft_wrap=True)
+    return RunResult(output, run.step, run.interrupted, run.before, after)
+
+
+def accelerator_for(config: RunConfig) -> Accelerator:
+    """Joins the other processes, if there are any, and knows the trackers."""
+    output = config.training.output_dir
+    return Accelerator(
+        cpu=config.model.device == "cpu" or not torch.cuda.is_available(),
+        log_with=[*chosen_trackers(config.training.report_to)] or None,
+        project_config=ProjectConfiguration(output, logging_dir=str(Path(output) / LOGS)),
+    )
+
+
+def try_the_longest(run: Run, config: RunConfig, setup: Setup, accelerator: Accelerator) -> None:
+    """A run that will not fit fails here, before it has written anything."""
     with told_when_short(run.model.device, "trying the longest batch", advice(config)):
         rehearse(run.model, setup.plan, setup.loss, accelerator)
         if setup.held_out is not None:
             held_out = batch_plan(config, setup.held_out, setup.tokenizer, shuffle=False)
             rehearse_evaluation(run.model, held_out, setup.loss)
 
-    # Who is told of the run, and where it stands.
-    screen = Screen(console, training.logging_steps)
-    evaluate = evaluation_of(config, setup, screen, ranks)
-    best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
-    writers = [
-        MetricsFile(output / METRICS),
-        screen,
-        ReportWriter(output / REPORT, output.name, summary, output / METRICS),
-    ]
-    run.callbacks = [
-        *(writers if ranks.main else []),
-        *(budget := rank_budget(setup.model, run.total_steps)),
-        *periodic_evaluation(config, evaluate),
-        *([Trackers(accelerator, output.name, flat(config.model_dump(mode="json")))] if trackers else []),
-        *callbacks,
-        checkpoints := checkpoints_of(config, run, console, best, ranks),
-    ]
-    begin(run, config, checkpoint, ranks)
 
-    with run.underway(), told_when_short(run.model.device, "training", advice(config)):
-        if evaluate is not None and run.step == 0:
-            with disabled(run.model) if describe(run.model) else nullcontext():
-                run.before = evaluate()
-            run.tell(Callback.on_eval, run.before)
-
-        with stopping_softly(run), noise(config, run.model), freed_blocks_kept():
-            fit(
-                run,
-                setup.plan,
-                setup.loss,
-                accelerator=accelerator,
-                ranks=ranks,
-                size=setup.size,
-                max_grad_norm=training.max_grad_norm,
-                max_skips=training.max_skipped_steps,
-                penalty=budget[0].penalty if budget else None,
-            )
-        if run.interrupted:
-            checkpoints.write(run)
-        elif best is not None:
-            take_the_best(run, best, console)
-        run.model.eval()
-        if ranks.main:
-            save_result(run.model, setup, output)
-        run.tell(Callback.on_save, output)
-
-        after = None
-        if evaluate is not None and not run.interrupted:
-            after = evaluate()
-            run.tell(Callback.on_eval, after)
-
-    show_outcome(console, run.before, after)
-    console.print(farewell(run), highlight=False, soft_wrap=True)
-    return RunResult(output, run.step, run.interrupted, run.before, after)
+def learn(run: Run, config: RunConfig, setup: Setup, crew: Crew, accelerator: Accelerator, ranks: Ranks) -> None:
+    """The loop, and which weights come out of it. Ctrl-C once ends it after the current step."""
+    training = config.training
+    alpha = training.neftune_noise_alpha
+    noise = nullcontext() if alpha is None else noisy_embeddings(run.model, alpha)
+    with stopping_softly(run), noise, freed_blocks_kept():
+        fit(
+            run,
+            setup.plan,
+            setup.loss,
+            accelerator=accelerator,
+            ranks=ranks,
+            size=setup.size,
+            max_grad_norm=training.max_grad_norm,
+            max_skips=training.max_skipped_steps,
+            penalty=crew.penalty,
+        )
+    if run.interrupted:
+        crew.checkpoints.write(run)
+    elif crew.best is not None:
+        take_the_best(run, crew.best)
+    run.model.eval()
 
 
 def new_run(config: RunConfig, setup: Setup) -> Run:
@@ -196,12 +186,6 @@ def new_run(config: RunConfig, setup: Setup) -> Run:
     )
 
 
-def noise(config: RunConfig, model: Any) -> AbstractContextManager[None]:
-    """NEFTune, where the config asks for it."""
-    alpha = config.training.neftune_noise_alpha
-    return nullcontext() if alpha is None else noisy_embeddings(model, alpha)
-
-
 def begin(run: Run, config: RunConfig, checkpoint: Path | None, ranks: Ranks) -> None:
     """Takes up a checkpoint, or makes the output folder."""
     if ranks.index > 0:  # dropout is another one in each process; adapters began alike
@@ -218,47 +202,11 @@ def begin(run: Run, config: RunConfig, checkpoint: Path | None, ranks: Ranks) ->
     ranks.wait()
 
 
-def evaluation_of(config: RunConfig, setup: Setup, screen: Screen, ranks: Ranks) -> Callable[[], Evaluation] | None:
-    """Evaluates the model as it is; None where the config names nothing to evaluate on."""
-    if setup.held_out is None:
-        return None
-    generate = config.training.predict_with_generate
-    given = (setup.model, setup.tokenizer, setup.held_out, config, setup.plain_loss, screen.task)
-    return partial(assess, *given, generate=generate, ranks=ranks)
-
-
-def periodic_evaluation(config: RunConfig, evaluate: Callable[[], Evaluation] | None) -> list[Callback]:
-    """Evaluations between the steps, where the config asks for them."""
-    every = config.training.eval_steps
-    if evaluate is None or every is None:
-        return []
-    training = config.training
-    found: list[Callback] = [PeriodicEval(every, evaluate, last=training.load_best_model_at_end)]
-    if training.early_stopping_patience is not None:
-        found.append(EarlyStopping(training.metric_for_best_model, training.early_stopping_patience))
-    return found
-
-
-def checkpoints_of(config: RunConfig, run: Run, console: Console, best: Best | None, ranks: Ranks) -> Checkpoints:
-    """Writes the run's checkpoints."""
-    training = config.training
-    return Checkpoints(
-        partial(save, run.model) if describe(run.model) else lambda folder: None,
-        lambda line: console.print(line, highlight=False, soft_wrap=True),
-        steps=training.save_steps,
-        minutes=training.save_minutes,
-        keep=training.save_total_limit,
-        best=best,
-        ranks=ranks,
-    )
-
-
-def take_the_best(run: Run, best: Best, console: Console) -> None:
+def take_the_best(run: Run, best: Best) -> None:
     """Puts the weights of the best checkpoint into the model."""
     assert best.step is not None, "a run that is judged is evaluated after its last step"
     path = run.output_dir / FOLDER / f"step-{best.step}"
     load_model_state(run.model, read_state(path)["model"])
-    console.print(f"best {best.metric}: {best.value:.4f} after step {best.step}, taken from {path}", highlight=False)
 
 
 def save_result(model: Any, setup: Setup, output: Path) -> None:
@@ -270,17 +218,20 @@ def save_result(model: Any, setup: Setup, output: Path) -> None:
     setup.tokenizer.save_pretrained(output)
 
 
-def farewell(run: Run) -> str:
-    """The last line: where everything is, and how to go on."""
+def farewell(run: Run, best: Best | None) -> str:
+    """The last lines: where everything is, what was out of the ordinary, and how to go on."""
     report = f"open {run.output_dir / REPORT}"
-    skipped = f" {run.skipped} steps were skipped." if run.skipped else ""
     if run.interrupted:
-        return (
-            f"stopped after step {run.step} of {run.total_steps}: what it learned is in {run.output_dir}; {report}."
-            f"{skipped}\nTo go on: lowrank train {run.output_dir / CONFIG} --resume"
-        )
-    early = f" stopped early, after step {run.step} of {run.total_steps}" if run.stop else ""
-    return f"done:{early} {run.output_dir}; {report}.{skipped}"
+        ended = f"stopped after step {run.step} of {run.total_steps}: what it learned is in {run.output_dir}; {report}."
+    else:
+        ended = f"done: {run.output_dir}; {report}."
+    if run.stop and not run.interrupted:
+        ended += f" It stopped early, after step {run.step} of {run.total_steps}."
+    if best is not None and best.step is not None and not run.interrupted:
+        ended += f" The weights are those of step {best.step}, with the best {best.metric} ({best.value:.4f})."
+    if run.skipped:
+        ended += f" {run.skipped} steps were skipped."
+    return f"{ended}\nTo go on: lowrank train {run.output_dir / CONFIG} --resume" if run.interrupted else ended
 
 
 def advice(config: RunConfig) -> list[str]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowrank.adapters.host import AdapterSet
 from lowrank.errors import InputError
+from lowrank.training.layers import layers_of
 from lowrank.training.parallel import Ranks
 
 
@@ -26,10 +27,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, device: torch.device) -> None:
     Raises:
         InputError: the model's parameters train themselves, or it does not say what its layers are.
     """
-    kinds = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in kinds]
-    if not layers:
-        raise InputError(f"{type(model).__name__} does not say what its layers are", where="training.fsdp")
+    layers = layers_of(model, "training.fsdp")
     whole = {parameter for name, parameter in model.named_parameters() if _of_adapter(name)}
     if any(parameter.requires_grad for parameter in model.parameters() if parameter not in whole):
         raise InputError(

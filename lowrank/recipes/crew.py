@@ -1,0 +1,128 @@
+"""Who is told of a run: what writes, shows, evaluates and keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from lowrank.adapters import describe
+from lowrank.config import RunConfig
+from lowrank.recipes.assess import assess
+from lowrank.recipes.budget import rank_budget
+from lowrank.recipes.resume import flat
+from lowrank.recipes.setup import Setup
+from lowrank.training.best import Best
+from lowrank.training.callbacks import Callback, Run
+from lowrank.training.checkpoint import Checkpoints
+from lowrank.training.early_stopping import EarlyStopping
+from lowrank.training.evaluate import Evaluation
+from lowrank.training.metrics import FILE as METRICS
+from lowrank.training.metrics import MetricsFile
+from lowrank.training.parallel import Ranks
+from lowrank.training.periodic import PeriodicEval
+from lowrank.training.progress import Screen
+from lowrank.training.report import FILE as REPORT
+from lowrank.training.report import ReportWriter
+from lowrank.training.trackers import Trackers
+from lowrank.weights import save
+
+Evaluate = Callable[[], Evaluation]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What a run goes with.
+
+    Attributes:
+        callbacks: All of them, in the order in which they are told.
+        evaluate: Evaluates the model as it is; None where the config names nothing to evaluate on.
+        checkpoints: The callback that writes them.
+        best: Which evaluation was the best; None where the last weights are what is wanted.
+        penalty: Added to each step's loss; None for methods without one.
+    """
+
+    callbacks: list[Callback]
+    evaluate: Evaluate | None
+    checkpoints: Checkpoints
+    best: Best | None
+    penalty: Callable[[], torch.Tensor] | None
+
+
+def crew_of(
+    config: RunConfig,
+    setup: Setup,
+    run: Run,
+    console: Console,
+    summary: Mapping[str, str],
+    accelerator: Accelerator,
+    ranks: Ranks,
+    more: Sequence[Callback],
+) -> Crew:
+    """The callbacks that a config asks for, and `more`. One process writes and shows; all evaluate and gather."""
+    training, output = config.training, run.output_dir
+    screen = Screen(console, training.logging_steps)
+    writers = [
+        MetricsFile(output / METRICS),
+        screen,
+        ReportWriter(output / REPORT, output.name, summary, output / METRICS),
+    ]
+    evaluate = evaluation_of(config, setup, screen, ranks)
+    budget = rank_budget(setup.model, run.total_steps)
+    best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
+    checkpoints = checkpoints_of(config, run, console, best, ranks)
+    callbacks = [
+        *(writers if ranks.main else []),
+        *budget,
+        *periodic_evaluation(config, evaluate),
+        *trackers_of(config, accelerator, run),
+        *more,
+        checkpoints,
+    ]
+    return Crew(callbacks, evaluate, checkpoints, best, budget[0].penalty if budget else None)
+
+
+def trackers_of(config: RunConfig, accelerator: Accelerator, run: Run) -> list[Callback]:
+    """TensorBoard and the like, where the accelerator was made with any."""
+    if not accelerator.log_with:
+        return []
+    return [Trackers(accelerator, run.output_dir.name, flat(config.model_dump(mode="json")))]
+
+
+def evaluation_of(config: RunConfig, setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:
+    """Evaluates the model as it is; None where the config names nothing to evaluate on."""
+    if setup.held_out is None:
+        return None
+    generate = config.training.predict_with_generate
+    given = (setup.model, setup.tokenizer, setup.held_out, config, setup.plain_loss, screen.task)
+    return partial(assess, *given, generate=generate, ranks=ranks)
+
+
+def periodic_evaluation(config: RunConfig, evaluate: Evaluate | None) -> list[Callback]:
+    """Evaluations between the steps, where the config asks for them."""
+    every = config.training.eval_steps
+    if evaluate is None or every is None:
+        return []
+    training = config.training
+    found: list[Callback] = [PeriodicEval(every, evaluate, last=training.load_best_model_at_end)]
+    if training.early_stopping_patience is not None:
+        found.append(EarlyStopping(training.metric_for_best_model, training.early_stopping_patience))
+    return found
+
+
+def checkpoints_of(config: RunConfig, run: Run, console: Console, best: Best | None, ranks: Ranks) -> Checkpoints:
+    """Writes the run's checkpoints."""
+    training = config.training
+    return Checkpoints(
+        partial(save, run.model) if describe(run.model) else lambda folder: None,
+        lambda line: console.print(line, highlight=False, soft_wrap=True),
+        steps=training.save_steps,
+        minutes=training.save_minutes,
+        keep=training.save_total_limit,
+        best=best,
+        ranks=ranks,
+    )
