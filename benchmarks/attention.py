@@ -2,12 +2,13 @@
 
     python benchmarks/attention.py                        # CPU, 512 ... 32768 tokens; eager stops where memory does
     python benchmarks/attention.py --device cuda
-    python benchmarks/attention.py --lengths 512 1024 2048 --packed-only
+    python benchmarks/attention.py --packed-only          # the pack of 16 x 256 tokens alone; writes nothing
 
 What is measured is what a layer pays: the mask that transformers builds for the backend, the attention function of the
 backend on (1, heads, n, 64) queries, and its backward pass. Each point runs in a process of its own, so that its peak
-is its own and that one which runs out of memory takes nobody along. Writes a table (.md), the numbers (.json) and a
-plot (.png) to benchmarks/results/.
+is its own and that one which runs out of memory takes nobody along: on CPU it is refused more than `--memory` GiB, and
+more than four fifths of what the machine has free. Writes a table (.md), the numbers (.json) and a plot (.png) to
+benchmarks/results/, and says which bars are kept.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from meter import available_bytes, exponent, extra_mebibytes, machine, status_bytes
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
@@ -34,6 +36,9 @@ from lowrank.errors import InputError
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 PACK = [256] * 16
 RESULTS = Path(__file__).parent / "results"
+LINEAR = 1.1  # the highest exponent of memory that counts as linear
+TIMES_EAGER = 4.0  # at 4096 tokens, in bfloat16 on CPU
+TIMES_SDPA = 2.5  # on the pack, on CPU
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,11 @@ def main() -> None:
     table = _tables(points, packed, args)
     print(table)
     RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"attention-{_machine(args.device).replace(' ', '-').lower()}-{args.dtype}"
+    stem = RESULTS / f"attention-{machine(torch.device(args.device)).replace(' ', '-').lower()}-{args.dtype}"
     if not args.packed_only:
         stem.with_suffix(".md").write_text(table)
         stem.with_suffix(".json").write_text(json.dumps([asdict(p) for p in points + packed], indent=1) + "\n")
-        _plot(points, stem.with_suffix(".png"), f"{_machine(args.device)}, {args.dtype}")
+        _plot(points, stem.with_suffix(".png"), f"{machine(torch.device(args.device))}, {args.dtype}")
         print(f"written: {stem}.md, .json, .png")
 
 
@@ -76,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--key-heads", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory", type=float, default=8.0, help="GiB that one point may take on CPU")
+    parser.add_argument("--memory", type=float, default=12.0, help="GiB that one point may take on CPU")
     parser.add_argument("--packed-only", action="store_true", help="the pack of 16 x 256 tokens alone; writes nothing")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -115,30 +120,24 @@ def measure(backend: str, length: int, packed: bool, args: argparse.Namespace) -
     """Best time of some steps, and the first one's peak of memory above what inputs and output's gradient take."""
     torch.manual_seed(0)
     if args.device == "cpu":
-        limit = int(args.memory * 2**30) + _resident()
+        limit = status_bytes("VmData") + min(int(args.memory * 2**30), available_bytes() * 4 // 5)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    lengths = PACK if packed else [length]
     try:
-        warm_up, _ = _step(backend, [64, 64] if packed else [128], args)
-        step, extra = _step(backend, lengths, args)
+        _step(backend, [64, 64] if packed else [128], args)()
+        step = _step(backend, PACK if packed else [length], args)
     except InputError as refused:
         return Point(backend, length, packed, note=refused.what)
-    warm_up()
-    mebibytes = extra(step)
+    mebibytes = extra_mebibytes(step, torch.device(args.device))
     seconds = []
-    for _ in range(args.repeats):
+    while len(seconds) < args.repeats and sum(seconds) < 20:
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-        if sum(seconds) > 20:
-            break
     return Point(backend, length, packed, min(seconds), mebibytes)
 
 
-def _step(
-    backend: str, lengths: list[int], args: argparse.Namespace
-) -> tuple[Callable[[], None], Callable[..., float]]:
-    """(one forward and backward pass over a pack of `lengths`, a meter of the peak memory of such a pass)."""
+def _step(backend: str, lengths: list[int], args: argparse.Namespace) -> Callable[[], None]:
+    """One forward and backward pass over a pack of `lengths`."""
     device, dtype, n = torch.device(args.device), getattr(torch, args.dtype), sum(lengths)
     config = transformers.LlamaConfig(
         hidden_size=64 * args.heads,
@@ -171,47 +170,28 @@ def _step(
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return step, _cuda_peak if device.type == "cuda" else _cpu_peak
+    return step
 
 
-def _cuda_peak(step: Callable[[], None]) -> float:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _cpu_peak(step: Callable[[], None]) -> float:
-    """Linux: writing 5 to clear_refs sets the process's high-water mark back to what it holds now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident()
-    step()
-    return (_status("VmHWM") - before) / 2**20
-
-
-def _resident() -> int:
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def exponent(points: list[Point], of: Callable[[Point], float | None]) -> float:
-    """Slope of log(value) over log(length) by least squares, over the longer half of what ran."""
-    ran = [(math.log(p.length), math.log(value)) for p in points if (value := of(p))]
+def _growth(points: list[Point], of: Callable[[Point], float | None]) -> float:
+    """The exponent over the longer half of what ran."""
+    ran = [(p.length, value) for p in points if (value := of(p)) is not None]
     ran = ran[len(ran) // 2 - 1 :] if len(ran) > 3 else ran
-    if len(ran) < 2:
-        return math.nan
-    mean_x, mean_y = sum(x for x, _ in ran) / len(ran), sum(y for _, y in ran) / len(ran)
-    return sum((x - mean_x) * (y - mean_y) for x, y in ran) / sum((x - mean_x) ** 2 for x, _ in ran)
+    return exponent([length for length, _ in ran], [value for _, value in ran])
+
+
+def _seconds(point: Point) -> float | None:
+    return point.seconds
+
+
+def _mebibytes(point: Point) -> float | None:
+    return point.mebibytes
 
 
 def _tables(points: list[Point], packed: list[Point], args: argparse.Namespace) -> str:
     by_name = {b: [p for p in points if p.backend == b] for b in args.backends}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, "
-    title = f"# Attention on {_machine(args.device)}, {args.dtype}\n\n{versions}"
+    title = f"# Attention on {machine(torch.device(args.device))}, {args.dtype}\n\n{versions}"
     lines = [
         title
         + f"{args.heads} heads of 64 over {args.key_heads}. Forward and backward, seconds / MiB above the inputs.\n"
@@ -221,31 +201,50 @@ def _tables(points: list[Point], packed: list[Point], args: argparse.Namespace) 
         for length in args.lengths:
             cells = [next((_cell(p) for p in by_name[b] if p.length == length), "") for b in args.backends]
             lines.append(f"| {length} | " + " | ".join(cells) + " |")
-        growth = [
-            f"{exponent(by_name[b], lambda p: p.seconds):.2f} / {exponent(by_name[b], lambda p: p.mebibytes):.2f}"
-            for b in args.backends
-        ]
+        growth = [f"{_growth(by_name[b], _seconds):.2f} / {_growth(by_name[b], _mebibytes):.2f}" for b in args.backends]
         lines += ["| exponent | " + " | ".join(growth).replace("nan / nan", "") + " |", ""]
     lines += [
         "One pack of 16 segments of 256 tokens (sdpa: under a block mask):\n",
         "| backend | seconds | MiB | times sdpa |",
         "|---|---|---|---|",
     ]
-    reference = next((p.seconds for p in packed if p.backend == "sdpa"), None)
+    reference = _seconds_of(packed, "sdpa", sum(PACK))
     for p in packed:
         times = f"{reference / p.seconds:.2f}" if reference and p.seconds else ""
         lines.append(f"| {p.backend} | {_cell(p).replace(' / ', ' | ') if p.seconds else p.note + ' | '} | {times} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_bars(by_name, packed, args)]) + "\n"
+
+
+def _seconds_of(points: list[Point], backend: str, length: int) -> float | None:
+    return next((p.seconds for p in points if (p.backend, p.length) == (backend, length)), None)
+
+
+def _bars(by_name: dict[str, list[Point]], packed: list[Point], args: argparse.Namespace) -> list[str]:
+    """What was promised for the CPU, as far as this run can say."""
+    if args.device != "cpu" or args.dtype != "bfloat16":
+        return []
+    bars = []
+    for backend in ("sdpa", "segments"):
+        points = by_name.get(backend, [])
+        growth, seconds = _growth(points, _mebibytes), _seconds_of(points, backend, 4096)
+        eager = _seconds_of(by_name.get("eager", []), "eager", 4096)
+        if not math.isnan(growth):
+            bars.append(
+                (f"{backend}: memory grows with an exponent of {growth:.2f}, at most {LINEAR}", growth <= LINEAR)
+            )
+        if seconds and eager:
+            times = eager / seconds
+            text = f"{backend}: {times:.1f} times eager's speed at 4096 tokens, at least {TIMES_EAGER}"
+            bars.append((text, times >= TIMES_EAGER))
+    ours, theirs = (_seconds_of(packed, backend, sum(PACK)) for backend in ("segments", "sdpa"))
+    if ours and theirs:
+        text = f"segments: {theirs / ours:.1f} times sdpa's speed on the pack, at least {TIMES_SDPA}"
+        bars.append((text, theirs / ours >= TIMES_SDPA))
+    return [f"- {text}: {'kept' if kept else 'MISSED'}" for text, kept in bars]
 
 
 def _cell(point: Point) -> str:
     return point.note if point.seconds is None else f"{point.seconds:.4f} / {point.mebibytes:.1f}"
-
-
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU {torch.get_num_threads()} threads"
 
 
 def _plot(points: list[Point], path: Path, title: str) -> None:

@@ -1,29 +1,30 @@
 """Memory and time of a training step of one long sequence: attention, gradient checkpointing, chunked loss together.
 
-    python benchmarks/long_context.py --lengths 4096 8192 16384 --hidden 256 --layers 8 --vocabulary 49152
+    python benchmarks/long_context.py                 # segments and sdpa, 4,096 ... 16,384 tokens
+    python benchmarks/long_context.py --device cuda --lengths 4096 8192 16384 32768
 
-Each length runs in a process of its own; what is counted is the peak of the process less what it held before the step.
-Prints a table with the fitted exponent of growth, and writes benchmarks/results/long-context-cpu.{md,json}.
+lowrank's own loop, loss and recomputation train a narrow model of real depth. Each step runs in a process of its own;
+what is counted is the peak during the step above what the process held before it. Prints a table with the fitted
+exponents of growth, and writes benchmarks/results/long-context-<device>.{md,json}.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
+from meter import exponent, extra_mebibytes, machine
+from transformers import PreTrainedModel
 
 import lowrank
-from lowrank.attention import set_attention
 from lowrank.data import Example, Examples, plan_batches
 from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.loop import fit
@@ -33,18 +34,32 @@ from lowrank.training.recompute import recompute_activations
 from lowrank.training.schedule import build_schedule
 
 RESULTS = Path(__file__).parent / "results"
+LINEAR = 1.1  # the highest exponent that counts as linear
 
 
 class Watch(Callback):
-    def on_run_start(self, run: Run) -> None:
-        self.before, self.began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    """Keeps the last step's figures."""
 
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
-        self.loss = metrics.loss
+        """See `Callback`."""
+        self.loss, self.seconds = metrics.loss, metrics.seconds
 
 
-def one_step(options: argparse.Namespace, length: int) -> dict[str, float]:
-    """A step at one length, in this process."""
+def one_step(options: argparse.Namespace, backend: str, length: int) -> dict[str, Any]:
+    """A step at one length, in this process, after a short one in which libraries make their plans."""
+    device = torch.device(options.device)
+    model = _model(options, length)
+    torch.nn.Module.to(model, device)
+    lowrank.wrap(model, lowrank.LoraConfig(r=8))
+    lowrank.set_attention(model, backend, packing=True)
+    recompute_activations(model, True)
+    watch = Watch()
+    _fit(model, 256, options, watch)
+    peak = extra_mebibytes(lambda: _fit(model, length, options, watch), device)
+    return {"backend": backend, "length": length, "mebibytes": peak, "seconds": watch.seconds, "loss": watch.loss}
+
+
+def _model(options: argparse.Namespace, length: int) -> PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=options.vocabulary,
@@ -56,65 +71,75 @@ def one_step(options: argparse.Namespace, length: int) -> dict[str, float]:
         max_position_embeddings=length,
         pad_token_id=0,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    lowrank.wrap(model, lowrank.LoraConfig(r=8))
-    set_attention(model, options.backend, packing=True)
-    recompute_activations(model, True)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def _fit(model: PreTrainedModel, length: int, options: argparse.Namespace, watch: Watch) -> None:
+    """One optimiser step on one sequence, all of it supervised."""
     ids = torch.randint(3, options.vocabulary, (length,)).tolist()
     examples = Examples.of([Example(ids, [False] + [True] * (length - 1))], "all")
     plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=length, pad_token_id=0, seed=0)
     optimizer = build_optimizer(model, Settings(1e-4))
-    watch = Watch()
     schedule = build_schedule(optimizer, "constant", warmup_steps=0, total_steps=1)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler(options.device, enabled=False)
     run = Run(model, optimizer, schedule, scaler, Path(), 1, callbacks=[watch])
-    loss = supervised_loss(model)
     with run.underway():
-        fit(run, plan, loss, accelerator=Accelerator(cpu=True))
-    seconds = time.perf_counter() - watch.began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - watch.before
-    return {"length": length, "peak_mib": peak / 1024, "seconds": seconds, "loss": watch.loss}
-
-
-def exponent(results: list[dict[str, float]], key: str) -> float:
-    """Slope of the line through the logarithms."""
-    x = [math.log(result["length"]) for result in results]
-    y = [math.log(result[key]) for result in results]
-    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
-    rise = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
-    return rise / sum((a - middle_x) ** 2 for a in x)
+        fit(run, plan, supervised_loss(model), accelerator=Accelerator(cpu=options.device == "cpu"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--backend", default="segments")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = _options()
     if options.one:
-        print(json.dumps(one_step(options, options.one)))
+        backend, length = options.one.split(":")
+        print(json.dumps(one_step(options, backend, int(length))))
         return
     results = []
-    for length in options.lengths:
-        command = [sys.executable, *sys.argv, "--one", str(length)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    lines = ["| tokens | peak MiB over the model | seconds |", "|---|---|---|"]
-    lines += [f"| {r['length']:,} | {r['peak_mib']:,.0f} | {r['seconds']:.1f} |" for r in results]
-    head = (
-        f"# One long sequence: Llama of {options.layers} layers, hidden size {options.hidden}, vocabulary "
-        f"{options.vocabulary:,}, bfloat16, LoRA r = 8, {options.backend}\n\n{platform.machine()}, "
-        f"{torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}. "
-        f"`python {' '.join(sys.argv)}`. One step each, gradient checkpointing and chunked loss on.\n"
-    )
-    tail = f"\nMemory grows with the {exponent(results, 'peak_mib'):.2f}th power of the length.\n"
-    text = "\n".join([head, *lines, tail])
+    for backend in options.backends:
+        for length in options.lengths:
+            command = [sys.executable, *sys.argv, "--one", f"{backend}:{length}"]
+            began = time.perf_counter()
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(results[-1], f"whole process {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    text = table(results, options)
     print(text)
-    (RESULTS / "long-context-cpu.md").write_text(text, encoding="utf-8")
-    (RESULTS / "long-context-cpu.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    stem = RESULTS / f"long-context-{options.device}"
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--backends", nargs="+", default=["segments", "sdpa"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Markdown: a row for each length, a column for each backend, exponents and the bar beneath."""
+    by_name = {b: [r for r in results if r["backend"] == b] for b in options.backends}
+    growth = {b: exponent([r["length"] for r in rows], [r["mebibytes"] for r in rows]) for b, rows in by_name.items()}
+    lines = [
+        f"# One long sequence on {machine(torch.device(options.device))}",
+        "",
+        f"Llama of {options.layers} layers, hidden size {options.hidden}, vocabulary {options.vocabulary:,}, bfloat16, "
+        f"LoRA r = 8; gradient checkpointing and chunked loss. One training step: peak MiB above the model / seconds. "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; `python {' '.join(sys.argv)}`",
+        "",
+        "| tokens | " + " | ".join(by_name) + " |",
+        "|---" * (1 + len(by_name)) + "|",
+    ]
+    for row in zip(*by_name.values(), strict=True):
+        cells = " | ".join(f"{r['mebibytes']:,.0f} / {r['seconds']:.1f}" for r in row)
+        lines.append(f"| {row[0]['length']:,} | {cells} |")
+    lines.append("| exponent of memory | " + " | ".join(f"{value:.2f}" for value in growth.values()) + " |")
+    kept = all(value <= LINEAR for value in growth.values())
+    return "\n".join([*lines, "", f"Bar: exponents of memory at most {LINEAR}: {'kept' if kept else 'MISSED'}.", ""])
 
 
 if __name__ == "__main__":

@@ -2,21 +2,26 @@
 
 transformers would fall back to kernels from a hub when no package is installed, and would leave out what a version
 does not know (sinks, dropout) without a word: both are refused here. Its own search for packs works on one row alone
-and waits for the device in every layer, so `packing.segments` hands it the borders.
+and waits for the device in every layer, so `packing.segments` hands it the borders. Of a mask it takes the padding
+alone and drops the rest: `flash_mask` stands before it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils.import_utils import is_flash_attn_4_available
 
 from lowrank.attention.backend import Backend
+from lowrank.attention.maskparts import BOTH_WAYS, CAUSAL, parts_of
 from lowrank.attention.setting import Setting
+from lowrank.errors import InputError
 
 
 def packing_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, torch.Tensor | int]:
@@ -38,6 +43,21 @@ def version_for(device: torch.device) -> int | None:
     return 2 if major >= 8 and is_flash_attn_2_available() else None
 
 
+def flash_mask(*arguments: Any, mask_function: Callable[..., torch.Tensor], **more: Any) -> torch.Tensor | None:
+    """transformers' mask for FlashAttention, behind a refusal of masks that the kernels cannot compute.
+
+    Raises:
+        InputError: The mask is more than causal or not causal, windows, segments and padding.
+    """
+    beyond = parts_of(mask_function) - CAUSAL - BOTH_WAYS
+    if beyond:
+        raise InputError(
+            f"the attention backend `flash` cannot serve this model's mask: it knows no {', '.join(sorted(beyond))}",
+            fix="use `attention: segments`",
+        )
+    return flash_attention_mask(*arguments, mask_function=mask_function, **more)
+
+
 def refusal_of_kernel(setting: Setting, knows: Collection[str]) -> str | None:
     """Why FlashAttention cannot serve a setting exactly.
 
@@ -48,6 +68,8 @@ def refusal_of_kernel(setting: Setting, knows: Collection[str]) -> str | None:
     """
     if not setting.supports_flash:
         return "transformers has no FlashAttention path for this architecture"
+    if setting.own_masks:
+        return "its masks are more than causal, and FlashAttention would drop the rest"
     if setting.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention computes in 16 bits, the model is in {setting.dtype}".replace("torch.", "")
     if setting.head_dim is not None and setting.head_dim > 256:
@@ -74,7 +96,9 @@ def _refusal(setting: Setting) -> str | None:
 
 
 def _implementation(setting: Setting) -> str:
-    return f"flash_attention_{version_for(setting.device)}"
+    name = f"flash_attention_{version_for(setting.device)}"
+    AttentionMaskInterface.register(name, flash_mask)
+    return name
 
 
 _PACKAGE = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}

@@ -85,10 +85,12 @@ def paged_is_faster(model: PreTrainedModel) -> bool:
     whose kernels read pages, it is what continuous batching was made for; no card has measured it here yet.
     """
     setting = setting_of(model, packing=False)
-    return FLASH.refusal(setting) is None
+    return FLASH.refusal(setting) is None and _refusal(setting) is None
 
 
 def _refusal(setting: Setting) -> str | None:
+    if not setting.supports_paging:
+        return "transformers cannot page the keys and values of this architecture"
     return None if FLASH.refusal(setting) is None or setting.sinks else SDPA.refusal(setting)
 
 

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lowrank.attention import dense, varlen
 from lowrank.attention.backend import Backend
 from lowrank.attention.mask import SpansMask
+from lowrank.attention.maskparts import CAUSAL, WINDOW, parts_of
 from lowrank.attention.setting import Setting
 from lowrank.attention.spans import Spans, from_lengths, from_mask_function
 from lowrank.attention.stacking import Gather, Scatter, stacks_of
@@ -73,8 +74,12 @@ def segments_mask(
     whole = whole and (attention_mask is None or attention_mask.shape[-1] == q_length)
     if whole and not use_vmap and not allow_is_bidirectional_skip:
         announced = None if attention_mask is not None else ANNOUNCED.get(id(config))
-        chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
-        if announced is not None and not chunked and batch_size == 1 and sum(announced) == q_length:
+        if (
+            announced is not None
+            and batch_size == 1
+            and sum(announced) == q_length
+            and _plain(mask_function, local_size)
+        ):
             return SpansMask(from_lengths(announced, local_size), device)
         spans = from_mask_function(mask_function, attention_mask, batch_size, q_length, local_size, device)
         if spans is not None:
@@ -93,6 +98,12 @@ def segments_mask(
         use_vmap=use_vmap,
         device=device,
     )
+
+
+def _plain(mask_function: Callable[..., torch.Tensor], local_size: int | None) -> bool:
+    """Whether a mask is causal within segments, and within a window of `local_size` if that is given."""
+    parts = parts_of(mask_function)
+    return parts <= CAUSAL and (WINDOW in parts) == (local_size is not None)
 
 
 def segments_attention(
@@ -122,7 +133,11 @@ def segments_attention(
         )
     if isinstance(attention_mask, SpansMask) and position_bias is None and dropout == 0.0:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _over_spans(query, key, value, attention_mask.spans, scale, softcap, s_aux), None
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind):  # as it does for scaled_dot_product_attention
+            query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+        with torch.autocast(kind, enabled=False):
+            return _over_spans(query, key, value, attention_mask.spans, scale, softcap, s_aux), None
     out = dense.attend(
         module,
         query,

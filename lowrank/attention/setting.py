@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,7 +24,9 @@ class Setting:
         sinks: Each head has a learned sink.
         window: Smallest sliding window of its layers; None: none slides.
         dropout: Largest attention dropout in training.
+        own_masks: Some of its masks are more than causal ones with windows: image tokens see one another both ways.
         packing: Packs of several examples will be trained on.
+        supports_paging: transformers can keep its keys and values in pages.
         supports_flash: transformers says that FlashAttention works for it.
         supports_flex: transformers says that FlexAttention works for it.
         supports_sdpa: transformers says that scaled_dot_product_attention works for it.
@@ -38,7 +42,9 @@ class Setting:
     sinks: bool
     window: int | None
     dropout: float
+    own_masks: bool
     packing: bool
+    supports_paging: bool
     supports_flash: bool
     supports_flex: bool
     supports_sdpa: bool
@@ -61,7 +67,9 @@ def setting_of(model: PreTrainedModel, packing: bool) -> Setting:
         sinks="sinks" in names,
         window=_window(config),
         dropout=max((float(getattr(config, name, 0.0) or 0.0) for name in _DROPOUTS), default=0.0),
+        own_masks=_own_masks(model),
         packing=packing,
+        supports_paging=_supports_paging(submodels, config),
         supports_flash=all(module._supports_flash_attn for module in submodels),
         supports_flex=all(module._supports_flex_attn for module in submodels),
         supports_sdpa=all(module._supports_sdpa for module in submodels),
@@ -72,6 +80,20 @@ def setting_of(model: PreTrainedModel, packing: bool) -> Setting:
 def _head_dim(config: PreTrainedConfig) -> int | None:
     heads = getattr(config, "num_attention_heads", None)
     return getattr(config, "head_dim", None) or config.hidden_size // heads if heads else None
+
+
+def _supports_paging(submodels: list[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return all(m._supports_attention_backend for m in submodels) and kinds <= {"full_attention", "sliding_attention"}
+
+
+def _own_masks(model: PreTrainedModel) -> bool:
+    """Asked of the text's config, and of the source of a model of several parts: no attribute tells it."""
+    text = model.config.get_text_config()
+    if getattr(text, "use_bidirectional_attention", None):
+        return True
+    file = inspect.getsourcefile(type(model))
+    return text is not model.config and file is not None and "block_sequence_ids" in Path(file).read_text("utf-8")
 
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")

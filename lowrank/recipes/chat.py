@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from transformers import TextStreamer
 
+from lowrank.attention import set_attention
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer
 from lowrank.recipes.show import open_console
-from lowrank.training.answers import greedy
+from lowrank.training.answers import answer_all, greedy
+from lowrank.training.progress import Screen
 from lowrank.weights import load
 from lowrank.weights.adapterfile import open_adapter
 
 Messages = list[dict[str, str]]
 
 _QUANTIZATION = ("load_in_", "bnb_4bit_")
+_AT_A_TIME = 16  # prompts
 
 
-def chat(path: str, *, prompt: str | None = None, system: str | None = None, max_new_tokens: int = 256) -> None:
-    """One answer to `prompt`, or a conversation until an empty line; answers are greedy.
+def chat(path: str, *, prompts: Sequence[str] = (), system: str | None = None, max_new_tokens: int = 256) -> list[str]:
+    """Answers to `prompts`, or a conversation until an empty line; answers are greedy.
 
     Args:
         path: A model's folder or name, or an adapter's folder (its base is found through it).
-        prompt: The one question.
+        prompts: Questions, each a conversation of its own; several are answered together.
         system: The system message.
         max_new_tokens: Longest answer.
+
+    Returns:
+        The answers to `prompts`.
     """
     model, tokenizer = open_model(path)
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; the model was not made to be talked to")
-    messages: Messages = [] if system is None else [{"role": "system", "content": system}]
-    if prompt is not None:
-        answer(model, tokenizer, [*messages, {"role": "user", "content": prompt}], max_new_tokens)
-        return
+    begun: Messages = [] if system is None else [{"role": "system", "content": system}]
+    asked: list[Messages] = [[*begun, {"role": "user", "content": prompt}] for prompt in prompts]
+    if len(asked) > 1:
+        return answers(model, tokenizer, asked, max_new_tokens)
+    if asked:
+        return [answer(model, tokenizer, asked[0], max_new_tokens)]
     console = open_console()
     console.print(f"{path}: an empty line ends the conversation", style="dim")
     while text := _asked(console):
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, max_new_tokens)})
+        begun.append({"role": "user", "content": text})
+        begun.append({"role": "assistant", "content": answer(model, tokenizer, begun, max_new_tokens)})
+    return []
 
 
 def open_model(path: str) -> tuple[Any, Any]:
@@ -63,6 +74,24 @@ def answer(model: Any, tokenizer: Any, messages: Messages, max_new_tokens: int) 
     with greedy(model, tokenizer, max_new_tokens) as config:
         output = model.generate(**ids, generation_config=config, streamer=streamer)
     return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def answers(model: Any, tokenizer: Any, asked: Sequence[Messages], max_new_tokens: int) -> list[str]:
+    """The answers to several conversations at once, each printed beneath its question when all are there."""
+    prompts = [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) for messages in asked
+    ]
+    set_attention(model, "auto")
+    with Screen(Console(stderr=True)) as screen, screen.task("answering", len(prompts)) as advance:
+        found = answer_all(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=_AT_A_TIME, on_batch=advance
+        )
+    found = [text.strip() for text in found]
+    console = open_console()
+    for messages, text in zip(asked, found, strict=True):
+        console.print(messages[-1]["content"], style="dim", markup=False)
+        console.print(text, markup=False)
+    return found
 
 
 def _asked(console: Any) -> str:

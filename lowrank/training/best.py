@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lowrank.errors import InputError
@@ -43,7 +44,9 @@ class Best:
 
 
 def better(metric: str, value: float, than: float) -> bool:
-    """Whether `value` of a metric is better; what is not a number never is."""
+    """Whether `value` of a metric is better; any number is better than none (nan), and none never is."""
+    if math.isnan(than):
+        return not math.isnan(value)
     return value > than if GREATER_IS_BETTER[metric] else value < than
 
 

@@ -6,15 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import nn
 
 from lowrank.adapters.host import AdapterSet
 from lowrank.errors import InputError
-
-Groups = list[dict[str, Any]]
+from lowrank.training.muon import Groups, MuonWithAdamW, for_muon
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Settings:
 
     Attributes:
         learning_rate: The highest.
-        weight_decay: On matrices; biases, norms and magnitudes are vectors and go without.
-        betas: Of AdamW and Lion; Muon's momentum is the first.
+        weight_decay: On matrices, embeddings among them; biases, norms and magnitudes are vectors and go without.
+        betas: Of AdamW and Lion; Muon's momentum is the first. Adafactor and SGD have none.
         epsilon: AdamW's.
         loraplus_lr_ratio: LoRA+ (Hayou 2024): B learns so many times as fast as A; None for the same.
         loraplus_lr_embedding: With LoRA+, the learning rate of embeddings' factors.
@@ -53,6 +51,10 @@ class Settings:
     loraplus_lr_ratio: float | None = None
     loraplus_lr_embedding: float = 1e-6
     rules: Sequence[GroupRule] = ()
+
+
+Maker = Callable[[nn.Module, Groups, Settings], torch.optim.Optimizer]
+"""Makes an optimiser over groups of a model's parameters."""
 
 
 def build_optimizer(model: nn.Module, settings: Settings, name: str = "adamw_torch_fused") -> torch.optim.Optimizer:
@@ -69,33 +71,46 @@ def build_optimizer(model: nn.Module, settings: Settings, name: str = "adamw_tor
     groups = parameter_groups(model, settings)
     if name not in OPTIMIZERS:
         raise InputError(f"there is no optimiser {name!r}; there are {', '.join(OPTIMIZERS)}", where="training.optim")
-    return OPTIMIZERS[name](groups, settings)
+    return OPTIMIZERS[name](model, groups, settings)
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> Groups:
     """What trains, by learning rate and weight decay; the group of the run's own learning rate first."""
     hosts = dict(model.named_modules())
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
-    unused = {rule.pattern for rule in settings.rules}
+    idle, nameless = set(settings.rules), set(settings.rules)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         rate = _learning_rate(name, parameter, hosts, settings)
         decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-        rule = next((rule for rule in settings.rules if re.search(rule.pattern, name)), None)
-        if rule is not None:
-            unused.discard(rule.pattern)
+        fitting = [rule for rule in settings.rules if re.search(rule.pattern, name)]
+        nameless.difference_update(fitting)
+        if fitting:
+            rule = fitting[0]
+            idle.discard(rule)
             rate = rate if rule.learning_rate is None else rule.learning_rate
             decay = decay if rule.weight_decay is None else rule.weight_decay
         found.setdefault((rate, decay), []).append(parameter)
-    if unused:
-        raise InputError(
-            f"nothing that trains has a name with {', '.join(map(repr, sorted(unused)))} in it",
-            where="training.parameter_groups",
-            fix="Names look like model.layers.0.self_attn.q_proj.adapters.default.lora_A.",
-        )
+    _refuse_idle(idle, nameless)
     order = sorted(found, key=lambda key: key[0] != settings.learning_rate)
     return [{"params": found[key], "lr": key[0], "weight_decay": key[1]} for key in order]
+
+
+def _refuse_idle(idle: set[GroupRule], nameless: set[GroupRule]) -> None:
+    """Rules that no parameter goes by, those that fit no name among them."""
+    if not idle:
+        return
+    told = sorted((rule.pattern, rule in nameless) for rule in idle)
+    pattern, fits_nothing = told[0]
+    why = "nothing that trains has a name with it" if fits_nothing else "all that it fits goes by an earlier one"
+    raise InputError(
+        f"{pattern!r} has no effect: {why}",
+        where="training.parameter_groups",
+        fix="Names look like model.layers.0.self_attn.q_proj.adapters.default.lora_A."
+        if fits_nothing
+        else "The first that fits is taken: put the narrower pattern first.",
+    )
 
 
 def _learning_rate(name: str, parameter: nn.Parameter, hosts: dict[str, nn.Module], settings: Settings) -> float:
@@ -109,39 +124,49 @@ def _learning_rate(name: str, parameter: nn.Parameter, hosts: dict[str, nn.Modul
     return settings.learning_rate * (settings.loraplus_lr_ratio if fast else 1.0)
 
 
-def _adamw(groups: Groups, settings: Settings, fused: bool) -> torch.optim.Optimizer:
+def _adamw(fused: bool) -> Maker:
     """AdamW (Loshchilov 2019)."""
-    return torch.optim.AdamW(groups, settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=fused)
+
+    def make(_: nn.Module, groups: Groups, settings: Settings) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            groups, settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=fused
+        )
+
+    return make
 
 
-def _adafactor(groups: Groups, settings: Settings) -> torch.optim.Optimizer:
-    """Adafactor (Shazeer 2018): the second moment of a matrix from its rows and columns."""
-    return torch.optim.Adafactor(groups, settings.learning_rate)
+def _adafactor(_: nn.Module, groups: Groups, settings: Settings) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer 2018): the second moment of a matrix from its rows and columns.
+
+    With steps as long as the learning rate says, as transformers' Trainer takes it. Steps in proportion to a weight's
+    size, torch's only way, would leave lora_B, which begins at zero, where it is.
+    """
+    from transformers import Adafactor
+
+    return Adafactor(groups, settings.learning_rate, scale_parameter=False, relative_step=False)
 
 
-def _sgd(groups: Groups, settings: Settings) -> torch.optim.Optimizer:
+def _sgd(_: nn.Module, groups: Groups, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, settings.learning_rate)
 
 
-def _muon(groups: Groups, settings: Settings) -> torch.optim.Optimizer:
-    """Muon (Jordan 2024); its updates scaled so that AdamW's learning rates fit (Liu 2025)."""
+def _muon(model: nn.Module, groups: Groups, settings: Settings) -> torch.optim.Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise InputError("this torch has no Muon", where="training.optim", fix="Take torch 2.9 or newer.")
-    vectors = sum(parameter.ndim != 2 for group in groups for parameter in group["params"])
-    if vectors:
+    matrices, rest = for_muon(model, groups)
+    if not matrices:
         raise InputError(
-            f"Muon is for matrices, and {vectors} of the parameters that train are none",
+            "Muon is for matrices between the embeddings and the head, and none of them trains",
             where="training.optim",
-            fix="Take LoRA without biases, or another optimiser.",
+            fix="Take another optimiser.",
         )
-    momentum = settings.betas[0]
-    return torch.optim.Muon(groups, settings.learning_rate, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(matrices, rest, settings.betas, settings.epsilon)
 
 
-def _bitsandbytes(kind: str, paged: bool = False) -> Callable[[Groups, Settings], torch.optim.Optimizer]:
+def _bitsandbytes(kind: str, paged: bool = False) -> Maker:
     """An optimiser of bitsandbytes (Dettmers 2021): states in 8 bits, or paged out to the host's memory."""
 
-    def make(groups: Groups, settings: Settings) -> torch.optim.Optimizer:
+    def make(_: nn.Module, groups: Groups, settings: Settings) -> torch.optim.Optimizer:
         if find_spec("bitsandbytes") is None:
             raise InputError(
                 "it needs bitsandbytes, which is not installed", where="training.optim", fix="pip install bitsandbytes"
@@ -161,9 +186,10 @@ def _bitsandbytes(kind: str, paged: bool = False) -> Callable[[Groups, Settings]
     return make
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, Settings], torch.optim.Optimizer]] = {
-    "adamw_torch_fused": lambda groups, settings: _adamw(groups, settings, fused=True),
-    "adamw_torch": lambda groups, settings: _adamw(groups, settings, fused=False),
+OPTIMIZERS: dict[str, Maker] = {
+    "adamw_torch_fused": _adamw(fused=True),
+    "adamw_torch": _adamw(fused=False),
+    "adamw_bnb_8bit": _bitsandbytes("AdamW8bit"),
     "adamw_8bit": _bitsandbytes("AdamW8bit"),
     "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit", paged=True),
     "paged_adamw_32bit": _bitsandbytes("PagedAdamW32bit", paged=True),
@@ -175,4 +201,4 @@ OPTIMIZERS: dict[str, Callable[[Groups, Settings], torch.optim.Optimizer]] = {
     "muon": _muon,
     "sgd": _sgd,
 }
-"""By transformers' names."""
+"""By transformers' names, two for one among them; muon is a name of ours."""

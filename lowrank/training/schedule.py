@@ -41,8 +41,8 @@ def _inverse_sqrt(step: int, span: Span) -> float:
 
 def _warmup_stable_decay(step: int, span: Span) -> float:
     """Hu 2024 (MiniCPM): the highest learning rate until the decay begins."""
-    begins = span.total - span.decay
-    return 1.0 if step < begins else span.falling((step - begins) / max(1, span.decay))
+    begins = max(span.warmup, span.total - span.decay)
+    return 1.0 if step < begins else span.falling((step - begins) / max(1, span.total - begins))
 
 
 SHAPES: dict[str, Callable[[int, Span], float]] = {

@@ -71,6 +71,7 @@ def test_flex_is_refused_for_dropout():
         ({"window": 16}, {"softcap"}, "window"),
         ({"dropout": 0.1}, {"window_size"}, "dropout"),
         ({"supports_flash": False}, {"window_size"}, "no FlashAttention path"),
+        ({"own_masks": True}, {"window_size"}, "masks are more than causal"),
     ],
 )
 def test_flash_refuses_what_the_installed_version_does_not_know(change, knows, why):
@@ -79,6 +80,23 @@ def test_flash_refuses_what_the_installed_version_does_not_know(change, knows, w
     refusal = refusal_of_kernel(replace(setting, **change), knows)
     assert refusal is not None
     assert why in refusal
+
+
+def test_masks_of_its_own_are_known_of_a_model():
+    """A text model's are causal unless its config says otherwise; with images in the text they are not."""
+    assert not setting_of(zoo.build("gemma3"), packing=False).own_masks
+    assert setting_of(_text_and_images(), packing=False).own_masks
+    text = transformers.Gemma3TextConfig(**tiny._LLAMA_LIKE, head_dim=8, use_bidirectional_attention=True)
+    assert setting_of(tiny.build(text), packing=False).own_masks
+
+
+def _text_and_images():
+    text = {**tiny._LLAMA_LIKE, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    return transformers.AutoModelForImageTextToText.from_config(config)
 
 
 def _bloom():
@@ -112,12 +130,22 @@ _QWEN3_NEXT = {
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
 }
+_MAMBA_LIKE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1}
+
+
+def _opt():
+    return tiny.build(transformers.OPTConfig(**tiny._LLAMA_LIKE, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0))
+
+
 LEAKING = {
     "bloom": _bloom,
     "falcon": _falcon,
     "mamba": _mamba,
     "lfm2": _hybrid(transformers.Lfm2Config, layer_types=["conv", "full_attention"]),
     "qwen3_next": _hybrid(transformers.Qwen3NextConfig, **_QWEN3_NEXT),
+    "granitemoehybrid": _hybrid(
+        transformers.GraniteMoeHybridConfig, **_MAMBA_LIKE, layer_types=["mamba", "attention"], num_local_experts=2
+    ),
 }
 
 
@@ -130,9 +158,40 @@ def test_leaking_architectures_are_refused_by_the_self_test(name, dtype):
         check_packing(model)
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_opt_counts_its_own_positions_and_needs_to_be_told_the_segments(backend):
+    model = _opt()
+    set_attention(model, backend, packing=True)
+    with pytest.raises(InputError, match=r"OPTForCausalLM .*cannot train on packs"):
+        check_packing(model)
+    set_attention(model, "auto", packing=True)
+    check_packing(model)
+
+
+def _older(config, **sizes):
+    return lambda: tiny.build(config(vocab_size=tiny.VOCAB, **sizes))
+
+
+_GPT_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
+UNSWAPPABLE = {
+    "bloom": _bloom,
+    "falcon": LEAKING["falcon"],
+    "mamba": _mamba,
+    "gptj": _older(transformers.GPTJConfig, **_GPT_LIKE),
+    "codegen": _older(transformers.CodeGenConfig, **_GPT_LIKE),
+    "gpt_neo": _older(
+        transformers.GPTNeoConfig, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    ),
+    "mpt": _older(transformers.MptConfig, d_model=32, n_heads=4, n_layers=2),
+    "xglm": _older(transformers.XGLMConfig, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
+    "rwkv": _older(transformers.RwkvConfig, hidden_size=32, num_hidden_layers=2),
+    "openai-gpt": _older(transformers.OpenAIGPTConfig, n_embd=32, n_layer=2, n_head=4),
+}
+
+
+@pytest.mark.parametrize("name", UNSWAPPABLE)
 def test_a_model_that_cannot_be_swapped_says_so(name):
-    model = LEAKING[name]()
+    model = UNSWAPPABLE[name]()
     before = model.config._attn_implementation
     choice = set_attention(model, "auto")
     assert choice.backend == before == model.config._attn_implementation
@@ -143,12 +202,7 @@ def test_a_model_that_cannot_be_swapped_says_so(name):
 
 def test_every_submodel_is_swapped():
     """A model of several parts (text and vision, each with its own config) is changed as a whole."""
-    text = {**tiny._LLAMA_LIKE, "head_dim": 8}
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
-    )
-    model = transformers.AutoModelForImageTextToText.from_config(config)
+    model = _text_and_images()
     set_attention(model, "segments")
     parts = {type(m).__name__: m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
     assert len(parts) > 3

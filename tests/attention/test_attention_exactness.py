@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import zoo
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank.attention import check_packing, set_attention
 from lowrank.attention.registry import BACKENDS
@@ -96,6 +97,21 @@ def test_generate_after_a_swap(name, backend):
     assert torch.equal(generated(use_cache=True), expected)
     assert torch.equal(generated(use_cache=False), expected)
     assert torch.equal(generated(cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "segments"])
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_every_layer_goes_through_the_backend(name, backend, monkeypatch):
+    """What the config says after a swap is what the layers do."""
+    model, seen = _model(name, torch.float32), []
+    _set_or_skip(model, backend)
+    chosen = model.config._attn_implementation
+    own = ALL_ATTENTION_FUNCTIONS[chosen]
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS, chosen, lambda layer, *a, **k: seen.append(id(layer)) or own(layer, *a, **k)
+    )
+    model(input_ids=zoo.examples((9,))[0], use_cache=False)
+    assert len(set(seen)) == len(seen) == model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

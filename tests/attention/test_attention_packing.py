@@ -50,6 +50,36 @@ def test_the_backward_pass_may_run_on_another_thread_and_after_the_announcement(
     assert max(zoo.difference(result, expected).values()) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_autocast(name):
+    """Weights in float32, products in bfloat16: rotations leave queries in float32 and values in bfloat16."""
+    model, rows = zoo.adapted(name), zoo.examples()
+    lengths = [row.shape[1] for row in rows]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+
+    def gradients() -> torch.Tensor:
+        model.zero_grad()
+        with segments(model, lengths):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(input_ids=torch.cat(rows, dim=1), position_ids=positions, use_cache=False).logits
+            (out.float() * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    set_attention(model, "segments", packing=True)
+    found = gradients()
+    exact = zoo.difference({"": found}, {"": _in_float32(model, rows)})[""]
+    assert exact < 5e-2
+
+
+def _in_float32(model, rows) -> torch.Tensor:
+    set_attention(model, "eager")
+    model.zero_grad()
+    for row in rows:
+        out = model(input_ids=row, use_cache=False).logits
+        (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
 def test_an_announcement_ends():
     model = tiny.tiny_llama()
     set_attention(model, "segments")

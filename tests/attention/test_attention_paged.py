@@ -9,7 +9,8 @@ import transformers
 import zoo
 
 from lowrank.attention import set_attention
-from lowrank.attention.paged import cache_for, generate_paged
+from lowrank.attention.paged import PAGED, cache_for, generate_paged
+from lowrank.attention.setting import setting_of
 from lowrank.errors import InputError, JobError
 
 PROMPTS = [row[0].tolist() for row in zoo.examples((12, 5, 1, 30, 7, 19))]
@@ -23,14 +24,19 @@ def _one_by_one(model) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window-16", "qwen3", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("name", zoo.ZOO)
 def test_equals_generate_and_gives_the_attention_back(name):
     model = zoo.adapted(name)
+    refusal = PAGED.refusal(setting_of(model, packing=False))
+    if refusal is not None:
+        with pytest.raises(InputError, match="`paged` cannot serve"):
+            generate_paged(model, PROMPTS, GREEDY)
+        pytest.skip(f"paged refuses: {refusal}")
     set_attention(model, "segments")
     expected = _one_by_one(model)
     assert generate_paged(model, PROMPTS, GREEDY) == expected
     assert model.config._attn_implementation == "lowrank_segments"
-    assert expected != _one_by_one(zoo.build(name)), "the adapters change nothing: this tests little"
+    assert any(answer != expected[0] for answer in expected), "all answers are one: this tests little"
 
 
 def test_the_model_can_be_set_to_it():

@@ -57,7 +57,13 @@ ZOO: dict[str, Callable[[], PreTrainedModel]] = {
         no_rope_layers=[1, 0],
     ),
     "opt": lambda: tiny.build(
-        transformers.OPTConfig(**tiny._LLAMA_LIKE, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, init_std=0.1)
+        transformers.OPTConfig(
+            **{**tiny._LLAMA_LIKE, "num_key_value_heads": 4},
+            ffn_dim=48,
+            word_embed_proj_dim=32,
+            dropout=0.0,
+            init_std=0.1,
+        )
     ),
     "gpt2": lambda: tiny.tiny_gpt2(**SPREAD),
     "gpt_neox": _sized(transformers.GPTNeoXConfig, num_key_value_heads=4, **_NO_DROPOUT),

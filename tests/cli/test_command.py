@@ -180,7 +180,7 @@ def test_chat_hands_on_the_question(called):
     assert run("chat", "some/model", "--prompt", "Hello?", "--max-new-tokens", "5") == 0
     [(given, named)] = calls
     assert given == ("some/model",)
-    assert (named["prompt"], named["max_new_tokens"]) == ("Hello?", 5)
+    assert (named["prompts"], named["max_new_tokens"]) == (["Hello?"], 5)
 
 
 def test_merge_hands_on_the_folders(called, tmp_path):

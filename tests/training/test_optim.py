@@ -10,6 +10,7 @@ from tiny import tiny_llama
 
 import lowrank
 from lowrank.errors import InputError
+from lowrank.training.muon import for_muon
 from lowrank.training.optim import OPTIMIZERS, GroupRule, Settings, build_optimizer, parameter_groups
 from lowrank.training.snapshot import load_optimizer_state, optimizer_state
 from lowrank.training.state import read_state, write_state
@@ -122,9 +123,45 @@ def test_what_cannot_page_here_is_refused(name):
         build_optimizer(wide(), Settings(1e-3), name)
 
 
-def test_muon_refuses_what_is_no_matrix():
-    with pytest.raises(InputError, match="2 of the parameters that train are none"):
-        build_optimizer(wrapped(use_dora=True, target_modules=["q_proj"]), Settings(1e-3), "muon")
+def test_muon_leaves_vectors_embeddings_and_head_to_adamw():
+    model = wrapped(use_dora=True, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    matrices, rest = for_muon(model, parameter_groups(model, Settings(1e-3)))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    to_muon = {names[id(p)] for group in matrices for p in group["params"]}
+    to_adamw = {names[id(p)] for group in rest for p in group["params"]}
+    assert to_muon
+    assert all("q_proj" in name and "lora_" in name and "magnitude" not in name for name in to_muon)
+    assert to_muon | to_adamw == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not to_muon & to_adamw
+
+
+def test_muon_beside_adamw_is_each_of_them_alone():
+    together = wrapped(use_dora=True, target_modules=["q_proj"])
+    apart = wrapped(use_dora=True, target_modules=["q_proj"])
+    apart.load_state_dict(together.state_dict())
+    settings = Settings(1e-2, weight_decay=0.1)
+    both = build_optimizer(together, settings, "muon")
+    matrices, rest = for_muon(apart, parameter_groups(apart, settings))
+    alone = [
+        torch.optim.Muon(matrices, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, betas=(0.9, 0.999), fused=True),
+    ]
+    ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    for step in range(4):
+        for group in [*both.param_groups, *(group for part in alone for group in part.param_groups)]:
+            group["lr"] = 1e-2 / (step + 1)  # a schedule's
+        for model, optimizers in ((together, [both]), (apart, alone)):
+            model(ids, labels=ids).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for (name, found), expected in zip(together.named_parameters(), apart.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def test_muon_refuses_a_model_without_matrices_for_it():
+    with pytest.raises(InputError, match="none of them trains"):
+        build_optimizer(wrapped(target_modules=["embed_tokens"]), Settings(1e-3), "muon")
 
 
 def test_an_unknown_one_is_refused():
