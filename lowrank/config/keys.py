@@ -42,12 +42,24 @@ def field_at(path: KeyPath, document: Document) -> tuple[Any, list[Any]] | None:
     """Type and bounds of what stands at `path`, None for a section or a key that is not known."""
     if len(path) < 2 or not isinstance(path[0], str) or path[0] not in RunConfig.model_fields:
         return None
-    found: Any = section_model(path[0], document.values)
-    for key in path[1:]:
-        found = inside(found.annotation if isinstance(found, FieldInfo) else found, key)
+    found = _found(path, document)
     if found is None:
         return None
     return (found.annotation, found.metadata) if isinstance(found, FieldInfo) else (found, [])
+
+
+def meaning(path: KeyPath, document: Document) -> str:
+    """The first sentence of a field's description, without its full stop."""
+    field = RunConfig.model_fields[str(path[0])] if len(path) == 1 else _found(path, document)
+    text = (field.description or "").partition(".")[0] if isinstance(field, FieldInfo) else ""
+    return text[:1].lower() + text[1:]
+
+
+def _found(path: KeyPath, document: Document) -> Any:
+    found: Any = section_model(str(path[0]), document.values)
+    for key in path[1:]:
+        found = inside(found.annotation if isinstance(found, FieldInfo) else found, key)
+    return found
 
 
 def unknown(path: KeyPath, document: Document) -> str:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from lowrank.config.contradictions import Contradiction, ContradictionsError
 from lowrank.config.document import Document, KeyPath, Problem, dotted
-from lowrank.config.keys import METHODS, field_at, section_model, stands_for, unknown
+from lowrank.config.keys import METHODS, field_at, meaning, section_model, stands_for, unknown
 from lowrank.config.run import RunConfig
 from lowrank.config.words import TRUE_OR_FALSE, allowed, listed, options
 
@@ -77,7 +77,7 @@ def _told(detail: Mapping[str, Any], document: Document) -> tuple[KeyPath, str]:
         path = (*path, key) if (*path, key) in document.places else path
     match detail["type"]:
         case "missing":
-            return (*path, location[-1]), f"is missing: {_meaning((*path, location[-1]), document)}"
+            return (*path, location[-1]), f"is missing: {meaning((*path, location[-1]), document)}"
         case "extra_forbidden":
             return path, unknown(path, document)
         case "union_tag_invalid":
@@ -129,9 +129,3 @@ def _no_section(section: str, document: Document) -> str:
     first = {"model": "name_or_path", "adapter": "method", "data": "train"}.get(section)
     example = f": {section}.{first}: {value}" if first and isinstance(value, str) else ""
     return f"{shown} is no section; its keys go below it, one a line{example}"
-
-
-def _meaning(path: KeyPath, document: Document) -> str:
-    fields = RunConfig.model_fields if len(path) == 1 else section_model(str(path[0]), document.values).model_fields
-    text = (fields[str(path[-1])].description or "").partition(".")[0]
-    return text[:1].lower() + text[1:]

@@ -201,6 +201,7 @@ class ParameterGroup(_Section):
 Optim = Literal[
     "adamw_torch_fused",
     "adamw_torch",
+    "adamw_bnb_8bit",
     "adamw_8bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",

@@ -30,7 +30,7 @@ def assess(
     generate: bool,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Loss per supervised token, and with `generate` the answer to every row.
+    """Loss per supervised token, and with `generate` the answer to every row; processes share the work.
 
     Raises:
         InputError: answers are to be compared as JSON, and a row's own answer is not JSON.
@@ -42,15 +42,19 @@ def assess(
         return Evaluation(value, supervised)
     expected = expected_answers(examples, config)
     prompts = [prompt_of(examples.row(i), tokenizer, config.data.format) for i in range(len(examples))]
-    with task("answering", len(prompts)) as advance, freed_blocks_kept(False):
-        answers = answer_all(
+    sharers = ALONE if config.training.fsdp else ranks  # a sharded base takes all processes for every token
+    mine = prompts[sharers.index :: sharers.count]
+    with task("answering", len(mine)) as advance, freed_blocks_kept(False):
+        found = answer_all(
             model,
             tokenizer,
-            prompts,
+            mine,
             max_new_tokens=config.training.generation_max_new_tokens,
             batch_size=config.training.per_device_eval_batch_size,
             on_batch=advance,
         )
+    shares = sharers.all(found)
+    answers = [shares[i % sharers.count][i // sharers.count] for i in range(len(prompts))]
     same = MATCHES[config.training.exact_match]
     samples = tuple(
         Sample(str(tokenizer.decode(prompt)), right, answer, same(answer, right))

@@ -71,6 +71,8 @@ IN_TRAINING = [
     ("learning_rate: .nan", "learning_rate: .nan is not a number above 0"),
     ("eval_steps: None", "eval_steps: None is a text in YAML; write null, or leave the key out"),
     ("max_steps: 0", "max_steps: is 0; write a number of steps from 1 on, or -1 for num_train_epochs"),
+    ("parameter_groups: [{}]", "parameter_groups[0].pattern: is missing: a regular expression that is searched for in the parameter's name"),
+    ("parameter_groups: [{patern: x}]", "parameter_groups[0].patern: is not known; did you mean pattern?"),
     ("output_dir: other", "output_dir: stands at run.yaml:8 already"),
     ("<<: {seed: 3}", "<<: is not needed here: YAML's merge key is not read; write the keys out"),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import pytest
 import torch
+from markupsafe import escape
 from processes import start, start_ranks
 from safetensors.torch import load_file
 
@@ -54,6 +56,22 @@ def test_the_same_adapter_as_one_process(run_config, tmp_path, fsdp, accumulatio
     assert_close(tmp_path / "out", alone.output_dir)
     assert output.count("this run") == 1  # one process prints
     assert f"{alone.after.loss:.4f}" in output
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_answers_are_those_of_one_process(run_config, tmp_path, fsdp):
+    """Five rows, so that the processes' shares differ."""
+    answering = ["training.predict_with_generate=true", "training.generation_max_new_tokens=4", "data.max_eval_rows=5"]
+    alone = lowrank.train(
+        run_config, [*answering, "training.output_dir=alone", "training.gradient_accumulation_steps=2"]
+    )
+    train_together(tmp_path, run_config, *answering, f"training.fsdp={str(fsdp).lower()}")
+    told = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert told["eval_exact_match"] == alone.before.exact_match
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert len(alone.after.samples) == 5
+    for sample in alone.after.samples[:3]:
+        assert escape(sample.answer) in page
 
 
 @pytest.mark.parametrize("method", ["dora", "adalora"])

@@ -1,0 +1,112 @@
+"""Loading a base: complete or refused, and never from a pickle."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llama, tiny_tokenizer
+
+from lowrank import models
+from lowrank.errors import InputError
+from lowrank.models import load_model, load_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_weights_dtype_and_mode(folder):
+    model = load_model(str(folder))
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    assert not model.training
+    assert load_model(str(folder), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"there is no model folder .*nowhere"):
+        load_model(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        load_model(str(tmp_path / "empty"))
+
+
+def test_pickles_are_not_read(folder):
+    model = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(model, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="can run code when they are read"):
+        load_model(str(folder))
+
+
+def test_missing_weights_are_not_made_up(folder):
+    stored = load_file(folder / "model.safetensors")
+    del stored["lm_head.weight"]
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of the weights of LlamaForCausalLM: lm_head\.weight"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"\xff" * 64 + data])
+def test_a_damaged_file(folder, damage):
+    file = folder / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match=r"cannot be loaded"):
+        load_model(str(folder))
+
+
+def test_a_config_of_an_unknown_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_thing"}))
+    with pytest.raises(InputError, match=r"cannot be loaded: .*no_such_thing"):
+        load_model(str(folder))
+
+
+def test_code_that_comes_with_a_model_is_not_run(folder):
+    config = json.loads((folder / "config.json").read_text())
+    theirs = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "theirs", "auto_map": theirs}))
+    (folder / "code.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(InputError, match="brings Python code of its own"):
+        load_model(str(folder))
+
+
+def test_the_end_token_pads_where_there_is_no_padding_token(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(str(folder)).pad_token == "<|im_end|>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="neither a padding nor an end token"):
+        load_tokenizer(str(folder))
+
+
+def test_a_folder_without_a_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"the tokenizer of .* cannot be loaded"):
+        load_tokenizer(str(folder))
+
+
+def test_a_quantised_base_without_bitsandbytes(folder, monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs bitsandbytes"):
+        load_model(str(folder), quantization={"load_in_4bit": True})
+
+
+def test_evaluating_a_quantised_base_first_spoils_nothing(folder):
+    """On some CPUs bitsandbytes repacks the weights in the first pass without gradients."""
+    model = load_model(str(folder), quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    ids = torch.arange(3, 12)[None]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        evaluated = model(ids).logits
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(model(ids).logits, evaluated)
