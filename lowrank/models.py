@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,8 +55,6 @@ def load_model(
     }
     if quantization is not None:
         options |= {"quantization_config": _quantization(quantization), "device_map": {"": where}}
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except torch.OutOfMemoryError:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the job failed, 2 the input is wrong, 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from lowrank.cli.app import app
@@ -19,6 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would fill a log file
     try:
         app([argument for argument in given if argument != "--debug"], prog_name="lowrank")
     except KeyboardInterrupt:
