@@ -104,20 +104,29 @@ def _message(value: Any, at: int) -> Message:
         message["content"] = _content(message["content"], at)
     elif not message.get("tool_calls") and not message.get("reasoning_content"):
         message["content"] = ""
+    if not isinstance(message.get("reasoning_content", ""), str):
+        raise RowError(f"the reasoning of message {at + 1} is {_kind(message['reasoning_content'])}", "Expected text.")
     if "tool_calls" in message:
-        message["tool_calls"] = [_tool_call(call, at) for call in message["tool_calls"]]
+        calls = message["tool_calls"]
+        if not isinstance(calls, list):
+            raise RowError(f"the tool calls of message {at + 1} are {_kind(calls)}, not a list")
+        message["tool_calls"] = [_tool_call(call, at) for call in calls]
     return message
 
 
 def _content(content: Any, at: int) -> str:
     if isinstance(content, str):
         return content
-    if isinstance(content, Sequence) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+    if isinstance(content, Sequence) and all(_is_text_part(part) for part in content):
         return "".join(part["text"] for part in content)
     raise RowError(
         f"the content of message {at + 1} is {_kind(content)}",
         "Expected text, or a list of parts of type text (images and sound cannot be trained on).",
     )
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _tool_call(call: Any, at: int) -> dict[str, Any]:
@@ -137,6 +146,9 @@ def _tools(tools: Any) -> list[Any] | None:
     parsed = _parsed(tools, "the tools") if tools is not None else None
     if parsed is not None and not isinstance(parsed, list):
         raise RowError(f"the tools are {_kind(parsed)}, not a list")
+    for at, tool in enumerate(parsed or []):
+        if not isinstance(tool, Mapping):
+            raise RowError(f"tool {at + 1} is {_kind(tool)}, not an object")
     return parsed or None
 
 
@@ -150,5 +162,6 @@ def _parsed(value: Any, name: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {str: "a string", dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+    names: dict[type, str] = {str: "a string", dict: "an object", list: "a list", bool: "a truth value"}
+    names |= {int: "a number", float: "a number", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")

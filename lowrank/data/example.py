@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -131,7 +132,7 @@ class Examples(Sequence[Example]):
         part = slice(int(self.table.starts[at]), int(self.table.starts[at + 1]))
         return self.table.ids[part], self.table.supervised[part]
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens in each example, (E,) int64."""
         return np.diff(self.table.starts)[self.order]

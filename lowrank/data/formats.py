@@ -76,7 +76,7 @@ def _sharegpt(row: Row, has_template: bool) -> Content:
 
 def _sharegpt_turn(turn: Mapping[str, Any], at: int) -> Message:
     speaker, value = turn.get("from"), turn.get("value")
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise RowError(f'turn {at + 1} is "from" {speaker!r}', f"Known are {', '.join(SHAREGPT_ROLES)}.")
     train = {"train": turn["train"]} if "train" in turn else {}
     if speaker != "function_call":
@@ -94,11 +94,18 @@ def _alpaca(row: Row, has_template: bool) -> Content:
         form = ALPACA_WITH_INPUT if extra.strip() else ALPACA_WITHOUT_INPUT
         return Plain(form.format(instruction=instruction, input=extra), output)
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for asked, answered in row.get("history") or []:
+    for asked, answered in _history(row):
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
     return conversation(messages, row.get("tools"), completion_from=len(messages) - 1)
+
+
+def _history(row: Row) -> list[Any]:
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError("the history is not a list of pairs", "Expected [[question, answer], ...].")
+    return history
 
 
 def _prompt_completion(row: Row, has_template: bool) -> Content:

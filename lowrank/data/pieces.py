@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 # Bytes of one character may lie in so many tokens; what is not a character by then never becomes one.
 MOST_TOKENS_PER_CHARACTER = 4
 BROKEN = "\ufffd"
+# U+2400 and on are pictures of the control characters U+0000 to U+001F, U+2421 is that of U+007F.
+PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) != "\n"} | {0x7F: 0x2421}
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,14 @@ class Piece:
 
     text: str
     supervised: bool
+
+
+def visible(text: str) -> str:
+    """The text with its control characters, line breaks excepted, as the pictures that Unicode has for them.
+
+    A terminal would obey or swallow them, and a page leave them out.
+    """
+    return text.translate(PICTURES)
 
 
 def pieces(ids: Sequence[int], supervised: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:

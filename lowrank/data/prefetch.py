@@ -1,14 +1,15 @@
-"""Batches made ready while the model works on the one before."""
+"""Batches, or what they are made from, made ready while the model works on the ones before."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from threading import Event, Thread
+from typing import TypeVar
 
-from lowrank.data.batch import Batch
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,31 +19,34 @@ class _Ended:
     error: BaseException | None
 
 
-class Prefetched(Iterator[Batch]):
-    """Batches from a thread that is a few ahead; `blocked` is the time in seconds spent waiting for one.
+class Prefetched(Iterator[T]):
+    """Items from a thread that is a few ahead; `blocked` is the time in seconds spent waiting for one.
 
     Order and content are those of the iterator it draws from. Close it (or leave its `with` block) to stop the thread
     before the end.
     """
 
-    def __init__(self, batches: Iterator[Batch], depth: int = 4) -> None:
-        """Start drawing from `batches`, at most `depth` ahead."""
+    def __init__(self, items: Iterator[T], depth: int = 4) -> None:
+        """Start drawing from `items`, at most `depth` ahead."""
         self.blocked = 0.0
-        self._queue: Queue[Batch | _Ended] = Queue(maxsize=depth)
+        self._queue: Queue[T | _Ended] = Queue(maxsize=depth)
         self._stop = Event()
-        self._thread = Thread(target=self._fill, args=(batches,), name="lowrank-batches", daemon=True)
+        self._thread = Thread(target=self._fill, args=(items,), name="lowrank-batches", daemon=True)
         self._thread.start()
 
-    def _fill(self, batches: Iterator[Batch]) -> None:
+    def _fill(self, items: Iterator[T]) -> None:
         try:
-            for batch in batches:
-                if not self._put(batch):
+            for item in items:
+                if not self._put(item):
                     return
             self._put(_Ended(None))
-        except BaseException as error:  # raised again where the batch is asked for
+        except BaseException as error:  # raised again where the item is asked for
             self._put(_Ended(error))
+        finally:
+            if isinstance(items, Generator):  # one that draws from a thread of its own ends that
+                items.close()
 
-    def _put(self, item: Batch | _Ended) -> bool:
+    def _put(self, item: T | _Ended) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -51,7 +55,7 @@ class Prefetched(Iterator[Batch]):
             return True
         return False
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> T:
         if self._stop.is_set():
             raise StopIteration
         started = time.perf_counter()
@@ -71,7 +75,7 @@ class Prefetched(Iterator[Batch]):
             except Empty:
                 self._thread.join(timeout=0.05)
 
-    def __enter__(self) -> Prefetched:
+    def __enter__(self) -> Prefetched[T]:
         return self
 
     def __exit__(self, *_: object) -> None:

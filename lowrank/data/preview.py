@@ -51,7 +51,8 @@ def preview_of(
     *,
     row: int | None = None,
     count: int = 3,
-    batches_per_step: int = 1,
+    steps_per_epoch: int | None = None,
+    of_stream: bool = False,
 ) -> Preview:
     """Gather what a preview shows.
 
@@ -60,7 +61,8 @@ def preview_of(
         tokenizer: What its tokens mean.
         row: Show this row (from 1, as in the file), or None: the beginning of the first batch.
         count: Examples to show.
-        batches_per_step: Batches that are accumulated for one optimiser step.
+        steps_per_epoch: Optimiser steps in the first epoch, where they are known.
+        of_stream: The examples are those of a stream's first rows: there is no telling how long an epoch is.
 
     Raises:
         InputError: there is no such row, or nothing of it is trained on.
@@ -69,12 +71,13 @@ def preview_of(
     indices = plan.epoch(0)[0] if row is None else _of_row(examples, row)
     packed = plan.packing and row is None
     heading = f"row {row}" if row is not None else ("the first pack" if packed else "the first batch")
+    heading += " of the stream's first rows" if of_stream and row is None else ""
     return Preview(
         heading=heading,
         shown=[_shown(examples, int(index), tokenizer) for index in indices[:count]],
         packed=packed,
         left_out=max(0, len(indices) - count),
-        figures=_figures(plan, batches_per_step),
+        figures=_figures(plan, steps_per_epoch, of_stream=of_stream),
         histogram=_histogram(examples.report.lengths.counts, examples.report.lengths.edges),
     )
 
@@ -95,12 +98,14 @@ def _shown(examples: Examples, index: int, tokenizer: PreTrainedTokenizerBase) -
     return Shown(place, pieces(ids.tolist(), supervised.tolist(), tokenizer), len(ids), int(supervised.sum()))
 
 
-def _figures(plan: BatchPlan, batches_per_step: int) -> list[tuple[str, str]]:
+def _figures(plan: BatchPlan, steps_per_epoch: int | None, *, of_stream: bool) -> list[tuple[str, str]]:
     report = plan.examples.report
     lengths = report.lengths
-    batches = len(plan.epoch(0))
+    batches = "packs" if plan.packing else "batches"
+    per_epoch = [(f"{batches} per epoch", f"{len(plan.epoch(0)):,}")]
+    per_epoch += [] if steps_per_epoch is None else [("steps per epoch", f"{steps_per_epoch:,}")]
     return [
-        ("rows", f"{report.rows:,}"),
+        ("rows looked at, the first of a stream" if of_stream else "rows", f"{report.rows:,}"),
         ("examples", f"{report.examples:,}"),
         ("tokens", f"{report.tokens:,}"),
         ("supervised", f"{report.supervised_tokens:,} ({report.supervised_share:.1%})"),
@@ -113,8 +118,7 @@ def _figures(plan: BatchPlan, batches_per_step: int) -> list[tuple[str, str]]:
         ("rows whose prompt is cut into other tokens by itself", f"{report.uneven:,}"),
         ("rows split into several examples", f"{report.split:,}"),
         ("packing efficiency" if plan.packing else "tokens that are not padding", f"{plan.fill():.1%}"),
-        ("packs per epoch" if plan.packing else "batches per epoch", f"{batches:,}"),
-        ("steps per epoch", f"{-(-batches // batches_per_step):,}"),
+        *([] if of_stream else per_epoch),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from lowrank.data.pieces import Piece
+from lowrank.data.pieces import Piece, visible
 from lowrank.data.preview import Preview, Shown
 
 STYLE = """
@@ -58,7 +58,7 @@ def _example(shown: Shown, name: str) -> str:
 
 
 def _token(piece: Piece) -> str:
-    text = escape(piece.text).replace("\n", "<i>↵</i>\n")
+    text = escape(visible(piece.text)).replace("\n", "<i>↵</i>\n")
     return f'<span class="on">{text}</span>' if piece.supervised else f"<span>{text}</span>"
 
 

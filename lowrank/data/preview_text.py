@@ -7,7 +7,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from lowrank.data.pieces import Piece
+from lowrank.data.pieces import Piece, visible
 from lowrank.data.preview import Preview, Shown
 
 # Neighbouring tokens differ a little, so that their borders can be seen.
@@ -32,7 +32,7 @@ def example_text(pieces: list[Piece]) -> Text:
     text = Text()
     for number, piece in enumerate(pieces):
         style = (SUPERVISED if piece.supervised else CONTEXT)[number % 2]
-        for at, line in enumerate(piece.text.split("\n")):
+        for at, line in enumerate(visible(piece.text).split("\n")):
             if at:
                 text.append("↵", style=style)
                 text.append("\n")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank.data.rows import DatasetRows, JsonLines, Row, RowList, Rows, digest, parsed_line, without_none
+from lowrank.data.rows import DatasetRows, JsonLines, Row, RowList, Rows, digest, mapped, parsed_line, without_none
 from lowrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ def read_text(path: Path) -> Rows:
 def _documents(paths: Iterable[Path], name: str) -> Rows:
     paths = sorted(paths)
     try:
-        rows = [{"text": path.read_text(encoding="utf-8")} for path in paths]
+        rows = [{"text": path.read_text(encoding="utf-8-sig")} for path in paths]
     except UnicodeDecodeError as error:
         raise InputError(f"a file is not UTF-8 text: {error}", where=name) from None
     return RowList(rows, name, [str(path) for path in paths])
 
 
 def _table_file(kind: str, path: Path) -> Rows:
-    return DatasetRows(partial(_load_table, kind, path), str(path), digest(path.read_bytes()))
+    return DatasetRows(partial(_load_table, kind, path), str(path), digest(mapped(path)))
 
 
 def _load_table(kind: str, path: Path) -> Dataset:
@@ -111,26 +112,36 @@ def stream_rows(path: str, split: str, subset: str | None) -> Iterator[Placed]:
                 yield parsed_line(line, f"{local}:{number}"), f"{local}:{number}"
         return
     if local.suffix.lower() == ".parquet" and local.is_file():
-        rows = _streamed("parquet", split="train", data_files=str(local))
+        rows = _streamed("parquet", split="train", name=path, data_files=str(local))
     elif local.exists() or local.suffix.lower() in FILES:
         opened = open_rows(path, split, subset)
         yield from ((opened[index], opened.where(index)) for index in range(len(opened)))
         return
     else:
-        rows = _streamed(path, split=split, subset=subset)
+        rows = _streamed(path, split=split, name=path, subset=subset)
     for number, row in enumerate(rows, start=1):
         yield {key: without_none(value) for key, value in row.items()}, f"{path} row {number}"
 
 
 def _streamed(
-    path: str, *, split: str, subset: str | None = None, data_files: str | None = None
-) -> Iterable[Mapping[str, Any]]:
+    path: str, *, split: str, name: str, subset: str | None = None, data_files: str | None = None
+) -> Iterator[Mapping[str, Any]]:
     import datasets
 
     try:
-        return datasets.load_dataset(path, subset, split=split, data_files=data_files, streaming=True)
+        rows = iter(datasets.load_dataset(path, subset, split=split, data_files=data_files, streaming=True))
     except (ValueError, OSError) as error:
-        raise _unreachable(path, error) from None
+        if data_files is None:
+            raise _unreachable(path, error) from None
+        raise InputError(f"cannot be read as {path}: {error}", where=name) from None
+    for number in count(1):
+        try:
+            row = next(rows, None)
+        except (ValueError, OSError) as error:  # damaged, or a connection that broke
+            raise InputError(f"cannot be read on from row {number}: {error}", where=name) from None
+        if row is None:
+            return
+        yield row
 
 
 def _unreachable(path: str, error: Exception) -> InputError:
@@ -168,10 +179,11 @@ def _load_saved(path: Path) -> Dataset:
 
 def _load_from_hub(path: str, split: str, subset: str | None) -> Dataset:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         loaded: Dataset | DatasetDict = datasets.load_dataset(path, subset, split=split)
-    except (ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError) as error:
         raise _unreachable(path, error) from None
     assert isinstance(loaded, datasets.Dataset)
     return loaded

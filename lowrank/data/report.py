@@ -80,6 +80,40 @@ class DataReport:
         return self.supervised_tokens / max(self.tokens, 1)
 
 
+@dataclass(slots=True)
+class StreamCounts:
+    """What has been read from a stream so far, over all passes; what a resumed run reads again is counted again.
+
+    Duplicates are not among them: to know them is to remember every row.
+
+    Attributes:
+        rows: Rows read.
+        examples: Examples they gave.
+        truncated: Examples cut at `max_length`.
+        dropped: Rows left out because they are too long, or because a cut would have left them nothing to learn.
+        empty: Rows left out because nothing stands in them.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    empty: int = 0
+
+    def add(self, table: TokenTable) -> None:
+        """Count the rows of one more table."""
+        self.rows += len(table.outcomes)
+        self.examples += len(table.cuts)
+        self.truncated += int((table.cuts == Cut.TRUNCATED).sum())
+        self.dropped += int((table.outcomes == Outcome.TOO_LONG).sum())
+        self.empty += int((table.outcomes == Outcome.EMPTY).sum())
+
+    def __str__(self) -> str:
+        counts = {"truncated": self.truncated, "dropped": self.dropped, "empty": self.empty}
+        told = [f"{self.rows:,} rows read", *(f"{count:,} {what}" for what, count in counts.items() if count)]
+        return ", ".join(told)
+
+
 def lengths_of(lengths: np.ndarray) -> Lengths:
     """Order statistics and histogram of example lengths, (E,) integers."""
     if not len(lengths):

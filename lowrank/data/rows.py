@@ -42,6 +42,18 @@ class Rows(Protocol):
         ...
 
 
+# Line breaks are looked for in so many bytes at a time: a mask of a whole file would be as large as the file.
+BLOCK_BYTES = 64 * 2**20
+
+
+def mapped(path: Path) -> bytes | mmap.mmap:
+    """The bytes of a file, read when they are looked at."""
+    if not path.stat().st_size:
+        return b""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def digest(content: bytes | mmap.mmap) -> str:
     """A hash of bytes, as 32 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -69,13 +81,14 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        self._bytes = mapped(path)
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        breaks = np.flatnonzero(np.frombuffer(self._bytes, dtype=np.uint8) == ord("\n"))
-        starts = np.concatenate([[0], breaks + 1])
+        content = np.frombuffer(self._bytes, dtype=np.uint8)
+        blocks = range(0, len(content), BLOCK_BYTES)
+        breaks = [begin + np.flatnonzero(content[begin : begin + BLOCK_BYTES] == ord("\n")) for begin in blocks]
+        starts = np.concatenate([[0], *(found + 1 for found in breaks)]).astype(np.int64)
         return starts if starts[-1] == len(self._bytes) else np.append(starts, len(self._bytes))
 
     def __len__(self) -> int:
@@ -124,7 +137,7 @@ class RowList:
     @property
     def fingerprint(self) -> str:
         """Hash of the rows as JSON."""
-        return digest(json.dumps(list(self._rows), sort_keys=True, ensure_ascii=False, default=str).encode())
+        return digest(json.dumps(list(self._rows), sort_keys=True, default=str).encode())
 
 
 class DatasetRows:

@@ -58,16 +58,26 @@ class Part:
         Raises:
             InputError: there is no row, or it fits no format.
         """
-        if self.asked_format is not None:
-            return self.asked_format
-        for index in range(len(self.rows)):
-            row = self.rows[index]
-            if not is_blank(row):
-                try:
-                    return detect(row)
-                except RowError as error:
-                    raise InputError(error.what, where=self.rows.where(index), fix=error.fix) from None
-        raise InputError("there are no rows, or all are empty", where=self.rows.name)
+        found = self.asked_format or format_of(self.rows)
+        if found is None:
+            raise InputError("there are no rows, or all are empty", where=self.rows.name)
+        return found
+
+
+def format_of(rows: Rows) -> str | None:
+    """The format of the first row that is not empty; None if all are.
+
+    Raises:
+        InputError: it fits no format.
+    """
+    for index in range(len(rows)):
+        row = rows[index]
+        if not is_blank(row):
+            try:
+                return detect(row)
+            except RowError as error:
+                raise InputError(error.what, where=rows.where(index), fix=error.fix) from None
+    return None
 
 
 def open_sources(sources: Sources, form: str | None = None) -> list[Part]:
@@ -82,12 +92,12 @@ def open_sources(sources: Sources, form: str | None = None) -> list[Part]:
         InputError: a source is missing or of an unknown kind, a format is unknown, or weights are not right.
     """
     if hasattr(sources, "to_parquet"):  # a `datasets.Dataset`, told without importing `datasets`
-        return [Part(DatasetRows(lambda: cast("datasets.Dataset", sources), "data set"), _checked(form), None)]
+        return [Part(DatasetRows(lambda: cast("datasets.Dataset", sources), "data set"), checked_format(form), None)]
     if isinstance(sources, Sequence) and not isinstance(sources, str) and _are_rows(sources):
-        rows = RowList([row for row in sources if isinstance(row, Mapping)], "rows")
-        return [Part(rows, _checked(form), None)]
+        rows = RowList(cast("Sequence[Row]", sources), "rows")
+        return [Part(rows, checked_format(form), None)]
     return [
-        Part(open_rows(item.path, item.split, item.subset), _checked(item.format or form), item.weight)
+        Part(open_rows(item.path, item.split, item.subset), checked_format(item.format or form), item.weight)
         for item in named_sources(sources)
     ]
 
@@ -122,7 +132,8 @@ def _source(item: Any) -> Source:
     return Source(**item)
 
 
-def _checked(form: str | None) -> str | None:
+def checked_format(form: str | None) -> str | None:
+    """The format asked for. Raises InputError where there is no such format."""
     if form is not None and form not in FORMATS:
         raise InputError(f"there is no format {form!r}", where="data.format", fix=f"Formats: {', '.join(FORMATS)}.")
     return form

@@ -24,7 +24,7 @@ from lowrank.data.example import TokenTable
 from lowrank.data.tokenise import Options
 
 # Raised whenever the same rows give other tokens than before, or the files another layout.
-VERSION = 1
+VERSION = 2
 UNUSED_DAYS = 30
 
 DTYPES: dict[str, np.dtype] = {

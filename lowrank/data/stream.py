@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.batch import Batch, packed_batch, padded_batch
-from lowrank.data.example import IdsAndMask
+from lowrank.data.check import check_supervision
+from lowrank.data.example import Examples, IdsAndMask
+from lowrank.data.load import tokenised
 from lowrank.data.packing import WINDOW, best_fit_decreasing
+from lowrank.data.prefetch import Prefetched
 from lowrank.data.readers import Placed, stream_rows
-from lowrank.data.report import Outcome
+from lowrank.data.report import Outcome, StreamCounts
 from lowrank.data.rows import RowList
-from lowrank.data.sources import Joined, Part, Source, Sources, named_sources
+from lowrank.data.sources import Joined, Part, Source, Sources, checked_format, format_of, named_sources
 from lowrank.data.tokenise import Options, Tokeniser
 from lowrank.errors import InputError
 
 # A pack that is less full goes back into the buffer for a later one.
 FULL_ENOUGH = 0.98
 CHUNK_ROWS = 500
+# The format that stands for rows which are all empty, of which none is read.
+EMPTY_ROWS_FORMAT = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class BatchStream:
-    """Batches from a stream of rows; made by `stream_batches`. How many an epoch has is known only at its end."""
+    """Batches from a stream of rows; made by `stream_batches`. How many an epoch has is known only at its end.
+
+    Every row's supervision is proved as it is read; `counts` says what has been read and what became of it.
+    """
 
     sources: list[Source]
     format: str | None
+    tokenizer: PreTrainedTokenizerBase
     tokeniser: Tokeniser
     packing: bool
     batch_size: int
@@ -37,6 +46,20 @@ class BatchStream:
     pad_token_id: int
     seed: int
     buffer: int
+    counts: StreamCounts = field(default_factory=StreamCounts, compare=False)
+
+    def sample(self, rows: int) -> Examples:
+        """The examples of the first rows, `rows` in all and as many from each source; no more than those are read.
+
+        Raises:
+            InputError: as `load_examples`.
+        """
+        each = -(-rows // len(self.sources))
+        parts = []
+        for source in self.sources:
+            first = list(islice(stream_rows(source.path, source.split, source.subset), each))
+            parts.append(Part(_row_list(first, source), source.format or self.format, None))
+        return tokenised(Joined(parts), self.tokenizer, self.tokeniser.options, workers=1)
 
     def largest(self) -> Batch:
         """The largest batch that can come, of tokens without meaning."""
@@ -60,11 +83,14 @@ class BatchStream:
     def _groups(self, epoch: int) -> Iterator[list[IdsAndMask]]:
         rng = np.random.default_rng([self.seed, epoch])
         waiting: list[IdsAndMask] = []
-        for example in self._examples(np.random.default_rng([self.seed, epoch, 1])):
-            waiting.append(example)
-            if len(waiting) >= self.buffer:
-                full, waiting = self._grouped(waiting, rng, last=False)
-                yield from full
+        # A buffer's worth is read ahead: the next is ready when the packs of this one are used up.
+        ahead = -(-self.buffer // CHUNK_ROWS)
+        with Prefetched(self._chunks(np.random.default_rng([self.seed, epoch, 1])), ahead) as chunks:
+            for example in chain.from_iterable(chunks):
+                waiting.append(example)
+                if len(waiting) >= self.buffer:
+                    full, waiting = self._grouped(waiting, rng, last=False)
+                    yield from full
         full, _ = self._grouped(waiting, rng, last=True)
         yield from full
 
@@ -86,13 +112,15 @@ class BatchStream:
         groups = [[shuffled[item] for item in sorted(items)] for items in bins]
         return [groups[at] for at in rng.permutation(kept)], [part for group in groups[kept:] for part in group]
 
-    def _examples(self, rng: np.random.Generator) -> Iterator[IdsAndMask]:
+    def _chunks(self, rng: np.random.Generator) -> Iterator[list[IdsAndMask]]:
+        formats = [source.format or self.format for source in self.sources]
         rows = self._interleaved(rng)
         while chunk := list(islice(rows, min(CHUNK_ROWS, self.buffer))):
             for at, source in enumerate(self.sources):
-                own = [placed for owner, placed in chunk if owner == at]
-                if own:
-                    yield from self._tokenised(own, source)
+                own = _row_list([placed for owner, placed in chunk if owner == at], source)
+                if len(own):
+                    form = formats[at] = formats[at] or format_of(own)
+                    yield self._tokenised(own, form or EMPTY_ROWS_FORMAT)
 
     def _interleaved(self, rng: np.random.Generator) -> Iterator[tuple[int, Placed]]:
         """Rows with the number of their source: drawn by weight until one source ends, or one source after another."""
@@ -109,19 +137,24 @@ class BatchStream:
                 return
             yield at, placed
 
-    def _tokenised(self, placed: Sequence[Placed], source: Source) -> Iterator[IdsAndMask]:
-        rows = RowList([row for row, _ in placed], source.path, [where for _, where in placed])
-        table = self.tokeniser.table(Joined([Part(rows, source.format or self.format, None)]), 0, len(rows))
+    def _tokenised(self, rows: RowList, form: str) -> list[IdsAndMask]:
+        options = self.tokeniser.options
+        table = self.tokeniser.table(Joined([Part(rows, form, None)]), 0, len(rows))
         over = np.flatnonzero(table.outcomes == Outcome.TOO_LONG)
-        if len(over) and self.tokeniser.options.too_long == "error":
-            length, limit = table.row_lengths[over[0]], self.tokeniser.options.max_length
+        if len(over) and options.too_long in ("error", "split"):
             raise InputError(
-                f"the row has {length} tokens, more than data.max_length = {limit}",
+                f"the row has {table.row_lengths[over[0]]} tokens, more than data.max_length = {options.max_length}",
                 where=rows.where(int(over[0])),
                 fix="Raise data.max_length, or set data.too_long to drop or truncate.",
             )
-        for begin, end in zip(table.starts[:-1], table.starts[1:], strict=True):
-            yield table.ids[begin:end], table.supervised[begin:end]
+        check_supervision(Examples(table, rows, train_on=options.train_on), self.tokenizer)
+        self.counts.add(table)
+        borders = zip(table.starts[:-1], table.starts[1:], strict=True)
+        return [(table.ids[begin:end], table.supervised[begin:end]) for begin, end in borders]
+
+
+def _row_list(placed: Sequence[Placed], source: Source) -> RowList:
+    return RowList([row for row, _ in placed], source.path, [where for _, where in placed])
 
 
 def stream_batches(
@@ -165,7 +198,10 @@ def stream_batches(
             where="training.tokens_per_batch",
             fix="Raise it to data.max_length at least.",
         )
+    sources = named_sources(source)
+    for form in (format, *(each.format for each in sources)):
+        checked_format(form)
     tokeniser = Tokeniser(tokenizer, Options(train_on, max_length, too_long))
     return BatchStream(
-        named_sources(source), format, tokeniser, packing, batch_size, max_tokens, pad_token_id, seed, buffer
+        sources, format, tokenizer, tokeniser, packing, batch_size, max_tokens, pad_token_id, seed, buffer
     )

@@ -119,7 +119,7 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise RowError(f"the chat template refuses the conversation: {error}") from None
         assert isinstance(texts, list)
         return [str(text) for text in texts]

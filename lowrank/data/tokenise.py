@@ -86,8 +86,12 @@ class Tokeniser:
         count = end - begin
         outcomes = np.full(count, Outcome.KEPT, dtype=np.uint8)
         texts: list[tuple[int, Rendered, bool]] = []
+        keys, control = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=bool)
         for at, row in enumerate(read):
+            canonical = _canonical(row)
+            control[at] = self._special.search(canonical) is not None
             try:
+                keys[at] = _digest(_encoded(canonical))
                 rendered, is_chat = self._rendered(row, formats[at])
             except RowError as error:
                 raise InputError(error.what, where=rows.where(begin + at), fix=error.fix) from None
@@ -109,9 +113,6 @@ class Tokeniser:
             lengths[at] = max(lengths[at], len(ids))
             if not self._fit(chunk, begin + at, ids, mask, is_text=not is_chat and bool(mask[1:].all())):
                 outcomes[at] = Outcome.TOO_LONG
-        canonical = [_canonical(row) for row in read]
-        keys = np.array([_digest(text.encode()) for text in canonical], dtype=np.uint64)
-        control = np.array([self._special.search(text) is not None for text in canonical], dtype=bool)
         return _table(chunk, keys, outcomes, control, lengths, uneven)
 
     def _rendered(self, row: Row, form: str) -> tuple[list[Rendered], bool]:
@@ -126,7 +127,7 @@ class Tokeniser:
                 raise RowError(
                     "the tokenizer has no eos_token to end an answer with", "Set one in the tokenizer's folder."
                 )
-            return [plain_text(content.prompt, content.completion, self._end_token)], False
+            return [plain_text(content.prompt, content.completion, self._end_token, self.options.train_on)], False
         if not isinstance(content, Conversation):
             raise RowError(
                 "rows of the format preference cannot be trained on yet", "Train on prompt and completion rows."
@@ -165,6 +166,16 @@ class Tokeniser:
 
 def _canonical(row: Row) -> str:
     return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"the row holds half of a surrogate pair, {text[error.start]!r}, which is no character",
+            "Write the whole pair (an emoji is two such escapes), or take it out.",
+        ) from None
 
 
 def _digest(content: bytes) -> int:

@@ -210,8 +210,8 @@ def _marked_spans(conversation: Conversation, template: ChatTemplate, text: str)
     return [Span(begin, end, end) for begin, end, trained in marks if trained and end > begin]
 
 
-def plain_text(prompt: str, completion: str, end_token: str) -> Rendered:
-    """A prompt and its completion as they stand, ended by the tokenizer's end token."""
+def plain_text(prompt: str, completion: str, end_token: str, train_on: str) -> Rendered:
+    """A prompt and its completion as they stand, ended by the tokenizer's end token; under `all` both carry loss."""
     text = prompt + completion
     text += "" if text.endswith(end_token) else end_token
-    return Rendered(text, [Span(len(prompt), len(text), len(text))])
+    return Rendered(text, [Span(0 if train_on == "all" else len(prompt), len(text), len(text))])

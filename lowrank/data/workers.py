@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 from lowrank.data.example import TokenTable
 from lowrank.data.sources import Joined
 from lowrank.data.tokenise import Tokeniser
+from lowrank.errors import JobError
 
 CHUNK_ROWS = 500
 # Below this many rows, starting processes costs more than it saves.
@@ -30,6 +32,7 @@ def tables(rows: Joined, tokeniser: Tokeniser, workers: int | None = None) -> It
 
     Raises:
         InputError: the first row in order that cannot be used.
+        JobError: a process was killed.
     """
     ranges = [(begin, min(begin + CHUNK_ROWS, len(rows))) for begin in range(0, len(rows), CHUNK_ROWS)]
     workers = workers if workers is not None else (_cores() if len(rows) >= WORTH_PROCESSES else 1)
@@ -40,6 +43,11 @@ def tables(rows: Joined, tokeniser: Tokeniser, workers: int | None = None) -> It
     with ProcessPoolExecutor(workers, get_context("fork"), _adopt, (rows, tokeniser)) as pool:
         try:
             yield from pool.map(_table, ranges)
+        except BrokenProcessPool:
+            raise JobError(
+                "a process that tokenises rows was ended from outside, mostly for want of memory",
+                fix="Free some memory and start again: nothing has been trained yet.",
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

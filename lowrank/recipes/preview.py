@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank.config import RunConfig, load_config
+from lowrank.data import BatchStream
 from lowrank.data.preview import preview_of
 from lowrank.data.preview_html import preview_html
 from lowrank.data.preview_text import preview_text
 from lowrank.errors import InputError
-from lowrank.recipes.prepare import base_tokenizer, batch_plan, read_examples
+from lowrank.recipes.prepare import SAMPLE_ROWS, base_tokenizer, batch_plan
+from lowrank.recipes.setup import plan_and_held_out, step_size
 from lowrank.recipes.show import open_console
+from lowrank.training.parallel import Ranks
+from lowrank.training.steps import run_length
 
 
 def preview(
@@ -22,6 +26,8 @@ def preview(
     html: str | Path | None = None,
 ) -> None:
     """Shows the first pack (or batch), or one row, token by token, and the figures of the whole data.
+
+    Of a stream it reads, shows and counts the first rows alone.
 
     Args:
         config: A config, or the path of one. The model's weights are not loaded.
@@ -37,8 +43,14 @@ def preview(
     if html is not None and Path(html).exists():
         raise InputError(f"{html} exists already; nothing was written", where="--html", fix="Give another file.")
     tokenizer = base_tokenizer(config)
-    plan = batch_plan(config, read_examples(config, tokenizer)[0], tokenizer, shuffle=True)
-    shown = preview_of(plan, tokenizer, row=row, batches_per_step=config.training.gradient_accumulation_steps)
+    plan, steps = plan_and_held_out(config, tokenizer)[0], None
+    of_stream = isinstance(plan, BatchStream)
+    if isinstance(plan, BatchStream):
+        plan = batch_plan(config, plan.sample(SAMPLE_ROWS), tokenizer, shuffle=True)
+    else:
+        size = step_size(config.training, Ranks(count=config.training.num_processes or 1))
+        steps = run_length(plan, size, epochs=1, max_steps=-1).per_epoch
+    shown = preview_of(plan, tokenizer, row=row, steps_per_epoch=steps, of_stream=of_stream)
     console = open_console()
     if html is None:
         console.print(preview_text(shown))

@@ -14,7 +14,7 @@ from tiny import tiny_tokenizer
 
 from lowrank.data import load, load_examples, workers
 from lowrank.data.store import TableWriter, cache_key, forget_unused, open_table
-from lowrank.data.tokenise import Options
+from lowrank.data.tokenise import Options, Tokeniser
 from lowrank.errors import InputError, JobError
 
 COUNT = 1200
@@ -103,6 +103,13 @@ def test_the_first_faulty_row_is_named_by_processes_too(path, cache):
     lines[700] = lines[1100] = '{"messages": 3}'
     path.write_text("\n".join(lines))
     with pytest.raises(InputError, match=rf"{path}:701: the messages are"):
+        load_examples(path, tiny_tokenizer(), max_length=500, workers=2)
+    assert not list((cache / "tokens").iterdir())
+
+
+def test_a_process_that_is_killed_is_told_of(path, cache, monkeypatch):
+    monkeypatch.setattr(Tokeniser, "table", lambda *_: os._exit(9))
+    with pytest.raises(JobError, match="a process that tokenises rows was ended from outside"):
         load_examples(path, tiny_tokenizer(), max_length=500, workers=2)
     assert not list((cache / "tokens").iterdir())
 

@@ -136,12 +136,31 @@ def test_preferences_are_read_but_not_trained_on():
         ({"conversations": [{"from": "alien", "value": "Hi"}]}, r"turn 1 is \"from\" 'alien'"),
         ({"instruction": 1, "output": "2"}, r"'instruction' is not text but 1"),
         ({"prompt": "Hi", "completion": MESSAGES}, r"neither both text nor both lists"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"the content of message 1 is a list"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": 3}]},
+            r"the tool calls of message 1 are a number, not a list",
+        ),
+        ({"messages": [{**MESSAGES[1], "reasoning_content": 3}]}, r"the reasoning of message 1 is a number"),
+        ({"messages": MESSAGES, "tools": [3]}, r"row 1: tool 1 is a number, not an object"),
+        ({"conversations": [{"from": ["gpt"], "value": "Hi"}]}, r"turn 1 is \"from\" \['gpt'\]"),
+        ({"instruction": "1", "output": "2", "history": ["ab"]}, r"the history is not a list of pairs"),
+        ({"text": "half \ud83d"}, r"row 1: the row holds half of a surrogate pair"),
     ],
     ids=str,
 )
 def test_rows_that_cannot_be_used(row, message):
     with pytest.raises(InputError, match=message):
         texts(row)
+
+
+def test_a_list_that_holds_something_else_than_rows():
+    with pytest.raises(InputError, match=r"row 2: the row is not an object: \[1\]"):
+        load_examples([ROWS["text"], [1]], tiny_tokenizer(), max_length=100)
+
+
+def test_under_all_a_prompt_of_plain_text_is_learned_too():
+    assert texts(ROWS["prompt_completion"], train_on="all") == [("Hi Hello<|im_end|>", "i Hello<|im_end|>")]
 
 
 def test_a_row_of_another_format_than_the_first():

@@ -68,7 +68,7 @@ def test_a_pack_is_shown_with_the_borders_of_its_segments():
 def test_the_table():
     long = row(99, "x" * 500)
     plan, tokenizer = planned([*(row(number) for number in range(10)), row(1), {}, long])
-    text = printed(preview_of(plan, tokenizer, batches_per_step=2))
+    text = printed(preview_of(plan, tokenizer, steps_per_epoch=7))
     report = plan.examples.report
     for label, value in {
         "rows": 13,
@@ -79,10 +79,23 @@ def test_the_table():
         "packing efficiency": f"{plan.fill():.1%}",
         "supervised": f"{report.supervised_tokens} ({report.supervised_share:.1%})",
         "packs per epoch": len(plan.epoch(0)),
-        "steps per epoch": (len(plan.epoch(0)) + 1) // 2,
+        "steps per epoch": 7,
     }.items():
         assert re.search(rf"^{label} +{re.escape(str(value))} *$", text, re.MULTILINE), (label, text)
     assert "█" in text
+
+
+def test_control_characters_are_shown_and_not_obeyed():
+    shown = preview_of(*planned([row(1, "a\tb\r\n\x1b[2Jc\x00")]))
+    for text in (printed(shown), unescape(re.sub(r"</?(span|i)[^>]*>", "", preview_html(shown)))):
+        assert "a␉b␍↵\n␛[2Jc␀<|im_end|>" in text
+
+
+def test_of_a_stream_it_does_not_say_how_long_an_epoch_is():
+    text = printed(preview_of(*planned([row(number) for number in range(12)]), of_stream=True))
+    assert "the first pack of the stream's first rows, token by token" in text
+    assert re.search(r"^rows looked at, the first of a stream +12 *$", text, re.MULTILINE)
+    assert "per epoch" not in text
 
 
 def test_one_row_by_its_number():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import ClassVar
 
 import datasets
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from tiny import tiny_tokenizer
 
-from lowrank.data import Source, load_examples, load_train_eval
+from lowrank.data import Source, load_examples, load_train_eval, stream_batches
+from lowrank.data.rows import JsonLines
 from lowrank.data.sources import Joined, open_sources
 from lowrank.errors import InputError
 
@@ -63,7 +65,7 @@ class TestSources:
 
     def test_text_files(self, tmp_path):
         (tmp_path / "b.txt").write_text("Second é")
-        (tmp_path / "a.md").write_text("First")
+        (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbfFirst")  # as some editors mark UTF-8
         (tmp_path / "ignored.py").write_text("x")
         examples = load(tmp_path)
         assert [TOKENIZER.decode(example.input_ids) for example in examples] == [
@@ -90,6 +92,41 @@ class TestSources:
         examples = load(ROWS)
         assert examples.table.ids.dtype == np.int32
         assert examples.arrays(0)[0].base is not None
+
+
+def test_line_breaks_are_found_whatever_the_block(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    whole = [dict(row) for row in JsonLines(Path(path)).read(0, len(ROWS))]
+    monkeypatch.setattr("lowrank.data.rows.BLOCK_BYTES", 7)
+    assert len(JsonLines(Path(path))) == len(ROWS)
+    assert JsonLines(Path(path)).read(0, len(ROWS)) == whole == ROWS
+
+
+class TestHub:
+    def test_a_name_that_is_no_file_is_asked_for_there(self, monkeypatch):
+        asked = []
+
+        def load_dataset(path, subset, *, split, **more):
+            asked.append((path, subset, split, more.get("streaming", False)))
+            return datasets.Dataset.from_list(ROWS)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        source = Source("someone/chats", split="dev", subset="small")
+        examples = load(source)
+        assert len(examples) == len(ROWS)
+        assert examples.rows.where(2) == "someone/chats (dev) row 3"
+        stream = stream_batches(source, TOKENIZER, max_length=99, packing=True, batch_size=1, max_tokens=99,
+                                pad_token_id=0, seed=0)  # fmt: skip
+        assert sum(len(batch.segments) for batch in stream.batches(0)) == len(ROWS)
+        assert asked == [("someone/chats", "small", "dev", False), ("someone/chats", "small", "dev", True)]
+
+    def test_what_is_not_there_either(self, monkeypatch):
+        def load_dataset(*_, **__):
+            raise FileNotFoundError("Couldn't reach the hub")
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(InputError, match=r"'someone/chats' is no file here, .*: Couldn't reach the hub"):
+            load("someone/chats")
 
 
 class TestFaults:

@@ -79,6 +79,19 @@ def test_rows_are_read_only_as_far_as_they_are_needed(path):
         list(batches)
 
 
+def test_the_next_buffer_is_read_while_this_ones_packs_are_used(path):
+    ready = stream(path)
+    before = threading.active_count()
+    batches = ready.batches(0)
+    next(batches)
+    until = time.monotonic() + 10
+    while ready.counts.rows < 2 * ready.buffer and time.monotonic() < until:
+        time.sleep(0.01)
+    assert 2 * ready.buffer <= ready.counts.rows < len(ROWS)
+    batches.close()
+    assert threading.active_count() == before
+
+
 def test_other_sources_stream_the_same(path, tmp_path):
     table = datasets.Dataset.from_list(ROWS)
     table.to_parquet(str(tmp_path / "rows.parquet"))
@@ -94,6 +107,71 @@ def test_weights_are_the_odds_of_a_source(path, tmp_path):
     texts = [TOKENIZER.decode(ids) for ids in segments_of(mixed.batches(0))]
     share = sum(text.startswith("t") for text in texts) / len(texts)
     assert share == pytest.approx(0.8, abs=0.06)
+
+
+def test_a_buffer_of_empty_rows_is_passed_over_and_counted(path):
+    path.write_text(path.read_text() + "\n" * 70)
+    batches = stream(path)
+    assert len(segments_of(batches.batches(0))) == 300
+    assert (batches.counts.rows, batches.counts.examples, batches.counts.empty) == (370, 300, 70)
+    assert str(batches.counts) == "370 rows read, 70 empty"
+
+
+def test_what_is_cut_and_dropped_is_counted(path):
+    batches = stream(path, max_length=64, too_long="truncate")
+    list(batches.batches(0))
+    report = load_examples(path, TOKENIZER, max_length=64, too_long="truncate").report
+    assert report.truncated > 3
+    assert (batches.counts.truncated, batches.counts.dropped) == (report.truncated, report.dropped)
+    batches = stream(path, max_length=64, too_long="drop")
+    list(batches.batches(0))
+    assert batches.counts.dropped == report.truncated + report.dropped
+
+
+def test_the_format_is_that_of_the_first_row_all_through(path):
+    path.write_text(path.read_text() + "".join(json.dumps({"text": f"t{n}"}) + "\n" for n in range(64)))
+    with pytest.raises(InputError, match=r"rows.jsonl:301: the row has 'text', but lacks 'messages'"):
+        list(stream(path, buffer=50).batches(0))
+    with pytest.raises(InputError, match="there is no format 'chatml'"):
+        stream(path, format="chatml")
+
+
+def test_every_rows_supervision_is_proved_when_it_is_read(path):
+    no_end = tiny_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}"
+        "{{ '' if 'a40' in m['content'] else '<|im_end|>' }}{% endfor %}"
+    )
+    batches = stream_batches(
+        path, no_end, max_length=256, packing=True, batch_size=1, max_tokens=256, pad_token_id=0, seed=0, buffer=20
+    ).batches(0)
+    next(batches)
+    with pytest.raises(InputError, match=r"rows.jsonl:41: .*would not learn to stop"):
+        list(batches)
+
+
+def test_a_sample_reads_no_more_than_it_shows(path, tmp_path):
+    path.write_text(path.read_text() + "{broken\n")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"t{n}"}) + "\n" for n in range(20)))
+    sample = stream([str(path), str(tmp_path / "text.jsonl")]).sample(30)
+    assert sample.report.rows == 30
+    assert sample.row(14) == ROWS[14]
+    assert sample.row(15) == {"text": "t0"}
+    assert sample.rows.where(15) == f"{tmp_path}/text.jsonl:1"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [(slice(-300, None), "cannot be read as parquet"), (slice(4, 300), "cannot be read on from row 1")],
+    ids=["footer", "pages"],
+)
+def test_a_damaged_file_is_named(tmp_path, damaged, message):
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    content = bytearray((tmp_path / "rows.parquet").read_bytes())
+    content[damaged] = b"x" * len(content[damaged])
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(InputError, match=rf"rows.parquet: {message}"):
+        list(stream(str(tmp_path / "rows.parquet")).batches(0))
 
 
 def test_too_long_is_raised_at_the_row(path):
