@@ -84,7 +84,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=float, default=12.0, help="GiB that one point may take on CPU")
     parser.add_argument("--packed-only", action="store_true", help="the pack of 16 x 256 tokens alone; writes nothing")
     parser.add_argument("--point", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device on this machine")
+    return args
 
 
 def _series(args: argparse.Namespace) -> list[Point]:

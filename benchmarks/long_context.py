@@ -117,7 +117,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device on this machine")
+    return options
 
 
 def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from lowrank.attention.paged import CHOSEN, PAGED
 from lowrank.attention.registry import BACKENDS
 from lowrank.attention.setting import Setting, setting_of
 from lowrank.errors import InputError
@@ -48,8 +49,13 @@ def set_attention(model: PreTrainedModel, backend: str = "auto", *, packing: boo
         raise InputError(
             f"the attention backend `{choice.backend}` cannot serve {setting.architecture}: {refusal}", fix=_TRY_AUTO
         )
-    _swap(model, BACKENDS[choice.backend].implementation(setting), setting)
-    return choice
+    implementation = BACKENDS[choice.backend].implementation(setting)
+    _swap(model, implementation, setting)
+    if choice.backend != PAGED.name:
+        CHOSEN.discard(model)
+        return choice
+    CHOSEN.add(model)
+    return AttentionChoice(PAGED.name, f"asked for: answers many prompts at once; in training it is `{implementation}`")
 
 
 _TRY_AUTO = "use `attention: auto`, which takes the fastest backend that is exact for this model"
@@ -59,7 +65,8 @@ def _fastest(setting: Setting) -> AttentionChoice:
     """By measurement on CPU: `segments` is never behind `sdpa` there. On CUDA by what the kernels are made for."""
     order = ("segments",) if setting.device.type == "cpu" else ("flash", "segments")
     name = next(name for name in order if BACKENDS[name].refusal(setting) is None)
-    return AttentionChoice(name, BACKENDS[name].praise)
+    dropped = f"; its attention dropout of {setting.dropout:g} makes training take O(n²)" if setting.dropout else ""
+    return AttentionChoice(name, BACKENDS[name].praise + (dropped if name == "segments" else ""))
 
 
 def _swap(model: PreTrainedModel, implementation: str, setting: Setting) -> None:

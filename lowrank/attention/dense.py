@@ -31,7 +31,8 @@ def attend(
 
     Args:
         module: The attention layer; gives `num_key_value_groups` and `is_causal` to transformers' function.
-        mask: Broadcasts to (b, h, q, k): bool (True: seen) or added to the scores; None: causal if `is_causal`.
+        mask: Broadcasts to (b, h, q, k): bool (True: seen) or added to the scores; None: causal if `is_causal`, the
+            first query at the first key, but for a single query, which sees all keys.
         dropout: Probability with which an attention weight is dropped.
         scaling: Factor of the scores; None: 1 / sqrt(d).
         is_causal: None: as the module says.
@@ -61,10 +62,10 @@ def attend(
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
         scores = scores + position_bias
-    if mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril(
-            scores.shape[-1] - scores.shape[-2]
-        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and causal and scores.shape[-2] > 1:
+        # Further keys than queries are places of a static cache that nothing fills yet: they come after all queries.
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:

@@ -24,6 +24,9 @@ CAUSAL = frozenset(
 )
 """Parts of masks that are causal within windows, segments and padded rows, and nothing else."""
 
+CHUNKS = frozenset({"chunked_overlay"})
+"""Parts of masks that end a span at the border of a chunk."""
+
 BOTH_WAYS = frozenset({"bidirectional_mask_function", "sliding_window_bidirectional_overlay"})
 """Parts of masks of layers that are not causal."""
 

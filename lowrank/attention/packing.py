@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +15,8 @@ from lowrank.attention.flash import packing_arguments
 from lowrank.attention.segments import ANNOUNCED
 from lowrank.errors import InputError
 
+Hook = Callable[[object, tuple[object, ...], dict[str, object]], tuple[Any, Any] | None]
+
 
 @contextmanager
 def segments(model: PreTrainedModel, lengths: Sequence[int] | None) -> Iterator[None]:
@@ -20,19 +24,20 @@ def segments(model: PreTrainedModel, lengths: Sequence[int] | None) -> Iterator[
 
     The pack is one row of `sum(lengths)` tokens whose position_ids restart at each segment, given to the model with
     `attention_mask=None` and `use_cache=False`. `eager` and `sdpa` need no more than that; the announcement spares the
-    others looking for the borders.
+    others looking for the borders. Calls with other tokens meanwhile are not touched.
 
     Args:
         model: The model, its attention set by `set_attention`.
         lengths: Tokens of each segment, in order; None (a padded batch): announces nothing.
+
+    Raises:
+        InputError: On the model's call: it is given the pack's tokens with an attention_mask or a cache, under which
+            transformers looks for no segments.
     """
     if lengths is None:
         yield
         return
-    hook = None
-    if is_flash_attention_requested(model.config):
-        device = next(model.parameters()).device
-        hook = model.register_forward_pre_hook(_adding(packing_arguments(lengths, device)), with_kwargs=True)
+    hook = model.register_forward_pre_hook(_for_a_pack(model, lengths), with_kwargs=True)
     keys = {id(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
     ANNOUNCED.update(dict.fromkeys(keys, tuple(lengths)))
     try:
@@ -40,8 +45,7 @@ def segments(model: PreTrainedModel, lengths: Sequence[int] | None) -> Iterator[
     finally:
         for key in keys:
             del ANNOUNCED[key]
-        if hook is not None:
-            hook.remove()
+        hook.remove()
 
 
 def announced_segments(model: PreTrainedModel) -> tuple[int, ...] | None:
@@ -49,8 +53,28 @@ def announced_segments(model: PreTrainedModel) -> tuple[int, ...] | None:
     return ANNOUNCED.get(id(model.config))
 
 
-def _adding(more: dict[str, torch.Tensor | int]) -> Callable[..., tuple[tuple[object, ...], dict[str, object]]]:
-    return lambda module, args, kwargs: (args, {**kwargs, **more})
+def _for_a_pack(model: PreTrainedModel, lengths: Sequence[int]) -> Hook:
+    """Before the model's call with the pack's tokens: refuses what makes segments see one another, adds the borders."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    cached, tokens = getattr(model.config.get_text_config(), "use_cache", False), sum(lengths)
+    more = {}
+    if is_flash_attention_requested(model.config):
+        more = packing_arguments(lengths, next(model.parameters()).device)
+
+    def before(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, Any] | None:
+        asked = {**dict(zip(names, args, strict=False)), **kwargs}
+        row = next((asked[name] for name in ("input_ids", "inputs_embeds") if asked.get(name) is not None), None)
+        if not isinstance(row, torch.Tensor) or row.shape[:2] != (1, tokens):
+            return None
+        caches = asked.get("use_cache")
+        if asked.get("attention_mask") is not None or (cached if caches is None else caches):
+            raise InputError(
+                "the segments of a pack would see one another under an attention_mask or a cache",
+                fix="call the model with attention_mask=None, use_cache=False and position_ids that restart",
+            )
+        return args, {**kwargs, **more}
+
+    return before
 
 
 # Two segments; what the first says must not change the second.

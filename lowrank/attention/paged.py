@@ -7,6 +7,7 @@ that serves; `generate_paged` sizes it for the prompts it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -20,6 +21,9 @@ from lowrank.errors import InputError, JobError
 PAGE = 256  # tokens of one page of the cache, transformers' default
 AT_ONCE_ON_CPU = 16  # on CPU every prompt of a step attends over all pages of the step: more at once costs more
 TOKENS_A_STEP_ON_CPU = 128
+
+# Models on which `set_attention` was asked for this backend: by its transformers name alone nobody could tell.
+CHOSEN: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def generate_paged(
@@ -78,12 +82,14 @@ def cache_for(lengths: Sequence[int], max_new_tokens: int, device: torch.device)
 
 
 def paged_is_faster(model: PreTrainedModel) -> bool:
-    """Whether many prompts are answered faster paged than in padded batches of like length.
+    """Whether many prompts are to be answered paged: the user chose so by name, or it is the faster way.
 
-    On CPU they are not: 16 prompts of 120 tokens, 48 new tokens each, SmolLM2-135M in bfloat16 on one core took 9.9 s
+    On CPU it is not: 16 prompts of 120 tokens, 48 new tokens each, SmolLM2-135M in bfloat16 on one core took 9.9 s
     padded and 14.9 s paged, since the paged step attends over the pages of all prompts at once. With FlashAttention,
     whose kernels read pages, it is what continuous batching was made for; no card has measured it here yet.
     """
+    if model in CHOSEN:
+        return True
     setting = setting_of(model, packing=False)
     return FLASH.refusal(setting) is None and _refusal(setting) is None
 
@@ -91,6 +97,8 @@ def paged_is_faster(model: PreTrainedModel) -> bool:
 def _refusal(setting: Setting) -> str | None:
     if not setting.supports_paging:
         return "transformers cannot page the keys and values of this architecture"
+    if setting.sinks and setting.packing:
+        return "with attention sinks it generates only, and cannot train"
     return None if FLASH.refusal(setting) is None or setting.sinks else SDPA.refusal(setting)
 
 

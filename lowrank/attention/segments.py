@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from lowrank.attention import dense, varlen
 from lowrank.attention.backend import Backend
 from lowrank.attention.mask import SpansMask
-from lowrank.attention.maskparts import CAUSAL, WINDOW, parts_of
+from lowrank.attention.maskparts import CAUSAL, CHUNKS, WINDOW, parts_of
 from lowrank.attention.setting import Setting
 from lowrank.attention.spans import Spans, from_lengths, from_mask_function
 from lowrank.attention.stacking import Gather, Scatter, stacks_of
@@ -81,9 +81,10 @@ def segments_mask(
             and _plain(mask_function, local_size)
         ):
             return SpansMask(from_lengths(announced, local_size), device)
-        spans = from_mask_function(mask_function, attention_mask, batch_size, q_length, local_size, device)
-        if spans is not None:
-            return SpansMask(spans, device)
+        if parts_of(mask_function) <= CAUSAL | CHUNKS:
+            spans = from_mask_function(mask_function, attention_mask, batch_size, q_length, local_size, device)
+            if spans is not None:
+                return SpansMask(spans, device)
     return sdpa_mask(
         batch_size,
         q_length,
@@ -184,6 +185,15 @@ def attend_spans(
     kernel = varlen.kernel_for(q, v, sinks, rule)
     if kernel is not None:
         return varlen.over_spans(q, k, v, spans, rule, kernel)
+    if not spans.spans:
+        return q.new_zeros(*q.shape[:2], v.shape[-1])
+    return _over_stacks(q, k, v, sinks, spans, rule)
+
+
+@torch.compiler.disable  # what it does depends on the spans' lengths: it would be compiled anew for each pack
+def _over_stacks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, spans: Spans, rule: Rule
+) -> torch.Tensor:
     stacks, key_heads = stacks_of(spans, q.device), k.shape[1]
     parts = []
     for stack, q_nsgd, k_ns1d, v_ns1e in zip(

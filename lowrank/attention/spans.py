@@ -114,8 +114,9 @@ def from_mask_function(
 ) -> Spans | None:
     """The spans that a transformers mask function describes, or None when it describes something else.
 
-    The function is asked about O(length) pairs of positions: neighbours give the borders, and the pairs (token, first
-    of its span), (token, token - window) and (token, last before its span) must answer as spans would.
+    The function, causal within windows, segments or chunks, is asked about O(length) pairs of positions: neighbours
+    give the borders, and the pairs (token, first of its span), (token, token - window) and (token, last before its
+    span) must answer as spans would.
 
     Args:
         mask_function: `(batch_idx, head_idx, q_idx, kv_idx) -> bool`, elementwise, as in `transformers.masking_utils`.

@@ -24,6 +24,13 @@ def test_auto_on_cpu_says_what_and_why():
     assert str(choice).startswith("attention: segments (")
 
 
+def test_auto_says_what_dropout_costs():
+    assert (
+        "attention dropout of 0.1 makes training take O(n²)"
+        in set_attention(tiny.tiny_llama(attention_dropout=0.1)).why
+    )
+
+
 def test_backends_are_those_of_the_documentation():
     assert list(BACKENDS) == ["eager", "sdpa", "segments", "flash", "flex", "paged"]
 

@@ -6,9 +6,11 @@ import functools
 
 import pytest
 import torch
+import transformers
 import zoo
 
 from lowrank.attention import BACKENDS, check_packing, set_attention
+from lowrank.attention.paged import generate_paged
 from lowrank.attention.setting import setting_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -72,6 +74,36 @@ def test_float32(name, backend, case):
     _set_or_skip(model, name, backend)
     errors = zoo.difference(CASES[case](model, zoo.examples()), _reference(name))
     assert max(errors.values()) < 1e-5, {k: v for k, v in errors.items() if v >= 1e-5}
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "segments"])
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_generate_after_a_swap(name, backend):
+    model = _on_card(name, torch.float32)
+    rows = zoo.pad([row for row in zoo.examples() if row.shape[1] > 10], "left")
+    ids, mask = (x.to("cuda") for x in rows)
+
+    def generated(**how) -> torch.Tensor:
+        return model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **how)
+
+    set_attention(model, "eager")
+    expected = generated(use_cache=False)
+    _set_or_skip(model, name, backend)
+    assert torch.equal(generated(use_cache=True), expected)
+    assert torch.equal(generated(use_cache=False), expected)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_paged_equals_generate(name):
+    model = _on_card(name, torch.float32)
+    refusal = BACKENDS["paged"].refusal(setting_of(model, packing=False))
+    if refusal is not None:
+        pytest.skip(f"paged refuses: {refusal}")
+    prompts = [row[0].tolist() for row in zoo.examples((12, 5, 1, 30, 7, 19))]
+    greedy = transformers.GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=2, pad_token_id=0)
+    set_attention(model, "auto")
+    expected = zoo.one_by_one(model, prompts, greedy)
+    assert generate_paged(model, prompts, greedy) == expected
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

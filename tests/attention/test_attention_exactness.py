@@ -68,7 +68,7 @@ def test_float32(name, backend, case):
     assert max(errors.values()) < 1e-5, {k: v for k, v in errors.items() if v >= 1e-5}
 
 
-@pytest.mark.parametrize("case", ["pack", "right"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ["sdpa", "segments"])
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_bfloat16(name, backend, case):
@@ -86,17 +86,19 @@ def test_bfloat16(name, backend, case):
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_generate_after_a_swap(name, backend):
     model = _model(name, torch.float32)
-    ids, mask = zoo.pad([row for row in zoo.examples() if row.shape[1] > 10], "left")
+    batch = zoo.pad([row for row in zoo.examples() if row.shape[1] > 10], "left")
+    single = zoo.pad(zoo.examples((23,)), "left")  # without padding a mask is left out where it can be
 
-    def generated(**how) -> torch.Tensor:
-        return model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **how)
+    def generated(rows, **how) -> torch.Tensor:
+        return model.generate(rows[0], attention_mask=rows[1], max_new_tokens=6, do_sample=False, **how)
 
-    set_attention(model, "eager")
-    expected = generated(use_cache=False)
-    _set_or_skip(model, backend)
-    assert torch.equal(generated(use_cache=True), expected)
-    assert torch.equal(generated(use_cache=False), expected)
-    assert torch.equal(generated(cache_implementation="static"), expected)
+    for rows in (batch, single):
+        set_attention(model, "eager")
+        expected = generated(rows, use_cache=False)
+        _set_or_skip(model, backend)
+        assert torch.equal(generated(rows, use_cache=True), expected)
+        assert torch.equal(generated(rows, use_cache=False), expected)
+        assert torch.equal(generated(rows, cache_implementation="static"), expected)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "segments"])
@@ -112,6 +114,19 @@ def test_every_layer_goes_through_the_backend(name, backend, monkeypatch):
     )
     model(input_ids=zoo.examples((9,))[0], use_cache=False)
     assert len(set(seen)) == len(seen) == model.config.num_hidden_layers
+
+
+def test_before_the_adapters_or_after_them():
+    result = []
+    for first in (True, False):
+        model = zoo.build("llama")
+        if first:
+            set_attention(model, "segments", packing=True)
+        zoo.adapt(model)
+        if not first:
+            set_attention(model, "segments", packing=True)
+        result.append(zoo.packed(model, zoo.examples()))
+    assert max(zoo.difference(*result).values()) == 0.0
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

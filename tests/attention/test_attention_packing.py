@@ -102,6 +102,33 @@ def test_announced_packs_of_another_length_are_looked_at():
         assert torch.equal(model(input_ids=row, use_cache=False).logits, expected)
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "segments"])
+@pytest.mark.parametrize(
+    "asked",
+    [{"use_cache": False, "attention_mask": torch.ones(1, 9, dtype=torch.long)}, {"use_cache": True}, {}],
+    ids=["mask", "cache", "default"],
+)
+def test_a_call_under_which_segments_see_one_another_is_refused(backend, asked):
+    model = zoo.build("llama")
+    set_attention(model, backend)
+    row, positions = zoo.examples((9,))[0], torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    with segments(model, [5, 4]):
+        model(row, position_ids=positions, use_cache=False)
+        with pytest.raises(InputError, match="segments of a pack would see one another"):
+            model(row, position_ids=positions, **asked)
+        model(zoo.examples((8,))[0])  # another call, not of the pack
+    model(row, position_ids=positions, **asked)
+
+
+def test_rows_of_nothing_but_padding():
+    """As other backends: numbers that nobody reads, and no failure."""
+    model, row = zoo.build("llama"), zoo.examples((9,))[0]
+    set_attention(model, "segments")
+    logits = model(input_ids=row, attention_mask=torch.zeros_like(row), use_cache=False).logits
+    logits.sum().backward()
+    assert logits.isfinite().all()
+
+
 def test_the_self_test_leaves_mode_and_random_state_alone():
     model = zoo.build("llama").train()
     set_attention(model, "segments")
@@ -135,6 +162,18 @@ def test_the_square_path_equals_the_spans(softcap, sinks):
     over_spans = _layer(attention_mask=MASK, softcap=softcap, s_aux=sinks)
     squared = _layer(attention_mask=MASK.spans.square(torch.device("cpu")), softcap=softcap, s_aux=sinks)
     torch.testing.assert_close(over_spans, squared)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0])])
+def test_places_of_a_static_cache_that_nothing_fills_yet_are_not_seen(softcap, sinks):
+    """transformers leaves the mask out there: the first query is the first key's."""
+    torch.manual_seed(0)
+    module = types.SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    q, k, v = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    found, _ = segments_attention(module, q, k, v, None, softcap=softcap, s_aux=sinks)
+    expected, _ = segments_attention(module, q, k[:, :, :5], v[:, :, :5], None, softcap=softcap, s_aux=sinks)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_position_bias_is_honoured():

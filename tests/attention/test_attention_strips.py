@@ -62,6 +62,19 @@ def test_equals_the_formula(spans, window, softcap, sinks, monkeypatch):
     torch.testing.assert_close(grads, of_formula, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 9, 70])
+def test_many_strips(window, monkeypatch):
+    """Where there are many keys a strip meets more of them than it may see, and hides the rest."""
+    monkeypatch.setattr(strips, "STRIP", 4)
+    spans, rule = from_lengths([150, 67], window), Rule(0.7, window, None)
+    q, k, v, s = _inputs(217, 4, 2, 8, 8, True)
+    wanted, direction = (q, k, v, s), torch.randn(217, 4, 8, dtype=torch.float64)
+    out, expected = attend_spans(q, k, v, s, spans, rule), _formula(q, k, v, s, spans, rule)
+    torch.testing.assert_close(out, expected)
+    grads, of_formula = (torch.autograd.grad((o * direction).sum(), wanted) for o in (out, expected))
+    torch.testing.assert_close(grads, of_formula, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (4, 1), (9, 3)])
 def test_heads(heads, key_heads):
     spans, rule = from_lengths([30, 29, 7], None), Rule(0.3, None, None)

@@ -31,6 +31,7 @@ ZOO: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _sized(transformers.LlamaConfig),
     "mistral-window-16": _sized(transformers.MistralConfig, sliding_window=16),
     "mistral-window-40": _sized(transformers.MistralConfig, sliding_window=40),
+    "mistral-window-64": _sized(transformers.MistralConfig, sliding_window=64),  # longer than any segment
     "qwen2": _sized(transformers.Qwen2Config),
     "qwen2-window-16": _sized(transformers.Qwen2Config, **_WINDOW),
     "qwen3": _sized(transformers.Qwen3Config, head_dim=16),
@@ -84,7 +85,11 @@ def adapted(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
     Base weights are numbers that bfloat16 holds, so that the same model exists in both precisions.
     """
-    model = build(name, torch.bfloat16).to(dtype)
+    return adapt(build(name, torch.bfloat16).to(dtype))
+
+
+def adapt(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the adapters of `adapted`."""
     torch.manual_seed(1)
     wrap(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     for path, parameter in model.named_parameters():
@@ -97,6 +102,14 @@ def examples(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
     """Rows (1, n) of random ids."""
     generator = torch.Generator().manual_seed(2)
     return [torch.randint(3, tiny.VOCAB, (1, n), generator=generator) for n in lengths]
+
+
+def one_by_one(
+    model: PreTrainedModel, prompts: list[list[int]], generation: transformers.GenerationConfig
+) -> list[list[int]]:
+    """transformers' answer to each prompt alone."""
+    rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
+    return [model.generate(row, generation_config=generation)[0, row.shape[1] :].tolist() for row in rows]
 
 
 Result = dict[str, torch.Tensor]
