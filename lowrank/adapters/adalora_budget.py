@@ -11,6 +11,7 @@ from lowrank.adapters.adalora import AdaLoraLayer
 from lowrank.adapters.config import AdaLoraConfig
 from lowrank.adapters.host import hosts
 from lowrank.adapters.inspection import config_of
+from lowrank.adapters.record import record_of
 from lowrank.errors import InputError
 
 
@@ -46,7 +47,10 @@ class RankBudget:
                 f"tinit + tfinal ({config.tinit} + {config.tfinal}) leave none of {total_step} steps to shrink ranks",
                 fix="Train longer, or lower tinit and tfinal.",
             )
-        self.config, self.total_step = config, total_step
+        # peft reads no AdaLoRA folder that does not say how long the run was.
+        self.config = config.model_copy(update={"total_step": total_step})
+        self.total_step = total_step
+        record_of(model).configs[adapter] = self.config
         self.layers = list(_layers(model, adapter))
         self.full = sum(layer.lora_A.shape[0] for layer in self.layers)
         self.target = min(self.full, config.target_r * len(self.layers))

@@ -58,6 +58,8 @@ def _with_start(
 def _without_pruned(
     model: nn.Module, adapter: str, config: AdaLoraConfig, tensors: dict[str, torch.Tensor]
 ) -> tuple[AdaLoraConfig, dict[str, torch.Tensor]]:
+    if config.total_step is None:  # peft refuses that; any number that leaves room for a budget says as little
+        config = config.model_copy(update={"total_step": config.tinit + config.tfinal + 1})
     kept: dict[str, list[bool]] = {}
     for path, _, adapters in hosts(model):
         layer = adapters.layers().get(adapter)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowrank.adapters.host import hosts, remove
 from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.method import precise
 
 
 class WholeCopy(nn.Module):
@@ -34,11 +35,11 @@ class WholeCopy(nn.Module):
 
     def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
         """The module's own names."""
-        return dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        return self.module.state_dict(keep_vars=True)
 
     @torch.no_grad()
     def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """New parameters, so that what was tied to the old ones keeps those."""
+        """New parameters and buffers, so that what was tied to the old ones keeps those."""
         for name, parameter in self.module.named_parameters():
             owner = module.get_submodule(name.rpartition(".")[0])
             old = module.get_parameter(name)
@@ -47,6 +48,9 @@ class WholeCopy(nn.Module):
                 name.rpartition(".")[2],
                 nn.Parameter(parameter.to(old.dtype), requires_grad=old.requires_grad),
             )
+        for name, buffer in self.module.named_buffers():
+            path, _, last = name.rpartition(".")
+            setattr(module.get_submodule(path), last, buffer.to(module.get_buffer(name).dtype))
 
 
 class BiasCopy(nn.Module):
@@ -54,7 +58,7 @@ class BiasCopy(nn.Module):
 
     def __init__(self, module: HostModule) -> None:
         super().__init__()
-        self.bias = nn.Parameter(module.bias.detach().clone().float())
+        self.bias = nn.Parameter(module.bias.detach().clone().to(precise(module.bias.dtype)))
 
     def output(self, module: HostModule, kind: Kind | None, x: torch.Tensor) -> torch.Tensor:
         """See `Layer.output`."""

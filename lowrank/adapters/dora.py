@@ -50,18 +50,19 @@ class DoraLayer(LoraLayer):
         return LowRank(term.A, term.B, term.scale, _gain(self.lora_magnitude_vector, norm), term.dropout)
 
     def _norm(self, module: HostModule, kind: Kind, term: LowRank) -> torch.Tensor:
-        """‖W + ΔW‖. ‖W‖² is kept for as long as W is the same, and outside of training the whole norm is."""
+        """‖W + ΔW‖. ‖W‖² is kept for as long as W is the same; the whole norm too, where the factors are frozen."""
         if torch.compiler.is_compiling():
             return dora_norm(kind.weight(module), term.A, term.B, term.scale)
         frozen = _identity(module.weight)
         whole = (*frozen, *_identity(self.lora_A), *_identity(self.lora_B))
-        if not self.training and self._eval_norm[0] == whole:
+        still = not (self.training or self.lora_A.requires_grad or self.lora_B.requires_grad)
+        if still and self._eval_norm[0] == whole:
             return self._eval_norm[1]
         weight = kind.weight(module)
         if self._frozen_norm2[0] != frozen:
             self._frozen_norm2 = (frozen, row_norm2(weight, term.A.dtype))
         norm = dora_norm(weight, term.A, term.B, term.scale, self._frozen_norm2[1])
-        self._eval_norm = (None if self.training else whole, norm)
+        self._eval_norm = (whole if still else None, norm)
         return norm
 
     def factors(self) -> dict[str, torch.Tensor]:
@@ -74,6 +75,10 @@ def _gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     return magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[int, int, torch.device]:
-    """What changes when the tensor's values may have."""
-    return tensor.data_ptr(), tensor._version, tensor.device
+def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What changes when the tensor's values may have: in place, but for writes through `.data`, or by replacement.
+
+    An inference tensor does not count its changes: it is new each time.
+    """
+    version = object() if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.device

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -61,10 +62,25 @@ def install(module: nn.Module, kind: Kind | None, activity: Activity) -> Adapter
         raise InputError(
             f"a {type(module).__name__} has an attribute named {AdapterSet.CHILD!r} already; lowrank needs that name"
         )
-    adapters = AdapterSet(kind, activity)
+    if _slot(module) == "forward" and "forward" in module.__dict__:
+        raise InputError(
+            f"a {type(module).__name__} has had its forward replaced, which an adapter in its place would undo",
+            fix="Patch the class instead of the module.",
+        )
+    adapters = AdapterSet(kind, activity).train(module.training)
     module.add_module(AdapterSet.CHILD, adapters)
     module.__dict__[_slot(module)] = functools.partial(adapted_forward, module)
     return adapters
+
+
+def bind_for_compiler(model: nn.Module) -> None:
+    """Lets torch.compile serve all layers of a model with what it has compiled for one.
+
+    It tells forwards that stand before their class's apart by identity, unless they are bound methods: those by their
+    function. A model is copied with them, but no longer pickled.
+    """
+    for _, module, _ in hosts(model):
+        module.__dict__[_slot(module)] = MethodType(adapted_forward, module)
 
 
 def remove(module: nn.Module) -> None:

@@ -105,7 +105,7 @@ def factor_shapes(kind: Kind, module: HostModule, r: int) -> tuple[tuple[int, in
 
 def factor_parameter(shape: tuple[int, ...], module: HostModule) -> nn.Parameter:
     """An empty trainable float32 parameter beside the module's weight (float64 beside a float64 one)."""
-    return nn.Parameter(torch.empty(shape, device=module.weight.device, dtype=_precise(module.weight.dtype)))
+    return nn.Parameter(torch.empty(shape, device=module.weight.device, dtype=precise(module.weight.dtype)))
 
 
 def own_bias(config: AdapterConfig, module: HostModule) -> nn.Parameter | None:
@@ -113,10 +113,11 @@ def own_bias(config: AdapterConfig, module: HostModule) -> nn.Parameter | None:
     bias = getattr(module, "bias", None)
     if config.bias == "none" or bias is None:
         return None
-    return nn.Parameter(bias.detach().clone().to(_precise(bias.dtype)))
+    return nn.Parameter(bias.detach().clone().to(precise(bias.dtype)))
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """What an adapter is kept in beside weights of `dtype`: float32, float64 beside float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds import HostModule, kind_of
+from lowrank.adapters.uncalled import check_called, reader_of
 from lowrank.errors import InputError
 
 ALL_LINEAR = "all-linear"
@@ -45,6 +46,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
                 f"{path} is a {type(module).__name__}, and no adapter fits that",
                 fix="Name linear layers, embeddings or convolutions; name the layers inside a block, not the block.",
             )
+        check_called(path, modules)
     return kept, counts
 
 
@@ -121,7 +123,7 @@ def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
 
 
 def _all_linear(model: HostModule, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Every linear layer but the output head, a classification head, and the routers of mixture-of-experts layers."""
+    """Every linear layer but the output head, a classification head, routers of experts, and what is not called."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {id(head)} | {id(modules[name]) for name in ("score", "classifier", "qa_outputs") if name in modules}
     experts = _expert_count(model)
@@ -132,6 +134,7 @@ def _all_linear(model: HostModule, modules: Mapping[str, nn.Module]) -> list[str
         and kind.linear
         and id(module) not in heads
         and not _is_router(path, module, experts)
+        and reader_of(path, modules) is None
     ]
 
 

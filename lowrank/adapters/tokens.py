@@ -7,6 +7,8 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.method import precise
+from lowrank.adapters.uncalled import check_called
 from lowrank.errors import InputError
 
 
@@ -24,7 +26,8 @@ class TokenRows(nn.Module):
         self.register_buffer("tokens", given, persistent=False)
         self.register_buffer("ascending", ascending, persistent=False)
         self.register_buffer("order", order, persistent=False)
-        self.rows = nn.Parameter(module.weight.detach()[given].float())
+        weight = module.weight.detach()[given]
+        self.rows = nn.Parameter(weight.to(precise(weight.dtype)))
 
     def output(self, module: HostModule, kind: Kind | None, ids: torch.Tensor) -> torch.Tensor:
         """See `Layer.output`."""
@@ -91,6 +94,7 @@ def token_layers(model: HostModule, config: AdapterConfig) -> dict[str, nn.Modul
     layers: dict[str, nn.Module] = {}
     for name, indices in by_name.items():
         path, module = _find_embedding(model, name)
+        _check_tied(model, path, module)
         if outside := [index for index in indices if not 0 <= index < module.num_embeddings]:
             raise InputError(
                 f"trainable_token_indices: {path} has no tokens {outside}; it holds {module.num_embeddings}"
@@ -98,10 +102,27 @@ def token_layers(model: HostModule, config: AdapterConfig) -> dict[str, nn.Modul
         if len(set(indices)) < len(indices):
             raise InputError(f"trainable_token_indices: a token of {path} is named twice")
         layers[path] = rows = TokenRows(module, indices)
-        head = model.get_output_embeddings()
-        if head is not None and head.weight is module.weight:
+        if (head := _tied_head(model, module)) is not None:
             layers[paths[id(head)]] = TokenColumns(rows)
     return layers
+
+
+def _tied_head(model: HostModule, embedding: HostModule) -> nn.Module | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if getattr(head, "weight", None) is embedding.weight else None
+
+
+def _check_tied(model: nn.Module, path: str, embedding: HostModule) -> None:
+    """Its rows are the embedding's and a tied head's; a third module with the same weight would not see them."""
+    modules = dict(model.named_modules())
+    check_called(path, modules)
+    known = (embedding, _tied_head(model, embedding))
+    for other, module in modules.items():
+        if module._parameters.get("weight") is embedding.weight and not any(module is one for one in known):
+            raise InputError(
+                f"trainable_token_indices: {path} is tied to {other}, which would not see the trained rows",
+                fix="Untie the two, or train the embeddings whole (modules_to_save).",
+            )
 
 
 def _find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Embedding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -10,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.copies import BiasCopy, WholeCopy
+from lowrank.adapters.dequantise import is_quantised
 from lowrank.adapters.experts import experts_layers
-from lowrank.adapters.host import AdapterSet, hosts, install, remove
+from lowrank.adapters.host import Activity, AdapterSet, hosts, install, remove
 from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
 from lowrank.adapters.kinds import Kind, kind_of
 from lowrank.adapters.lora import LoraLayer
@@ -56,6 +58,7 @@ def wrap(
     """
     record = find_record(model)
     _check_name(adapter, record)
+    _check_level(model, record)
     targets, counts = find_targets(model, config)
     _check_layout(config, targets)
     counts |= find_parameters(model, config)[1]
@@ -132,6 +135,8 @@ def _put_in(model: nn.Module, outside: Outside, adapter: str, record: Record, ta
     for path, module in _modules_to_save(model, config).items():
         _place(path, module, kind_of(module), WholeCopy(module), adapter, record)
     for path, rows in token_layers(model, config).items():
+        if outer := _enclosing(path, _saved_whole(model, adapter)):
+            raise InputError(f"trainable_token_indices: {path} is in {outer}, which modules_to_save trains whole")
         module = model.get_submodule(path)
         _place(path, module, kind_of(module), rows, adapter, record)
     if config.bias == "all":
@@ -147,6 +152,10 @@ def _place(path: str, module: nn.Module, kind: Kind | None, layer: nn.Module, ad
             fix="A module is adapted, saved whole, or has single tokens trained: take it out of all but one of "
             "target_modules, modules_to_save and trainable_token_indices.",
         )
+    if isinstance(layer, WholeCopy):  # what it holds has its modes, part by part
+        layer.training = module.training
+    else:
+        layer.train(module.training)
     adapters[adapter] = layer
 
 
@@ -161,7 +170,25 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mo
         if not matching:
             raise InputError(f"modules_to_save: {name!r} matches no module")
         found |= matching
+    for path, module in found.items():
+        if outer := _enclosing(path, found):
+            raise InputError(f"modules_to_save names {path} and {outer}, which holds it", fix="Name one of them.")
+        if any(is_quantised(inner) for inner in module.modules()):
+            raise InputError(
+                f"modules_to_save: {path} is quantised, and a quantised weight cannot be trained whole",
+                fix="Adapt it, or leave it out when the base is quantised (llm_int8_skip_modules).",
+            )
     return found
+
+
+def _saved_whole(model: nn.Module, adapter: str) -> list[str]:
+    """The modules in whose place a copy of this adapter stands: what is inside of them is not called."""
+    return [path for path, _, adapters in hosts(model) if isinstance(adapters.layers().get(adapter), WholeCopy)]
+
+
+def _enclosing(path: str, others: Iterable[str]) -> str | None:
+    """The one of the other modules that holds the one at `path`."""
+    return next((other for other in others if path.startswith(f"{other}.")), None)
 
 
 def _with_bias(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
@@ -172,10 +199,11 @@ def _with_bias(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
     """
     ours = {id(parameter) for _, _, adapters in hosts(model) for parameter in adapters.parameters()}
     held = {id(module.bias) for _, module, adapters in hosts(model) if adapter in adapters and hasattr(module, "bias")}
+    whole = _saved_whole(model, adapter)
     found = {}
     for name, parameter in model.named_parameters():
         path, _, last = name.rpartition(".")
-        if "bias" not in last or id(parameter) in ours | held:
+        if "bias" not in last or id(parameter) in ours | held or _enclosing(path, whole):
             continue
         module = model.get_submodule(path)
         if last != "bias" or (kind_of(module) is None and not isinstance(module, nn.LayerNorm)):
@@ -188,10 +216,19 @@ def _with_bias(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
 
 
 def _check_name(adapter: str, record: Record | None) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", adapter) or hasattr(nn.ModuleDict, adapter):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", adapter) or hasattr(AdapterSet(None, Activity()), adapter):
         raise InputError(f"{adapter!r} is no name for an adapter", fix="Take letters, digits, _ and -.")
     if record is not None and adapter in record.configs:
         raise InputError(f"the model has an adapter {adapter!r} already", fix="Take another name, or delete that one.")
+
+
+def _check_level(model: nn.Module, record: Record | None) -> None:
+    """Adapters obey the record of the module that they were wrapped through, and there is one of those."""
+    if record is None and (inner := next((path for path, _, _ in hosts(model)), None)) is not None:
+        raise InputError(
+            f"{inner} carries an adapter that was put in through another module than this {type(model).__name__}",
+            fix="Wrap the same model each time: the whole one, or the same part of it.",
+        )
 
 
 def _check_layout(config: AdapterConfig, targets: dict[str, nn.Module]) -> None:

@@ -16,6 +16,8 @@ from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
 from lowrank.adapters.conversion import as_lora as lora_form
 from lowrank.adapters.conversion import portable
 from lowrank.adapters.kinds import kind_of
+from lowrank.adapters.record import find_record
+from lowrank.adapters.targets import matches_end
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
 from lowrank.weights.fingerprint import Fingerprint
@@ -92,15 +94,32 @@ def load(
     problems = _other_base(model, file)
     if problems and strict:
         _refuse(file, problems)
-    wrap(model, file.config, adapter, trainable=trainable)
+    record = find_record(model)
+    active = () if record is None else record.activity.names
+    wrap(model, _for_this_head(model, file.config), adapter, trainable=trainable)
     try:
         problems += _fill(model, adapter_tensors(model, adapter), file, strict)
     except BaseException:
         delete(model, adapter)
+        if record is not None:
+            record.activity.names = active
         raise
     if problems:
         warnings.warn(f"{file.path}: skipped because it does not fit: {'; '.join(problems)}")
     return model
+
+
+def _for_this_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """peft asks a classifier for "classifier" and "score" to be saved whole, of which a model has one."""
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return config
+    paths = [path for path, _ in model.named_modules()]
+    saved = [
+        name
+        for name in config.modules_to_save or []
+        if name not in ("classifier", "score") or any(matches_end(path, name) for path in paths)
+    ]
+    return config.model_copy(update={"modules_to_save": saved or None})
 
 
 @torch.no_grad()

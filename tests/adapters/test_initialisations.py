@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama
+from torch import nn
 
 import lowrank
 from lowrank import LoraConfig
@@ -86,6 +87,16 @@ def test_orthogonal_refuses_an_odd_rank_and_leaves_the_model_as_it_was():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("how", STARTING)
+@pytest.mark.parametrize("out_features", [1, 2])
+def test_a_rank_above_a_weights_directions_is_refused(how, out_features):
+    """One direction alone would be repeated, not refused, by a copy that spreads over rows."""
+    model = nn.Sequential(nn.Linear(8, out_features))
+    with pytest.raises(InputError, match=f"takes 4 directions of a weight, and one of shape .{out_features}, 8. has"):
+        lowrank.wrap(model, LoraConfig(r=4, init_lora_weights=how))
+    assert lowrank.adapters(model) == {}
+
+
 class TestEva:
     def test_a_spans_the_inputs_leading_directions_and_ranks_keep_their_sum(self):
         model = tiny_llama()
@@ -113,6 +124,26 @@ class TestEva:
         assert max(ranks) <= 8
         scales = {a["default"].scale for m in model.modules() if (a := m._modules.get("adapters")) is not None}
         assert scales == {2.0}  # alpha 8 / r 4, whatever the rank became
+
+    @pytest.mark.parametrize("rslora", [False, True])
+    def test_the_scale_is_the_one_asked_for_whatever_the_rank_became(self, rslora):
+        fields = {"r": 4, "use_rslora": rslora, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 32}}
+        torch.manual_seed(0)
+        batches = [{"input_ids": torch.randint(3, 300, (4, 16))}]
+        plain, model = lowrank.wrap(tiny_llama(), LoraConfig(**fields)), tiny_llama()
+        lowrank.wrap(model, LoraConfig(init_lora_weights="eva", **fields), batches=batches)
+        ranks = set()
+        for path in lowrank.adapters(model)["default"].modules:
+            layer, asked = (m.get_submodule(path).adapters["default"] for m in (model, plain))
+            ranks.add(layer.lora_A.shape[0])
+            assert layer.scale == pytest.approx(asked.scale), path
+        assert len(ranks) > 1
+
+    def test_inputs_with_fewer_directions_than_ranks_are_refused(self):
+        with pytest.raises(InputError, match="found 14 directions in the inputs, for 56 ranks"):
+            lowrank.wrap(
+                tiny_llama(), LoraConfig(r=4, init_lora_weights="eva"), batches=[{"input_ids": torch.tensor([[5]])}]
+            )
 
     def test_needs_batches(self):
         with pytest.raises(InputError, match="eva needs `batches`"):

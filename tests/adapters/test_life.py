@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -16,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
 from lowrank.adapters import delete, rename
+from lowrank.adapters.host import hosts
 from lowrank.errors import InputError
 
 IDS = torch.arange(3, 23)[None]
@@ -120,6 +122,59 @@ def test_a_failed_wrap_leaves_the_model_as_it_was():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_one_model_is_wrapped_through_one_module():
+    """The whole would not obey the activity of its part: an adapter that is there and does nothing."""
+    model = lowrank.wrap(tiny_llama(), CONFIGS["lora"])
+    with pytest.raises(InputError, match="put in through another module than this LlamaModel"):
+        lowrank.wrap(model.model, CONFIGS["lora"], "second")
+    lowrank.unwrap(model)
+    lowrank.wrap(model.model, CONFIGS["lora"])
+    with pytest.raises(InputError, match="put in through another module than this LlamaForCausalLM"):
+        lowrank.wrap(model, CONFIGS["lora"], "second")
+
+
+@pytest.mark.parametrize("name", ["kind", "activity", "training", "keys", "a.b", ""])
+def test_names_that_a_module_needs_itself_are_refused(name):
+    with pytest.raises(InputError, match="is no name for an adapter"):
+        lowrank.wrap(tiny_llama(), CONFIGS["lora"], name)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_new_layer_is_in_its_models_mode(training, tmp_path):
+    """A model as `from_pretrained` gives it is in evaluation: nothing of its input may be dropped out."""
+    config = LoraConfig(r=4, lora_dropout=0.5, init_lora_weights=False, modules_to_save=["lm_head"])
+    lowrank.save(lowrank.wrap(tiny_llama(), config), tmp_path)
+    for put_in in (lambda m: lowrank.wrap(m, config), lambda m: lowrank.load(m, tmp_path)):
+        model = put_in(tiny_llama().train(training))
+        assert {module.training for module in model.modules()} == {training}
+        assert torch.equal(model(IDS).logits, model(IDS).logits) != training
+
+
+def test_a_replaced_forward_is_not_lost():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].forward = lambda x: 0 * x
+    with pytest.raises(InputError, match="has had its forward replaced"):
+        lowrank.wrap(model, CONFIGS["lora"])
+    assert not model(torch.ones(1, 4)).any()
+
+
+def test_routing_costs_what_the_batch_holds_and_not_what_is_loaded(three):
+    model, _ = three
+    calls = []
+    for _, _, adapters in hosts(model):
+        for name, layer in adapters.layers().items():
+            layer.delta = functools.partial(_counted, calls, name, layer.delta)
+    with lowrank.routed(model, ["a", None, "a", "a"]):
+        model(IDS.repeat(4, 1))
+    modules = lowrank.adapters(model)["a"].modules
+    assert calls == [("a", 3)] * len(modules)
+
+
+def _counted(calls, name, delta, module, kind, x, y):
+    calls.append((name, x.shape[0]))
+    return delta(module, kind, x, y)
+
+
 @pytest.mark.parametrize("method", CONFIGS)
 class TestUnder:
     def test_copies_and_pickles(self, method):
@@ -136,6 +191,17 @@ class TestUnder:
         x = torch.randn(3, 8)
         expected = layer(x)
         torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+
+    def test_a_whole_model_compiles_without_graph_breaks(self, method):
+        model = lowrank.wrap(tiny_llama(num_hidden_layers=1), CONFIGS[method])
+        expected = model(IDS, use_cache=False).logits
+        torch._dynamo.reset()
+        got = torch.compile(model, backend="aot_eager", fullgraph=True)(IDS, use_cache=False).logits
+        torch.testing.assert_close(got, expected)
+        weights = torch.linspace(-1, 1, got.numel()).view_as(got)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = [torch.autograd.grad((logits * weights).sum(), parameters) for logits in (got, expected)]
+        torch.testing.assert_close(*grads)
 
     def test_autocast(self, method):
         model = lowrank.wrap(tiny_llama(), CONFIGS[method])

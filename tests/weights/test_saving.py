@@ -188,6 +188,16 @@ def test_everything_that_does_not_fit_is_listed(adapter: Path) -> None:
     assert not lowrank.adapters(model)
 
 
+def test_a_load_that_fails_leaves_the_others_acting(adapter: Path) -> None:
+    model = lowrank.load(tiny_llama(), adapter)
+    expected = logits(model)
+    rewrite(adapter, damage)
+    with pytest.raises(InputError, match="does not fit this model"):
+        lowrank.load(model, adapter, "second")
+    assert {name: info.active for name, info in lowrank.adapters(model).items()} == {"default": True}
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+
+
 def test_not_strict_says_what_it_skipped(adapter: Path) -> None:
     rewrite(adapter, damage)
     model = tiny_llama()

@@ -91,6 +91,9 @@ def allocate(directions: Mapping[str, Directions], ranks: Mapping[str, int], rho
     """Shares the ranks out anew, as many in all, to where a direction explains most; at most rho times a module's own.
 
     A module that gets none keeps one rank, so that its adapter exists.
+
+    Raises:
+        InputError: the inputs have fewer directions than there are ranks.
     """
     budget = sum(ranks.values())
     candidates = [
@@ -98,6 +101,11 @@ def allocate(directions: Mapping[str, Directions], ranks: Mapping[str, int], rho
         for path, found in directions.items()
         for share in found.explained()[: int(rho * ranks[path])]
     ]
+    if len(candidates) < budget:
+        raise InputError(
+            f"init_lora_weights: eva found {len(candidates)} directions in the inputs, for {budget} ranks",
+            fix="Give it more or longer batches, or lower r.",
+        )
     candidates.sort(key=lambda candidate: -candidate[0])
     given = dict.fromkeys(directions, 0)
     for _, path in candidates[:budget]:

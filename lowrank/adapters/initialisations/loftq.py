@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowrank.adapters.initialisations.pissa import rank_within
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.errors import InputError
 
@@ -34,9 +35,9 @@ def correct_quantisation(layer: LoraLayer, module: HostModule, kind: Kind, origi
     """
     if original.shape != (shape := kind.shape(module)):
         raise InputError(f"loftq: the original weight has the shape {tuple(original.shape)}, the module's is {shape}")
+    r = rank_within("loftq", layer, shape)
     lost = original.to(layer.lora_A) - kind.weight(module).to(layer.lora_A)
     U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
-    r = layer.lora_A.shape[0]
     root = (S[:r] / layer.scale).sqrt()
     layer.lora_A.copy_(root[:, None] * Vh[:r])
     layer.lora_B.copy_(U[:, :r] * root)

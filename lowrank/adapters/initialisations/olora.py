@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowrank.adapters.initialisations.pissa import start_from
+from lowrank.adapters.initialisations.pissa import rank_within, start_from
 from lowrank.adapters.kinds import HostModule, Kind
 
 if TYPE_CHECKING:
@@ -15,6 +15,6 @@ if TYPE_CHECKING:
 
 def olora(layer: LoraLayer, module: HostModule, kind: Kind) -> None:
     """W = Q · R; B is the first r columns of Q, A the first r rows of R."""
-    r = layer.lora_A.shape[0]
+    r = rank_within("olora", layer, kind.shape(module))
     Q, R = torch.linalg.qr(kind.weight(module).to(layer.lora_A.dtype))
     start_from(layer, A=R[:r], B=Q[:, :r])

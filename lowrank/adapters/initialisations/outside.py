@@ -47,12 +47,12 @@ class Outside:
         asked = {path: rank_and_scale(config, path)[0] for path in targets}
         self._directions = input_directions(model, targets, batches, k=int(rho * max(asked.values())))
         ranks = allocate(self._directions, asked, rho)
-        scales = {path: rank_and_scale(config, path)[1] * asked[path] for path in targets}
+        # The scale stays the one that was asked for, whatever the rank became.
+        alphas = {path: rank_and_scale(config, path)[1] / config.scale(r, 1.0) for path, r in ranks.items()}
         self.config = config.model_copy(
             update={
                 "rank_pattern": {path: r for path, r in ranks.items() if r != config.r},
-                # The scale stays the one that was asked for: s = alpha / r with both in proportion.
-                "alpha_pattern": {path: scales[path] / asked[path] * r for path, r in ranks.items() if r != config.r},
+                "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha},
             }
         )
 
