@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -26,11 +26,14 @@ class Rounding(StrEnum):
     stochastic = "stochastic"
 
 
-class Onto(StrEnum):
-    """What an adapter trained over a quantised base is added to."""
+class TrainedOver(StrEnum):
+    """How bitsandbytes held the base in training."""
 
-    dequantised = "dequantised"
-    original = "original"
+    nf4 = "nf4"
+    nf4_double = "nf4-double"
+    fp4 = "fp4"
+    int8 = "int8"
+    none = "none"
 
 
 def merge(
@@ -39,16 +42,32 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The base; by default the one that the adapter names.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Of the merged weights; the base's by default.")] = None,
     rounding: Annotated[Rounding, typer.Option(help="stochastic keeps small changes on average.")] = Rounding.nearest,
-    onto: Annotated[Onto, typer.Option(help="For a 4-bit base: what it was trained over, or the 16-bit original.")] = (
-        Onto.dequantised
-    ),
+    onto: Annotated[
+        str,
+        typer.Option(
+            metavar="[dequantised|original]",
+            help="For a quantised base: the weights that it stands for, as in training, or the original ones, which "
+            "the adapter was not trained on. The result is never quantised again: that would lose the adapter.",
+        ),
+    ] = "dequantised",
+    trained_over: Annotated[
+        TrainedOver | None,
+        typer.Option(help="How the base was quantised in training, where the adapter does not say (peft's do not)."),
+    ] = None,
     verify: Annotated[
         bool | None, typer.Option(help="Compare with base and adapter; by default where both fit in memory.")
     ] = None,
 ) -> None:
     """Add an adapter to its base: a plain model folder that transformers loads without lowrank."""
-    from lowrank.recipes.merge import merge_adapter
+    from lowrank.recipes.merge import Onto, Scheme, merge_adapter
 
     merge_adapter(
-        adapter, out, base, dtype=dtype and dtype.value, rounding=rounding.value, onto=onto.value, verify=verify
+        adapter,
+        out,
+        base,
+        dtype=dtype and dtype.value,
+        rounding=rounding.value,
+        onto=cast("Onto", onto),  # checked there, with a reason that a list of choices could not give
+        quantization=cast("Scheme | None", trained_over and trained_over.value),
+        verify=verify,
     )

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from lowrank.errors import InputError
 from lowrank.weights import MergeReport, merge_checkpoint
 from lowrank.weights.decoding import Onto
 from lowrank.weights.rounding import Rounding
+
+Scheme = Literal["nf4", "nf4-double", "fp4", "int8", "none"]
+
+SCHEMES: dict[Scheme, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+    "none": {},
+}
 
 
 def merge_adapter(
@@ -22,7 +33,7 @@ def merge_adapter(
     dtype: str | None = None,
     rounding: Rounding = "nearest",
     onto: Onto = "dequantised",
-    quantization: Mapping[str, Any] | None = None,
+    quantization: Scheme | Mapping[str, Any] | None = None,
     verify: bool | None = None,
     trust_remote_code: bool = False,
 ) -> MergeReport:
@@ -35,7 +46,8 @@ def merge_adapter(
         dtype: "float32", "bfloat16", "float16" ...; the base's by default.
         rounding: "nearest" or "stochastic".
         onto: For an adapter trained over a quantised base: "dequantised", as it was trained, or "original".
-        quantization: How the base was quantised in training, where the adapter's files do not say.
+        quantization: How the base was quantised in training, where the adapter's files do not say: BitsAndBytesConfig's
+            fields, or one of `SCHEMES`.
         verify: Whether to compare the answers with base and adapter; by default if they fit into memory.
         trust_remote_code: Whether the base may run its own code.
 
@@ -43,6 +55,10 @@ def merge_adapter(
         InputError: Something that was given cannot be used; nothing is written.
         JobError: The disk is full, or the result failed its check; nothing is left behind.
     """
+    if isinstance(quantization, str):
+        if quantization not in SCHEMES:
+            raise InputError(f"There is no quantisation {quantization!r}; there are {', '.join(SCHEMES)}.")
+        quantization = SCHEMES[quantization]
     console = Console(stderr=True)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -19,6 +19,8 @@ from lowrank.weights.names import Piece, find_pieces
 from lowrank.weights.places import local_folder
 from lowrank.weights.tensorfile import TensorFile, open_tensors
 
+_COUNTED = ("num_", "n_", "encoder_layers", "decoder_layers")  # keys that count layers begin so
+_MOST_LABELS = 10_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _AUTO = {
@@ -83,11 +85,14 @@ def open_base(name_or_path: str | Path, task_type: str | None = None, trust_remo
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's config; InputError when it is missing or damaged."""
-    read_json(folder / "config.json")
+    path = folder / "config.json"
+    labels = read_json(path).get("num_labels")
+    if isinstance(labels, int) and labels > _MOST_LABELS:  # transformers would name each of them
+        raise InputError(f"The config has num_labels {labels}.", where=str(path))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise InputError(f"The model's config cannot be used: {error}", where=str(folder / "config.json")) from error
+    except Exception as error:  # a damaged value can fail anywhere in transformers
+        raise InputError(f"The model's config cannot be used: {_first_line(error)}", where=str(path)) from error
 
 
 def _check_depth(config: object, tensors: int, folder: Path) -> None:
@@ -95,7 +100,7 @@ def _check_depth(config: object, tensors: int, folder: Path) -> None:
     if not isinstance(config, dict):
         return
     for key, value in config.items():
-        counted = isinstance(key, str) and key.startswith(("num_", "n_")) and "layer" in key
+        counted = isinstance(key, str) and key.startswith(_COUNTED) and "layer" in key
         if counted and isinstance(value, int) and value > tensors:
             raise InputError(
                 f"The config has {key} {value}, and the files hold {tensors} tensors.",
@@ -105,10 +110,10 @@ def _check_depth(config: object, tensors: int, folder: Path) -> None:
 
 
 def _skeleton(folder: Path, config: PretrainedConfig, task_type: str | None, trust: bool) -> PreTrainedModel:
-    named = (config.architectures or [None])[0]
-    cls = getattr(transformers, named, None) if isinstance(named, str) else None
-    known = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
     try:
+        named = (config.architectures or [None])[0]
+        cls = getattr(transformers, named, None) if isinstance(named, str) else None
+        known = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
         with torch.device("meta"):
             if task_type in _AUTO and not (named and _same_head(named, task_type)):
                 model = _AUTO[task_type].from_config(config, trust_remote_code=trust)
@@ -116,12 +121,18 @@ def _skeleton(folder: Path, config: PretrainedConfig, task_type: str | None, tru
                 model = cls(config)
             else:
                 model = _AUTO["CAUSAL_LM"].from_config(config, trust_remote_code=trust)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError) as error:
+        model.tie_weights()
+    except Exception as error:  # see load_config
         raise InputError(
-            f"No model can be built from the config: {error}", where=str(folder / "config.json")
+            f"No model can be built from the config: {_first_line(error)}", where=str(folder / "config.json")
         ) from error
-    model.tie_weights()
     return model
+
+
+def _first_line(error: Exception) -> str:
+    """A message that fits on a line; the error's class stands for one that says too little."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if len(line) > 20 else f"{type(error).__name__} {line}".strip()
 
 
 def _same_head(architecture: str, task_type: str) -> bool:

@@ -38,12 +38,12 @@ class Block:
     @property
     def size(self) -> int:
         """Bytes in the new file."""
-        return self.to.size * (self.last - self.first) // max(1, row_count(self.planned.shape))
+        return self.to.size * (self.last - self.first) // max(1, row_count(self.planned.rows))
 
 
 def blocks_of(planned: Planned, to: Entry) -> Iterator[Block]:
     """A tensor's blocks in order; one for the whole tensor where an update needs that."""
-    rows = row_count(planned.shape)
+    rows = row_count(planned.rows)
     width = max(1, torch.Size(planned.shape).numel() // max(1, rows))
     step = max(1, BLOCK // width) if all(update.splits for _, update in planned.changes) else max(1, rows)
     measured = sum(min(step, rows - first) for first in range(0, rows, step * MEASURED))
@@ -62,7 +62,7 @@ def merge_block(block: Block, files: Mapping[Path, int], out: Path, rounding: Ro
         InputError: The base holds NaN or infinity there, or the result does not fit the dtype.
     """
     planned = block.planned
-    shape = (block.last - block.first, *planned.shape[1:])
+    shape = (block.last - block.first, *planned.rows[1:])
     exact = _BUFFERS.take("exact", torch.Size(shape).numel(), _sum_dtype(planned)).view(shape)
     parts = _parts(block)
     raw = torch.empty(0)
@@ -70,9 +70,10 @@ def merge_block(block: Block, files: Mapping[Path, int], out: Path, rounding: Ro
         raw = _read_rows(planned, first, last, files)
         exact[first - block.first : last - block.first].copy_(raw)
     for piece, update in planned.changes:
-        first, last = max(block.first, piece.at), min(block.last, piece.at + piece.rows)
+        at, height = piece.at * planned.height, planned.height
+        first, last = max(block.first, at), min(block.last, at + piece.rows * height)
         if first < last:
-            update.apply(exact[first - block.first : last - block.first], piece.first + first - piece.at)
+            update.apply(exact[first - block.first : last - block.first], piece.first * height + first - at)
     loss = Loss()
     for first, last in parts:
         values = exact[first - block.first : last - block.first]
@@ -82,12 +83,12 @@ def merge_block(block: Block, files: Mapping[Path, int], out: Path, rounding: Ro
         if block.stands_for:
             before = raw if len(parts) == 1 else _read_rows(planned, first, last, files)
             loss.add(_measure(before, values, written, block.stands_for))
-        write_bytes(files[out], block.to.start + first * (block.to.size // row_count(planned.shape)), written)
+        write_bytes(files[out], block.to.start + first * (block.to.size // row_count(planned.rows)), written)
     return loss if block.stands_for else None
 
 
 def _parts(block: Block) -> list[tuple[int, int]]:
-    width = max(1, torch.Size(block.planned.shape).numel() // max(1, row_count(block.planned.shape)))
+    width = max(1, torch.Size(block.planned.shape).numel() // max(1, row_count(block.planned.rows)))
     step = max(1, BLOCK // width)
     return [(first, min(first + step, block.last)) for first in range(block.first, block.last, step)]
 
@@ -124,13 +125,14 @@ def _measure(raw: Tensor, exact: Tensor, written: Tensor, stands_for: float) -> 
 def _read_rows(planned: Planned, first: int, last: int, files: Mapping[Path, int]) -> Tensor:
     """The base's rows in its dtype; zeros where the base has none (a new head, new tokens)."""
     entry, rows = planned.source, last - first
-    shape = (rows, *planned.shape[1:])
+    shape = (rows, *planned.rows[1:])
     if planned.decoder is not None:
         return planned.decoder.rows(first, last)
     if entry is None:
         return torch.zeros(shape)
-    there = max(0, min(last, row_count(entry.shape)) - first)
-    row = entry.size // max(1, row_count(entry.shape))
+    stored = row_count(entry.shape) * planned.height
+    there = max(0, min(last, stored) - first)
+    row = entry.size // max(1, stored)
     buffer = _BUFFERS.take("raw", there * row, torch.uint8)
     data = read_bytes(files[planned.path], entry.start + first * row, buffer)
     values = data.view(entry.torch_dtype).view(there, *shape[1:])

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -83,6 +83,8 @@ def compose(
     """
     chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     _check_arguments(adapters, chosen, method, rank, energy, density)
+    if majority_sign not in get_args(MajoritySign):
+        raise InputError(f"There is no majority sign {majority_sign!r}; there are {', '.join(get_args(MajoritySign))}.")
     files = [open_adapter(adapter) for adapter in adapters]
     for file in files:
         refuse_inside(Path(out), file.path)
@@ -102,7 +104,7 @@ def compose(
         else:
             generator = torch.Generator().manual_seed(seed + zlib.crc32(path.encode()))
             product = _on_factors(method, present, density or 1.0, majority_sign, generator)
-        composed[path] = present[0][0].with_product(product)
+        composed[path] = present[0][0].with_factors(product.A, product.B)
         errors[path] = (distance(product, exact), norm(exact))
     _write(Path(out), files, composed)
     return _report(Path(out), method, composed, errors, notes)
@@ -236,7 +238,13 @@ def _check_bases(files: list[AdapterFile]) -> list[str]:
                 f"The adapters were trained on different bases: {path} has {', '.join(different)} in {prints[0][0]}."
             )
     names = sorted({str(file.base) for file in files})
-    return [f"The adapters name different bases: {shorten(names)}."] if len(names) > 1 else []
+    notes = [f"The adapters name different bases: {shorten(names)}."] if len(names) > 1 else []
+    known = [file.quantization for file in files if file.quantization is not None]
+    if any(quantization != known[0] for quantization in known):
+        notes.append(
+            "The adapters were trained over differently quantised bases; the new one's file says what the first's says."
+        )
+    return notes
 
 
 def _check_shapes(path: str, factors: list[Factors]) -> None:

@@ -8,11 +8,12 @@ each weight as loading did, and takes what it stands for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
@@ -50,7 +51,7 @@ def choose_decoding(base: BaseModel, onto: str, trained_over: Mapping[str, Any] 
     Args:
         base: The base.
         onto: "dequantised" or "original".
-        trained_over: How the base was quantised in training, empty or None where it was not.
+        trained_over: How the base was quantised in training, empty where it was not, None where that is not known.
 
     Raises:
         InputError: `onto` is something else, or does not go with the base.
@@ -70,6 +71,12 @@ def choose_decoding(base: BaseModel, onto: str, trained_over: Mapping[str, Any] 
         )
     if stored is not None:
         return stored
+    if trained_over is None:
+        note = (
+            "The adapter's file does not say whether its base was quantised in training, and it is merged as if it was "
+            "not; if it was, say how (--trained-over, quantization=)."
+        )
+        return Decoding(notes=[note])
     if not trained_over:
         return Decoding()
     if onto == "dequantised":
@@ -166,16 +173,33 @@ def _stored_four_bits(base: BaseModel, file: TensorFile, weight: str, state_name
         raise _inconsistent(file, weight)
     assert isinstance(blocksize, int)
     try:
-        absmax = file.read(f"{weight}.absmax")
-        if "nested_offset" in state:
-            inner = [file.read(f"{weight}.{part}") for part in ("nested_absmax", "nested_quant_map")]
-            absmax = nested_maxima(absmax, inner[0], inner[1], float(str(state["nested_offset"])), _size(state))
+        maxima = _maxima(file, weight, state, -(-count // blocksize))
         code = file.read(f"{weight}.quant_map").float()
     except (KeyError, IndexError, ValueError) as error:
         raise _inconsistent(file, weight) from error
-    if absmax.numel() != -(-count // blocksize) or code.shape != (16,):
+    if code.shape != (16,):
         raise _inconsistent(file, weight)
-    return FourBits(expected, lambda first, last: file.read_bytes(weight, first, last), absmax.float(), code, blocksize)
+    return FourBits(expected, lambda first, last: file.read_bytes(weight, first, last), maxima, code, blocksize)
+
+
+def _maxima(file: TensorFile, weight: str, state: Mapping[str, object], blocks: int) -> Callable[[int, int], Tensor]:
+    """Gives the largest magnitudes of some of a weight's blocks, read when they are asked for."""
+    name, nested = f"{weight}.absmax", "nested_offset" in state
+    entry = file.entries[name]
+    if entry.shape != (blocks,) or entry.dtype != ("U8" if nested else "F32"):
+        raise ValueError(name)
+    if not nested:
+        return lambda first, last: file.read_rows(name, first, last)
+    size, offset = _size(state), float(str(state["nested_offset"]))
+    inner, code = file.entries[f"{weight}.nested_absmax"], file.read(f"{weight}.nested_quant_map")
+    if inner.shape != (-(-blocks // size),) or code.shape != (256,):
+        raise ValueError(inner.name)
+
+    def maxima(first: int, last: int) -> Tensor:
+        groups = file.read_rows(inner.name, first // size, -(-last // size))
+        return nested_maxima(file.read_rows(name, first, last), groups, code, offset, size, skip=first % size)
+
+    return maxima
 
 
 def _stored_eight_bits(base: BaseModel, file: TensorFile, weight: str, scale_name: str) -> Decoder:

@@ -8,16 +8,13 @@ what they cannot express is refused by name, and can be merged into the base ins
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.adapters.config import LoraConfig
@@ -32,10 +29,11 @@ from lowrank.weights.adapterfile import (
     shorten,
 )
 from lowrank.weights.basemodel import load_config
-from lowrank.weights.folders import new_folder, refuse_inside
+from lowrank.weights.folders import new_file, new_folder, refuse_inside
 from lowrank.weights.modulefactors import Factors, read_factors
 from lowrank.weights.places import local_folder
 from lowrank.weights.sidecars import copy_model_notes
+from lowrank.weights.tensorfile import save_tensors
 from lowrank.weights.writing import config_to_json, write_adapter
 
 Target = Literal["vllm", "llama.cpp", "safetensors"]
@@ -90,6 +88,13 @@ def _for_vllm(adapter: AdapterFile, out: Path, base: str | Path | None) -> Expor
     _refuse_others(adapter, "vLLM", lambda name: False)
     factors = _linear(adapter, "vLLM")
     rank, notes, tensors = _one_scale(factors)
+    limit = next((step for step in _VLLM_RANKS if step >= rank), None)
+    if limit is None:
+        raise InputError(
+            f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}.",
+            where=str(adapter.path),
+            fix="Bring it to a lower rank first (lowrank resize), or merge it into its base (lowrank merge).",
+        )
     with new_folder(out) as work:
         write_adapter(
             work,
@@ -99,9 +104,6 @@ def _for_vllm(adapter: AdapterFile, out: Path, base: str | Path | None) -> Expor
             fingerprint=adapter.fingerprint,
             quantization=adapter.quantization,
         )
-    limit = next((step for step in _VLLM_RANKS if step >= rank), None)
-    if limit is None:
-        notes.append(f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and this is {rank}: resize the adapter first.")
     command = f"vllm serve {adapter.base or 'BASE'} --enable-lora --lora-modules name={out} --max-lora-rank {limit}"
     return ExportReport(out, rank, command, notes)
 
@@ -137,17 +139,11 @@ def _for_llama_cpp(adapter: AdapterFile, out: Path, base: str | Path | None) -> 
 def _as_one_file(adapter: AdapterFile, out: Path, base: str | Path | None) -> ExportReport:
     if out.suffix != ".safetensors":
         raise InputError("The name of the file must end in .safetensors.", where=str(out))
-    if out.exists():
-        raise InputError("The file exists.", where=str(out), fix="Choose another name.")
     metadata = dict(adapter.file.metadata) | {"format": "pt"}
     metadata[CONFIG_KEY] = json.dumps(config_to_json(adapter.config, adapter.base))
     tensors = {PREFIX + name: adapter.read(name) for name in adapter.tensors}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        work = Path(folder, out.name)
-        save_file(tensors, work, metadata)
-        work.chmod(0o644)
-        os.replace(work, out)
+    with new_file(out) as work:
+        save_tensors(work, tensors, metadata)
     return ExportReport(out, None, f'lowrank.load(model, "{out}")')
 
 
@@ -195,9 +191,7 @@ def _one_scale(factors: dict[str, Factors]) -> tuple[int, list[str], dict[str, T
     for f in factors.values():
         missing = rank - f.A.shape[0]
         A = torch.nn.functional.pad(f.A * f.scale, (0, 0, 0, missing))
-        B = torch.nn.functional.pad(f.B, (0, missing))
-        exact = torch.equal(A.to(f.dtype).float(), A)
-        tensors |= f.with_factors(A, B, f.dtype if exact else torch.float32).in_file()
+        tensors |= f.with_factors(A, torch.nn.functional.pad(f.B, (0, missing))).in_file()
     return rank, notes, tensors
 
 

@@ -163,11 +163,11 @@ class _Extraction:
                 self.experts[path][leaf] = matrices
                 self.ranks[name], self.energies[name] = matrices.rank, matrices.energy
             return
-        one, other = self.before.read(name), self.after.read(name)
+        one, other = self._read(name)
         if torch.equal(one, other):
             return
         if kind is not None and leaf == "weight":
-            self._factorise(path, other.float() - one.float())
+            self._factorise(path, other - one)
         elif kind is not None and leaf == "bias":
             self.biases.add(path)
         elif kind is None and len(list(module.children())) == 0:
@@ -176,6 +176,14 @@ class _Extraction:
             raise InputError(
                 f"{name} differs, and neither factors nor modules_to_save can hold it.", where=str(self.tuned.folder)
             )
+
+    def _read(self, name: str) -> tuple[Tensor, Tensor]:
+        """The parameter in both models, in float32: their files may have dtypes of their own."""
+        pair = self.before.read(name).float(), self.after.read(name).float()
+        for model, tensor in zip((self.base, self.tuned), pair, strict=True):
+            if not tensor.isfinite().all():
+                raise InputError(f"{name} holds NaN or infinity.", where=str(model.folder))
+        return pair
 
     def _factorise(self, path: str, difference: Tensor) -> None:
         module = self.modules[path]

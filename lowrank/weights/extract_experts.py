@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.experts import is_transposed, name_in_file
 from lowrank.adapters.parameters import parameter_names
+from lowrank.errors import InputError
 from lowrank.weights.approximate import leading
 from lowrank.weights.factors import Product
 from lowrank.weights.stored import Stored
@@ -43,6 +45,8 @@ def differing_experts(
     for expert in range(experts):
         difference = after.read(name, expert).float() - before.read(name, expert).float()
         size = torch.linalg.vector_norm(difference, dtype=torch.float64).square().item()
+        if not math.isfinite(size):
+            raise InputError(f"{name} holds NaN or infinity in one of the models.", where=str(after.model.folder))
         if size == 0.0:
             products.append(Product(torch.zeros(0, d2), torch.zeros(d1, 0)))
             continue

@@ -34,6 +34,24 @@ def new_folder(path: Path) -> Generator[Path]:
 
 
 @contextmanager
+def new_file(path: Path) -> Generator[Path]:
+    """A place to write a file to; it becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises:
+        InputError: There is something of that name.
+        JobError: The disk is full or cannot be written.
+    """
+    if path.exists() or path.is_symlink():
+        raise InputError("The file exists.", where=str(path), fix="Choose another name.")
+    with _beside(path) as work:
+        file = work / path.name
+        yield file
+        sync(file)
+        os.rename(file, path)
+        sync(path.resolve().parent)
+
+
+@contextmanager
 def into_folder(path: Path, *, last: str, overwrite: bool) -> Generator[Path]:
     """Like `new_folder`, but `path` may hold other files: the written ones move in beside them, `last` at the end.
 

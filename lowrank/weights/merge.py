@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lowrank.weights.fit import find_updates
 from lowrank.weights.folders import new_folder, refuse_inside, refuse_occupied, require_space, sync
 from lowrank.weights.mergereport import MergeReport, make_report, total_loss
 from lowrank.weights.plan import Plan, make_plan
-from lowrank.weights.rounding import Loss, Rounding
+from lowrank.weights.rounding import Loss, Rounding, check_rounding
 from lowrank.weights.sidecars import copy_sidecars, write_config
 from lowrank.weights.stream import Progress, write_shard
 from lowrank.weights.verify import Verification, can_verify, fits_in_memory, verify_merge
@@ -67,6 +68,7 @@ def merge_checkpoint(
     """
     started = time.monotonic()
     target, out = _dtype(dtype), Path(out)
+    check_rounding(rounding)
     refuse_occupied(out)
     source = open_adapter(adapter)
     refuse_taken_out(source)
@@ -92,13 +94,26 @@ def check_fingerprint(adapter: AdapterFile, base: BaseModel) -> None:
     """InputError when the adapter's file says that it was trained on another base."""
     if adapter.fingerprint is None:
         return
-    different = adapter.fingerprint.differences(Fingerprint.of(base.config))
+    own, trained_on = Fingerprint.of(base.config), adapter.fingerprint
+    if _rows_of_embedding(adapter, base) == trained_on.vocab_size:  # new tokens: their rows are the adapter's own
+        trained_on = replace(trained_on, vocab_size=own.vocab_size)
+    different = trained_on.differences(own)
     if different:
         raise InputError(
             f"The adapter was trained on another base: {', '.join(different)}.",
             where=str(adapter.path),
             fix=f"Give the base that it was trained on{f', {adapter.base}' if adapter.base else ''}.",
         )
+
+
+def _rows_of_embedding(adapter: AdapterFile, base: BaseModel) -> int | None:
+    """How many tokens the adapter's file holds whole embeddings for; None where it holds none."""
+    embedding = base.skeleton.get_input_embeddings()
+    for path, module in base.skeleton.named_modules():
+        entry = adapter.tensors.get(f"{path}.weight") or adapter.tensors.get(f"{path}.base_layer.weight")
+        if module is embedding and entry is not None and entry.shape:
+            return entry.shape[0]
+    return None
 
 
 def _base_of(adapter: AdapterFile, base: str | Path | None) -> str | Path:

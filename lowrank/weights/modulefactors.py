@@ -44,13 +44,10 @@ class Factors:
         """ΔW, the scale folded into A."""
         return Product(self.A * self.scale, self.B)
 
-    def with_product(self, product: Product) -> Factors:
-        """The same module with another ΔW (scale 1)."""
-        return replace(self, A=product.A, B=product.B, scale=1.0)
-
-    def with_factors(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Factors:
-        """The same module with other factors (scale 1) in another dtype."""
-        return replace(self, A=A, B=B, scale=1.0, dtype=dtype)
+    def with_factors(self, A: Tensor, B: Tensor) -> Factors:
+        """The same module with other factors (scale 1), in float32 where the file's dtype would round them."""
+        exact = all(torch.equal(factor.to(self.dtype).float(), factor) for factor in (A, B))
+        return replace(self, A=A, B=B, scale=1.0, dtype=self.dtype if exact else torch.float32)
 
     def in_file(self) -> dict[str, Tensor]:
         """The tensors under peft's names; the scale is the config's business."""

@@ -37,6 +37,20 @@ class Planned:
     decoder: Decoder | None = None
 
     @property
+    def height(self) -> int:
+        """How many rows to work on are one of dimension 0: experts' matrices are taken one below another."""
+        return self.shape[1] if self._stacked else 1
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape in which rows are counted."""
+        return (self.shape[0] * self.shape[1], self.shape[2]) if self._stacked else self.shape
+
+    @property
+    def _stacked(self) -> bool:
+        return len(self.shape) == 3 and self.decoder is None and all(update.stacked for _, update in self.changes)
+
+    @property
     def copied(self) -> bool:
         """Whether its bytes are the base's."""
         same = self.source is not None and self.dtype == self.source.dtype

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 from lowrank.weights.tensorfile import TensorFile
 
 _BLOCK = 64  # bitsandbytes' default, which transformers does not change
+_AT_ONCE = 1 << 19  # values that are worked out together
 
 
 class Decoder(Protocol):
@@ -35,13 +36,14 @@ class FourBits:
 
     Attributes:
         packed: Gives the bytes `first` to `last` of the packed values.
-        absmax: (blocks,), float32.
+        absmax: Gives the largest magnitudes of the blocks `first` to `last`, float32: all of a large model's would
+            take gigabytes.
         code: (16,), what the nibbles stand for.
     """
 
     shape: tuple[int, int]
     packed: Callable[[int, int], Tensor]
-    absmax: Tensor
+    absmax: Callable[[int, int], Tensor]
     code: Tensor
     blocksize: int
 
@@ -51,7 +53,7 @@ class FourBits:
         data = self.packed(begin // 2, (end + 1) // 2)
         nibbles = torch.stack([data >> 4, data & 15], dim=1).flatten()[begin % 2 : begin % 2 + end - begin]
         block = begin // self.blocksize
-        scale = self.absmax[block : -(-end // self.blocksize)].repeat_interleave(self.blocksize)
+        scale = self.absmax(block, -(-end // self.blocksize)).repeat_interleave(self.blocksize)
         offset = begin - block * self.blocksize
         return (self.code[nibbles.int()] * scale[offset : offset + end - begin]).view(last - first, self.shape[1])
 
@@ -69,6 +71,22 @@ class EightBits:
         return self.values(first, last).float() * (self.largest[first:last, None].float() / 127.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A weight that has been worked out, float32."""
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Decoder.shape`."""
+        return tuple(self.values.shape)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """See `Decoder.rows`."""
+        return self.values[first:last]
+
+
 class OnTheFly:
     """A weight that loading quantises; what it stands for is worked out when its first rows are asked for."""
 
@@ -79,12 +97,13 @@ class OnTheFly:
 
     def rows(self, first: int, last: int) -> Tensor:
         """See `Decoder.rows`."""
-        decoder = self.last.get(self.name, self._quantise)
-        if not self.transposed:
-            return decoder.rows(first, last)
-        return decoder.rows(0, decoder.shape[0]).t()[first:last]
+        return self.last.get(self.name, self._quantise).rows(first, last)
 
     def _quantise(self) -> Decoder:
+        quantised = self._quantised()
+        return _transposed(quantised) if self.transposed else quantised
+
+    def _quantised(self) -> Decoder:
         from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 
         weight = self.file.read(self.name)
@@ -103,7 +122,21 @@ class OnTheFly:
         assert code is not None
         if state.state2 is not None and state.offset is not None:
             absmax = nested_maxima(absmax, state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
-        return FourBits(shape, lambda first, last: packed.flatten()[first:last], absmax, code, _BLOCK)
+        flat = packed.flatten()
+        return FourBits(
+            shape, lambda first, last: flat[first:last], lambda first, last: absmax[first:last], code, _BLOCK
+        )
+
+
+def _transposed(decoder: Decoder) -> Dense:
+    """Worked out once: a block of the transposed weight's rows has a part of every row of the other."""
+    rows, columns = decoder.shape
+    values = torch.empty(columns, rows)
+    step = max(1, _AT_ONCE // columns)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        values[:, first:last] = decoder.rows(first, last).t()
+    return Dense(values)
 
 
 class Last:
@@ -122,7 +155,18 @@ class Last:
             return self.decoder
 
 
-def nested_maxima(absmax: Tensor, inner: Tensor, code: Tensor, offset: float | Tensor, blocksize: int) -> Tensor:
-    """Block maxima that were quantised to 8 bits themselves ("double quantisation")."""
-    scale = inner.float().repeat_interleave(blocksize)[: absmax.numel()]
+def nested_maxima(
+    absmax: Tensor, inner: Tensor, code: Tensor, offset: float | Tensor, blocksize: int, skip: int = 0
+) -> Tensor:
+    """Block maxima that were quantised to 8 bits themselves ("double quantisation").
+
+    Args:
+        absmax: (blocks,), uint8.
+        inner: The largest magnitudes of every `blocksize` maxima.
+        code: (256,), what the bytes stand for.
+        offset: The mean that was taken out before.
+        blocksize: How many maxima have one of `inner`.
+        skip: How many of the first of `inner`'s group are not in `absmax`.
+    """
+    scale = inner.float().repeat_interleave(blocksize)[skip : skip + absmax.numel()]
     return code.float()[absmax.flatten().int()] * scale + offset

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lowrank.errors import InputError
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -27,6 +29,12 @@ class Loss:
     def share(self) -> float:
         """The error's norm as a share of the effect's; 0 where the adapter has no effect."""
         return (self.error2 / self.effect2) ** 0.5 if self.effect2 else 0.0
+
+
+def check_rounding(how: str) -> None:
+    """InputError when there is no such way of rounding."""
+    if how not in get_args(Rounding):
+        raise InputError(f"There is no rounding {how!r}; there are {', '.join(get_args(Rounding))}.")
 
 
 def round_into(out: Tensor, exact: Tensor, how: Rounding, seed: int) -> Tensor:

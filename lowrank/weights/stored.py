@@ -51,7 +51,7 @@ class Stored:
         if obstacle := next((piece.obstacle for _, _, piece in parts if piece.obstacle), None):
             raise InputError(f"{parameter} reaches the model through {obstacle}, and is not read from the files.")
         if parts[0][2].whole:
-            tensor = parts[0][0].read(parts[0][1])
-            return tensor if expert is None else tensor[expert]
+            file, name, _ = parts[0]
+            return file.read(name) if expert is None else file.read_rows(name, expert, expert + 1)[0]
         ordered = sorted(parts, key=lambda part: part[2].first)
         return torch.cat([file.read_rows(name, piece.at, piece.at + piece.rows) for file, name, piece in ordered])

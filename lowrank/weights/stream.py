@@ -17,6 +17,7 @@ from lowrank.weights.rounding import Loss, Rounding
 from lowrank.weights.tensorfile import Entry, encode_header, write_bytes
 
 COPY = 1 << 22  # bytes
+_THREADS = 8  # each has buffers of its own; more do not make a disk faster
 
 Progress = Callable[[int, int], None]
 
@@ -58,7 +59,8 @@ def write_shard(
     losses: dict[str, Loss] = {}
     with _opened(path, tensors) as files, one_thread_each():
         write_bytes(files[path], 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+        threads = min(_THREADS, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         try:
             for work, loss in pool.map(lambda work: _do(work, files, path, rounding), _work(tensors, places)):
                 if loss is not None and isinstance(work, Block):

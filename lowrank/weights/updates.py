@@ -26,6 +26,11 @@ class Update(Protocol):
         ...
 
     @property
+    def stacked(self) -> bool:
+        """Whether rows are counted through all experts' matrices, one below another; else through dimension 0."""
+        ...
+
+    @property
     def shape(self) -> tuple[int, ...] | None:
         """The parameter's new shape where it changes or is new, else None."""
         ...
@@ -51,6 +56,11 @@ class Update(Protocol):
 
 class Whole:
     """What most updates have in common: one parameter, not one for each expert."""
+
+    @property
+    def stacked(self) -> bool:
+        """See `Update.stacked`."""
+        return False
 
     def of_expert(self, expert: int) -> Update:
         """See `Update.of_expert`."""
@@ -101,13 +111,14 @@ class ExpertsUpdate:
 
     Attributes:
         load: Gives left (experts, d1, r) and right (experts, r, d2), float32.
-        expert: The one whose matrix the blocks are rows of; None where a block's rows are whole experts.
+        expert: The one whose matrix the blocks are rows of; None where they are rows of all experts' matrices.
     """
 
     load: Callable[[], tuple[Tensor, Tensor]]
     scale: float
     expert: int | None = None
     splits: bool = True
+    stacked: bool = True
     shape: None = None
     before_tie: None = None
     low_rank: bool = True
@@ -119,12 +130,13 @@ class ExpertsUpdate:
     def apply(self, block: Tensor, first: int) -> None:
         """See `Update.apply`."""
         left, right = self.load()
-        if self.expert is not None:
-            rows = left[self.expert, first : first + block.shape[0]]
-            merged_weight(block, LowRank(right[self.expert], rows, self.scale), out=block)
-            return
-        for i, weight in enumerate(block):
-            merged_weight(weight, LowRank(right[first + i], left[first + i], self.scale), out=weight)
+        height, at = left.shape[1], 0
+        while at < block.shape[0]:
+            expert, row = divmod(first + at, height) if self.expert is None else (self.expert, first + at)
+            rows = block[at : at + height - row]
+            term = LowRank(right[expert], left[expert, row : row + rows.shape[0]], self.scale)
+            merged_weight(rows, term, out=rows)
+            at += rows.shape[0]
 
 
 @dataclass(frozen=True, slots=True)

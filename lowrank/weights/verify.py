@@ -131,12 +131,23 @@ def _inputs(folder: Path, base: BaseModel, prompts: Sequence[str]) -> list[Tenso
         generator = torch.Generator().manual_seed(0)
         vocabulary = base.config.get_text_config().vocab_size
         return [torch.randint(vocabulary, (1, 16), generator=generator) for _ in prompts]
+    try:
+        return [torch.tensor([ids]) for ids in _tokens(folder, prompts)]
+    except Exception as error:  # tokenizers and templates raise whatever they like
+        raise InputError(
+            f"The prompts cannot be tokenised: {type(error).__name__}: {error}",
+            where=str(base.folder),
+            fix="Mend the tokenizer or its chat template, or merge without comparing (--no-verify, verify=False).",
+        ) from error
+
+
+def _tokens(folder: Path, prompts: Sequence[str]) -> list[list[int]]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
-        return [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+        return [tokenizer(prompt).input_ids for prompt in prompts]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     made = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True) for chat in chats]
-    return [torch.tensor([ids["input_ids"]]) for ids in made]
+    return [ids["input_ids"] for ids in made]
 
 
 def _greedy(model: Any, ids: Tensor) -> Tensor:

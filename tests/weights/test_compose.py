@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import zlib
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_gpt2, tiny_llama
 from weight_helpers import logits, randomise, reload, save_base, with_peft
 
@@ -116,6 +119,38 @@ def test_concatenation_is_the_sum_of_the_effects(base: Path, tmp_path: Path) -> 
     assert report.error < 1e-6
 
 
+def in_bfloat16(adapter: Path, folder: Path) -> Path:
+    folder.mkdir()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    halved = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(halved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copy(adapter / "adapter_config.json", folder)
+    return folder
+
+
+def test_sixteen_bits_lose_nothing(base: Path, two: list[Path], tmp_path: Path) -> None:
+    """A scale of 3 is not a power of two, and the other adapter is in float32: the sum is stored in float32."""
+    adapters = [in_bfloat16(two[1], tmp_path / "half"), two[0]]
+    compose(adapters, out=tmp_path / "both")
+    wanted = {}
+    for adapter in adapters:
+        for path, factors in read_factors(open_adapter(adapter)).items():
+            wanted[path] = wanted.get(path, 0) + factors.product.B @ factors.product.A
+    for path, factors in read_factors(open_adapter(tmp_path / "both")).items():
+        torch.testing.assert_close(factors.product.B @ factors.product.A, wanted[path], rtol=1e-5, atol=1e-7)
+    compose([adapters[0]], weights=[0.5], out=tmp_path / "scaled", method="linear")
+    compose([in_bfloat16(two[0], tmp_path / "plain")], weights=[0.25], out=tmp_path / "exact")
+    assert {t.dtype for t in load_file(tmp_path / "exact" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_differently_quantised_bases_are_told(base: Path, two: list[Path], tmp_path: Path) -> None:
+    tensors = load_file(two[1] / "adapter_model.safetensors")
+    note = {"lowrank.quantization": json.dumps({"load_in_4bit": True}), "format": "pt"}
+    save_file(tensors, two[1] / "adapter_model.safetensors", metadata=note)
+    report = compose(two, out=tmp_path / "both")
+    assert any("differently quantised" in text for text in report.notes)
+
+
 def test_negated_and_scaled(base: Path, two: list[Path], tmp_path: Path) -> None:
     compose([two[0]], weights=[-1.0], out=tmp_path / "negative")
     compose([two[0], tmp_path / "negative"], out=tmp_path / "nothing")
@@ -171,6 +206,7 @@ def test_no_dense_matrix_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method": "cat", "rank": 3}, "chosen by the method svd"),
         ({"method": "svd", "rank": 0}, "at least 1"),
         ({"method": "svd", "energy": 2.0}, "above 0 and at most 1"),
+        ({"method": "ties", "density": 0.5, "majority_sign": "mean"}, "no majority sign 'mean'"),
     ],
 )
 def test_arguments_that_do_not_go_together(two: list[Path], tmp_path: Path, arguments: dict, why: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,7 @@ from weight_helpers import logits, randomise, reload, save_base, with_peft
 
 import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
-from lowrank.errors import InputError
+from lowrank.errors import InputError, JobError
 from lowrank.weights import export
 
 UNEVEN = LoraConfig(
@@ -135,6 +136,29 @@ def test_what_cannot_be_expressed_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_ranks_that_vllm_does_not_take(base: Path, tmp_path: Path) -> None:
+    adapter, _ = make(base, LoraConfig(r=513, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="ranks up to 512, and this adapter has 513"):
+        export(adapter, tmp_path / "out", to="vllm")
+    assert not (tmp_path / "out").exists()
+    adapter, _ = make(base, LoraConfig(r=257, target_modules=["q_proj"]), "fits")
+    assert export(adapter, tmp_path / "out", to="vllm").command.endswith("--max-lora-rank 320")
+
+
+@pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
+def test_embeddings(base: Path, target: str, tmp_path: Path) -> None:
+    """Both take `lora_embedding_A` (r, tokens) and `lora_embedding_B` (dim, r), without `.weight`, at the one scale."""
+    config = LoraConfig(r=4, lora_alpha=10, rank_pattern={"q_proj": 2}, target_modules=["embed_tokens", "q_proj"])
+    adapter, wanted = make(base, config)
+    export(adapter, tmp_path / "out", to=target)
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.model.embed_tokens.lora_embedding_{x}"] for x in "AB")
+    before = reload(base).model.embed_tokens.weight
+    merged = lowrank.merge(lowrank.load(reload(base), adapter)).model.embed_tokens.weight
+    torch.testing.assert_close(before + (B @ A).T, merged, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(with_peft(base, tmp_path / "out"), wanted, atol=1e-5, rtol=0)
+
+
 def test_a_tied_head(tmp_path: Path) -> None:
     base = save_base(tiny_llama(tie_word_embeddings=True), tmp_path / "tied")
     adapter, _ = make(base, LoraConfig(target_modules=["lm_head"]))
@@ -156,3 +180,15 @@ def test_one_file(base: Path, tmp_path: Path) -> None:
         export(adapter, tmp_path / "one.bin", to="safetensors")
     with pytest.raises(InputError, match="no target 'ollama'"):
         export(adapter, tmp_path / "x", to="ollama")
+
+
+def test_a_full_disk_leaves_no_file(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, _ = make(base, UNEVEN)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(JobError, match="disk is full"):
+        export(adapter, tmp_path / "new" / "one.safetensors", to="safetensors")
+    assert not list((tmp_path / "new").iterdir())

@@ -103,6 +103,29 @@ def test_models_that_cannot_be_compared(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize(("make", "name"), [(tiny_llama, "q_proj"), (tiny_llama, "norm"), (tiny_qwen3_moe, "gate_up")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(make, name: str, value: float, tmp_path: Path) -> None:
+    base = save_base(make(), tmp_path / "base")
+    model = reload(base)
+    next(p for key, p in model.named_parameters() if name in key).data.view(-1)[3] = value
+    tuned = save_base(model, tmp_path / "tuned")
+    with pytest.raises(InputError, match=f"{name}.*holds NaN or infinity"):
+        extract(base, tuned, r=2, out=tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_files_in_different_dtypes(tmp_path: Path) -> None:
+    """What is the same but for the dtype does not differ."""
+    base = save_base(tiny_llama().bfloat16(), tmp_path / "base")
+    model = reload(base).float()
+    model.model.layers[1].mlp.up_proj.weight.data += 0.01
+    tuned = save_base(model, tmp_path / "tuned")
+    report = extract(base, tuned, r=1, out=tmp_path / "adapter")
+    assert report.ranks == {"model.layers.1.mlp.up_proj": 1}
+    assert not report.whole
+
+
 @pytest.mark.parametrize(("rank", "energy"), [(32, None), (None, 1.0)])
 def test_experts(rank: int | None, energy: float | None, tmp_path: Path) -> None:
     base, tuned = full_tuned(tiny_qwen3_moe, tmp_path, scale=0.1, only="layers.1.mlp.experts")

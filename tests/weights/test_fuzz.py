@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from tiny import tiny_llama
+from tiny import VOCAB, tiny_gpt2, tiny_llama
 from weight_helpers import save_base
 
 import lowrank
@@ -21,6 +22,7 @@ from lowrank import LoraConfig
 from lowrank.errors import InputError, JobError
 from lowrank.weights import merge_checkpoint
 from lowrank.weights.adapterfile import open_adapter
+from lowrank.weights.basemodel import open_base
 from lowrank.weights.tensorfile import open_tensors
 
 ODD = [
@@ -43,6 +45,14 @@ ODD = [
     {},
     "é\u0000",
 ]
+
+
+def tiny_bart() -> transformers.PreTrainedModel:
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=VOCAB, d_model=32, max_position_embeddings=32, **layers, **heads)
+    )
 
 
 def sample() -> dict[str, torch.Tensor]:
@@ -234,6 +244,38 @@ def test_damaged_models_are_never_merged_wrong(adapter: Path, tmp_path: Path) ->
         file.write_bytes(untouched[file])
         assert not list(tmp_path.glob(".merged*"))
     assert merged < 90
+
+
+def refusal(folder: Path) -> str:
+    """Why a model folder is refused; nothing where it is not."""
+    try:
+        open_base(folder)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bart])
+def test_odd_values_in_a_models_config(make, tmp_path: Path) -> None:
+    """A wrong value may fail anywhere in transformers; some counts would take hours, or all memory."""
+    base = save_base(make(), tmp_path / "base")
+    path = base / "config.json"
+    config = json.loads(path.read_text())
+    cases = [(key, value) for key in [*config, "rope_parameters", "quantization_config"] for value in ODD]
+    counts = ["num_labels", *(key for key in config if "layer" in key and isinstance(config[key], int))]
+    cases = random.Random(4).sample(cases, 120) + [(key, count) for key in counts for count in (2**31, 2**200)]
+    cases += [("architectures", value) for value in ODD]
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    refused = 0
+    for key, value in cases:
+        path.write_text(json.dumps(config | {key: value}))
+        if message := refusal(base):
+            refused += 1
+            assert str(base) in message
+            assert len(message.splitlines()) < 4
+    assert 50 < refused < len(cases)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert time.monotonic() - started < 60
 
 
 def test_indexes(tmp_path: Path) -> None:

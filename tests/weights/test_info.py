@@ -80,6 +80,6 @@ def test_experts_are_counted(tmp_path: Path) -> None:
 def test_neither_adapter_nor_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter folder"):
         show_info(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "step"')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step"\n')
     with pytest.raises(InputError, match="not JSON"):
         show_info(tmp_path)

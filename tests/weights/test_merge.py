@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import VOCAB, build, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
+from tiny import VOCAB, build, tiny_gpt2, tiny_llama, tiny_qwen2
 from weight_helpers import IDS, edit_json, logits, peft_adapter, randomise, reload, save_base
 
 import lowrank
@@ -100,24 +100,6 @@ def test_heads_and_embeddings(config: LoraConfig, tied: bool, tmp_path: Path) ->
     assert model.config.tie_word_embeddings == (tied and rows_only)
     names = load_file(tmp_path / "merged" / "model.safetensors").keys()
     assert ("lm_head.weight" in names) == (not (tied and rows_only))
-
-
-def test_new_tokens(tmp_path: Path) -> None:
-    """peft saves a resized embedding whole; the merged model has its size, and the adapter's tokenizer."""
-    base = save_base(tiny_llama(tie_word_embeddings=True), tmp_path / "base")
-    model = reload(base)
-    model.resize_token_embeddings(VOCAB + 3)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    randomise(wrapped)
-    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    result, _ = merged(base, tmp_path / "adapter")
-    assert result.config.vocab_size == VOCAB + 3
-    assert result.lm_head.weight is result.model.embed_tokens.weight
-    torch.testing.assert_close(logits(result), logits(wrapped), atol=2e-5, rtol=0)
-    assert "<new>" in transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
 
 
 def test_a_classification_head(tmp_path: Path) -> None:
@@ -255,6 +237,17 @@ def test_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.parametrize("damage", [("tokenizer.json", "{"), ("chat_template.jinja", "{{ raise_exception('no') }}")])
+def test_a_tokenizer_that_cannot_be_used(damage: tuple[str, str], tmp_path: Path) -> None:
+    base = save_base(tiny_llama(), tmp_path / "base")
+    adapter, _ = adapted(base, LoraConfig(r=4), tmp_path)
+    (base / damage[0]).write_text(damage[1])
+    with pytest.raises(InputError, match=r"(?s)cannot be tokenised.*--no-verify"):
+        merge_checkpoint(base, adapter, tmp_path / "merged", verify=True)
+    assert not (tmp_path / "merged").exists()
+    merge_checkpoint(base, adapter, tmp_path / "merged", verify=False)
+
+
 def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
     base = save_base(tiny_llama(), tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
@@ -264,6 +257,11 @@ def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.norm\.weight gets values that F16 cannot hold"):
         merged(base, adapter, dtype="float16")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_rounding_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no rounding 'up'; there are nearest, stochastic"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", rounding="up")
 
 
 @pytest.fixture

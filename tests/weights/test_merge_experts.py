@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import peft
@@ -15,7 +17,7 @@ from weight_helpers import logits, peft_adapter, randomise, reload, save_base, t
 
 import lowrank
 from lowrank import LoraConfig
-from lowrank.weights import merge_checkpoint
+from lowrank.weights import blocks, merge_checkpoint, stream
 
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -85,3 +87,32 @@ def test_an_adapter_on_single_experts(tmp_path: Path) -> None:
     for name in names:
         A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
         torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + 3 * B @ A)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_is_never_a_whole_expert(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt_oss' files hold all experts in one tensor: blocks are rows of one expert or of two, in a few threads."""
+    base = save_base(MODELS[name](), tmp_path / "base")
+    model = lowrank.wrap(reload(base), LoraConfig(r=3, target_parameters=FUSED, init_lora_weights=False))
+    randomise(model)
+    lowrank.save(model, tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "whole")
+    sizes: list[int] = []
+    threads: set[int] = set()
+
+    def spied(block: blocks.Block, *rest: object) -> object:
+        sizes.append(block.size)
+        threads.add(threading.get_ident())
+        return merge_block(block, *rest)
+
+    merge_block = blocks.merge_block
+    monkeypatch.setattr(stream, "merge_block", spied)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    report = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "blocks", dtype="float32")
+    assert max(sizes) <= 4 * 100
+    assert 0 < len(threads) <= 8
+    assert report.rounding_loss < 1e-5
+    whole, parts = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "blocks"))
+    for key, tensor in whole.items():
+        torch.testing.assert_close(parts[key], tensor)

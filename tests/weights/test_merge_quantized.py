@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from weight_helpers import edit_json, logits, randomise, reload, save_base
 import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError
-from lowrank.weights import merge_checkpoint
+from lowrank.weights import blocks, merge_checkpoint
+from lowrank.weights import quantized as quantized_module
+from lowrank.weights.tensorfile import TensorFile
 
 pytest.importorskip("bitsandbytes")
 
@@ -36,7 +39,7 @@ TOLERANCE = {"int8": 0.05}  # LLM.int8() rounds the inputs too
 
 
 def wide_llama(**overrides: object):
-    return tiny_llama(hidden_size=64, intermediate_size=128, **overrides)
+    return tiny_llama(**{"hidden_size": 64, "intermediate_size": 128, **overrides})
 
 
 def wide_gpt2():
@@ -103,6 +106,9 @@ def test_an_adapter_that_does_not_say(tmp_path: Path) -> None:
     adapter, wanted = trained(base, "nf4", tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    report = merge_checkpoint(base, adapter, tmp_path / "as-if-not")
+    assert any("does not say whether its base was quantised" in note for note in report.notes)
+    assert not merge_checkpoint(base, adapter, tmp_path / "was-not", quantization={}).notes
     merge_checkpoint(base, adapter, tmp_path / "merged", quantization=SCHEMES["nf4"])
     torch.testing.assert_close(logits(reload(tmp_path / "merged")), wanted, atol=1e-4, rtol=0)
 
@@ -133,3 +139,42 @@ def test_parts_that_do_not_go_together(tmp_path: Path) -> None:
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"up_proj\.weight do not go together"):
         merge_checkpoint(base, adapter, tmp_path / "merged")
+
+
+def test_maxima_are_read_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a large model's would take gigabytes; a block may begin in the middle of a doubly quantised group."""
+    dense = save_base(wide_llama(intermediate_size=1024), tmp_path / "dense")
+    base = tmp_path / "base"
+    quantised(dense, "nf4 double").save_pretrained(base)
+    adapter, _ = trained(dense, "nf4 double", tmp_path / "adapter")
+    merge_checkpoint(base, adapter, tmp_path / "whole", dtype="float32")
+    held: dict[str, int] = {}
+    read = TensorFile.read_bytes
+
+    def counted(file: TensorFile, name: str, first: int, last: int) -> torch.Tensor:
+        held[name] = max(held.get(name, 0), last - first)
+        return read(file, name, first, last)
+
+    monkeypatch.setattr(TensorFile, "read_bytes", counted)
+    monkeypatch.setattr(blocks, "BLOCK", 50 * 64)
+    merge_checkpoint(base, adapter, tmp_path / "blocks", dtype="float32")
+    assert max(size for name, size in held.items() if name.endswith(".absmax")) <= 51
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "blocks"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert whole[name].shape == (1024, 64)
+    assert torch.equal(parts[name], whole[name])
+    assert torch.equal(parts["model.layers.0.mlp.down_proj.weight"], whole["model.layers.0.mlp.down_proj.weight"])
+
+
+def test_a_transposed_weight_is_worked_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(wide_gpt2(), tmp_path / "gpt2")
+    adapter, wanted = trained(base, "nf4", tmp_path / "adapter")
+    made: list[torch.Size] = []
+    transposed = quantized_module._transposed
+    monkeypatch.setattr(quantized_module, "_transposed", lambda given: made.append(given.shape) or transposed(given))
+    monkeypatch.setattr(quantized_module, "_AT_ONCE", 640)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    merge_checkpoint(base, adapter, tmp_path / "merged")
+    assert len(made) == 2 * 4  # layers, and the quantised matrices of each
+    torch.testing.assert_close(logits(reload(tmp_path / "merged")), wanted, atol=1e-4, rtol=0)
