@@ -20,16 +20,18 @@ def start(
     arguments: list[str],
     dies: tuple[str, int] | None = None,
     environment: dict[str, str] | None = None,
+    workers: bool = False,
 ) -> BaseProcess:
     """`lowrank` with these arguments, in `folder`; output goes to `out.txt` there.
 
     Args:
         folder: The working folder.
         arguments: Of the command.
-        dies: A moment ("step", "eval", "save" or "rename") and how many of them are lived to see before SIGKILL.
+        dies: A moment ("step", "eval", "save", "rename" or "whole") and how many are lived to see before SIGKILL.
         environment: Variables of the process.
+        workers: Rows are tokenised in processes of their own, as those of larger data are.
     """
-    process = CONTEXT.Process(target=_run, args=(str(folder), arguments, dies, environment or {}))
+    process = CONTEXT.Process(target=_run, args=(str(folder), arguments, dies, environment or {}, workers))
     process.start()
     return process
 
@@ -46,9 +48,15 @@ def start_ranks(folder: Path, arguments: list[str], count: int) -> list[BaseProc
     ]
 
 
-def _run(folder: str, arguments: list[str], dies: tuple[str, int] | None, environment: dict[str, str]) -> None:
+def _run(
+    folder: str, arguments: list[str], dies: tuple[str, int] | None, environment: dict[str, str], workers: bool
+) -> None:
     os.chdir(folder)
     os.environ.update(environment)
+    if workers:
+        import lowrank.data.workers
+
+        lowrank.data.workers.WORTH_PROCESSES = 1
     if dies is not None:
         _arrange(*dies)
     with open("out.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -61,6 +69,7 @@ def _arrange(moment: str, count: int) -> None:
     """Makes the process kill itself in the middle of the moment after `count` of them."""
     import lowrank.training.checkpoint as checkpoint
     import lowrank.training.evaluate as evaluate
+    import lowrank.training.files as files
     import lowrank.training.loop as loop
     from lowrank.recipes import assess
     from lowrank.weights import folders
@@ -70,6 +79,7 @@ def _arrange(moment: str, count: int) -> None:
         "eval": (assess, "mean_loss"),
         "save": (checkpoint, "write_state"),  # the adapter is written, the state is not
         "rename": (folders, "_sync_all"),  # all is written, under another name
+        "whole": (files, "sync"),  # the config, the metrics so far, the report: written, not yet in their places
     }[moment]
     assert evaluate.mean_loss is assess.mean_loss
     whole, left = getattr(module, name), [count]

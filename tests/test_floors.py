@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def breaches(path: Path, source: str) -> list[str]:
         if (FLOORS.get(other, 99) > FLOORS[room] or same_floor) and other != "errors":
             found.append(f"{path.name}:{line}: {room} (floor {FLOORS[room]}) imports {name}")
     return found
+
+
+def test_contributing_shows_the_house_as_it_is():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert {room: int(floor) for floor, room in re.findall(r"^ (\d)  (\w+) ", text, re.MULTILINE)} == FLOORS
 
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.stem in FLOORS]

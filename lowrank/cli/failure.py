@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from textwrap import indent
 
-from lowrank.errors import LowrankError
+from lowrank.errors import JobError, LowrankError
 
 
 def told(error: Exception) -> int:
@@ -19,7 +19,8 @@ def told(error: Exception) -> int:
         The exit code.
     """
     if isinstance(error, LowrankError):
-        if int(os.environ.get("RANK", "0")) == 0:  # of several processes one tells it
+        # A mistake in what was given is every process's, and one tells it; a job may fail in one of them alone.
+        if isinstance(error, JobError) or int(os.environ.get("RANK", "0")) == 0:
             _print(str(error))
         return error.exit_code
     with tempfile.NamedTemporaryFile("w", prefix="lowrank-", suffix=".txt", delete=False, encoding="utf-8") as file:

@@ -61,6 +61,8 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
         yield Contradiction(("training.eval_steps", "data.eval"), "there is nothing to evaluate: data.eval is not set")
     if data.streaming:
         yield from streaming_alone(config)
+    if training.gradient_checkpointing == "selective":
+        yield from selective_alone(config)
     if training.fsdp and method in ("full", "bias"):
         yield Contradiction(
             ("training.fsdp", "adapter.method"),
@@ -112,6 +114,16 @@ def streaming_alone(config: RunConfig) -> Iterator[Contradiction]:
             ("adapter.init_lora_weights", "data.streaming"),
             "eva looks at batches beforehand, and a stream has none yet",
         )
+
+
+def selective_alone(config: RunConfig) -> Iterator[Contradiction]:
+    """What hides a layer's products from recomputation that keeps them."""
+    for name in ("torch_compile", "fsdp"):
+        if getattr(config.training, name):
+            yield Contradiction(
+                ("training.gradient_checkpointing", f"training.{name}"),
+                f"selective looks at a layer's products one by one, which {name} does not let it; take true",
+            )
 
 
 def without_effect(config: RunConfig) -> Iterator[Contradiction]:

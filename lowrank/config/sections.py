@@ -298,12 +298,17 @@ class TrainingSection(_Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them."""
 
-    gradient_checkpointing: bool | Literal["offload"] = False
-    """Recompute activations in the backward pass: less memory, about a third slower. With offload, what is kept goes
-    from the accelerator to the host's memory."""
+    gradient_checkpointing: bool | Literal["selective", "offload"] = False
+    """Recompute activations in the backward pass: less memory, about a third slower. With selective only what is cheap,
+    products and attention are kept: less of both. With offload, what is kept goes from the accelerator to the host's
+    memory."""
 
     torch_compile: bool = False
     """Compile the model's layers, one by one; it takes a minute or two before the first step."""
+
+    use_liger_kernel: bool = False
+    """On CUDA: Liger's kernels for norms and gated activations (pip install 'lowrank[liger]'), refused where they would
+    change what the model computes. The loss is computed from hidden states with or without them."""
 
     seed: int = 42
     """Of the adapter's start, the order of the data, and dropout."""

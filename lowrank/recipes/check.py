@@ -3,51 +3,104 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from lowrank.adapters import describe
 from lowrank.config import RunConfig, load_config
-from lowrank.errors import InputError
+from lowrank.config.sections import TrainingSection
+from lowrank.errors import InputError, JobError
+from lowrank.recipes.assess import expected_answers
+from lowrank.recipes.budget import rank_budget
 from lowrank.recipes.resume import refuse_a_run_in
-from lowrank.recipes.setup import set_up
+from lowrank.recipes.setup import Setup, own_device, set_up
 from lowrank.recipes.show import open_console, plan_of, show_plan
-from lowrank.training.estimate import MemoryEstimate, estimate_memory
+from lowrank.recipes.train import advice, advice_for_loading, new_run
+from lowrank.recipes.trial import estimate_memory
+from lowrank.training.estimate import ADAM_BYTES, MemoryEstimate
+from lowrank.training.memory import few_kernels_kept, forget_peak, resident_bytes
+from lowrank.training.parallel import Ranks
+from lowrank.training.shortage import told_when_short
+from lowrank.training.trackers import chosen_trackers
 
 SPARE_DISK = 64 * 2**20  # metrics, report, config
 
 
 def check(config: RunConfig | str | Path, overrides: Sequence[str] = ()) -> MemoryEstimate:
-    """Checks config, files, rows, model, targets, attention, disk space; runs the largest batch forward once.
+    """Checks config, files, rows, model, targets, attention, optimiser, trackers, disk space; takes a few steps on
+    the largest batches and measures the memory. All in one process, for a run of any number; a base that the run shards
+    is whole here.
 
     Args:
         config: A config, or the path of one.
         overrides: `section.key=value`, for a path.
 
     Returns:
-        What the run will need at its peak.
+        What the run will need at its peak, in a process that holds no more than this one before.
 
     Raises:
         InputError: whatever would stop the run.
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
+    few_kernels_kept()
+    forget_peak(own_device(config))
+    program = resident_bytes()
     output = Path(config.training.output_dir)
     refuse_a_run_in(output)
+    chosen_trackers(config.training.report_to)
     console = open_console()
-    setup = set_up(config)
+    whole = config.model_copy(update={"training": config.training.model_copy(update={"fsdp": False})})
+    with _refused_when_short(config, "loading the model and its data", advice_for_loading(config)):
+        setup = set_up(whole, Ranks(count=config.training.num_processes or 1))
+    refuse_what_would_stop_it_later(config, setup)
     model = setup.model
-    memory = estimate_memory(model, setup.loss, setup.plan.largest())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    free = refuse_a_full_disk(output, trained + SPARE_DISK)
-    show_plan(
-        console,
-        {
-            **plan_of(config, model, setup.attention, setup.loss, setup.plan, setup.size, setup.length),
-            **_needs(memory, trained, free),
-        },
-    )
+    written = written_bytes(config.training, trained, setup.length.steps, with_adapter=bool(describe(model)))
+    free = refuse_a_full_disk(output, written + SPARE_DISK)
+    plan = plan_of(config, model, setup.attention, setup.loss, setup.plan, setup.size, setup.length)
+    with _refused_when_short(config, "trying the longest batch", advice(config)):
+        memory = estimate_memory(whole, setup, program)
+    show_plan(console, {**plan, **_needs(memory, written, free)})
     console.print("the run can start", highlight=False)
     return memory
+
+
+@contextmanager
+def _refused_when_short(config: RunConfig, doing: str, less: Sequence[str]) -> Iterator[None]:
+    """Where a run would fail for want of memory, its config asks for too much."""
+    try:
+        with told_when_short(own_device(config), doing, less):
+            yield
+    except JobError as error:
+        raise InputError(error.what, where=error.where, fix=error.fix) from error
+
+
+def refuse_what_would_stop_it_later(config: RunConfig, setup: Setup) -> None:
+    """Raises InputError for what a run meets only behind its setup: optimiser, rank budget, answers to compare with."""
+    run = new_run(config, setup)
+    rank_budget(setup.model, run.total_steps)
+    if setup.held_out is not None and config.training.predict_with_generate:
+        expected_answers(setup.held_out, config)
+
+
+def written_bytes(training: TrainingSection, trained: int, steps: int, *, with_adapter: bool) -> int:
+    """The most that result and checkpoints take at one time.
+
+    Args:
+        training: How often checkpoints are written, and how many stay.
+        trained: Bytes of what trains.
+        steps: Of the whole run.
+        with_adapter: Whether a checkpoint holds the adapter as people use it, beside what training needs to go on.
+    """
+    besides = 1 + training.load_best_model_at_end  # the one being written, and the best
+    most = training.save_total_limit + besides
+    if training.save_minutes is None:
+        every = [training.save_steps, training.eval_steps if training.load_best_model_at_end else None]
+        taken = sum(-(-steps // each) for each in every if each is not None)
+        most = min(most, max(taken, 1))  # one where the run is stopped
+    return trained * (1 + most * (with_adapter + 1 + ADAM_BYTES))
 
 
 def refuse_a_full_disk(output: Path, needed: int) -> int:
@@ -65,13 +118,13 @@ def refuse_a_full_disk(output: Path, needed: int) -> int:
 
 def _needs(memory: MemoryEstimate, written: int, free: int) -> dict[str, str]:
     parts = {
+        "the program": memory.program,
         "weights": memory.weights,
         "gradients and optimiser": memory.training,
-        "activations": memory.activations,
-        "logits": memory.logits,
+        "activations and all else": memory.rest,
     }
-    told = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    told = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items() if size)
     return {
-        "memory": f"about {memory.total / 2**20:,.0f} MiB at the peak of a step, beside the program itself ({told})",
-        "disk": f"{written / 2**20:,.0f} MiB for the result, {free / 2**30:,.1f} GiB free",
+        "memory": f"about {memory.total / 2**20:,.0f} MiB at the peak, from trying a few steps ({told})",
+        "disk": f"up to {written / 2**20:,.0f} MiB for result and checkpoints, {free / 2**30:,.1f} GiB free",
     }

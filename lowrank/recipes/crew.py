@@ -32,6 +32,7 @@ from lowrank.training.trackers import Trackers
 from lowrank.weights import save
 
 Evaluate = Callable[[], Evaluation]
+Told = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -66,31 +67,32 @@ def crew_of(
     """The callbacks that a config asks for, and `more`. One process writes and shows; all evaluate and gather."""
     training, output = config.training, run.output_dir
     screen = Screen(console, training.logging_steps)
+    told = partial(console.print, highlight=False, soft_wrap=True)
     writers = [
-        MetricsFile(output / METRICS),
+        MetricsFile(output / METRICS, told),
         screen,
-        ReportWriter(output / REPORT, output.name, summary, output / METRICS),
+        ReportWriter(output / REPORT, output.name, summary, output / METRICS, told=told),
     ]
     evaluate = evaluation_of(config, setup, screen, ranks)
     budget = rank_budget(setup.model, run.total_steps)
     best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
-    checkpoints = checkpoints_of(config, run, console, best, ranks)
+    checkpoints = checkpoints_of(config, run, told, best, ranks)
     callbacks = [
         *(writers if ranks.main else []),
         *budget,
         *periodic_evaluation(config, evaluate),
-        *trackers_of(config, accelerator, run),
+        *trackers_of(config, accelerator, run, told),
         *more,
         checkpoints,
     ]
     return Crew(callbacks, evaluate, checkpoints, best, budget[0].penalty if budget else None)
 
 
-def trackers_of(config: RunConfig, accelerator: Accelerator, run: Run) -> list[Callback]:
+def trackers_of(config: RunConfig, accelerator: Accelerator, run: Run, told: Told) -> list[Callback]:
     """TensorBoard and the like, where the accelerator was made with any."""
     if not accelerator.log_with:
         return []
-    return [Trackers(accelerator, run.output_dir.name, flat(config.model_dump(mode="json")))]
+    return [Trackers(accelerator, run.output_dir.name, flat(config.model_dump(mode="json")), told)]
 
 
 def evaluation_of(config: RunConfig, setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:
@@ -114,12 +116,12 @@ def periodic_evaluation(config: RunConfig, evaluate: Evaluate | None) -> list[Ca
     return found
 
 
-def checkpoints_of(config: RunConfig, run: Run, console: Console, best: Best | None, ranks: Ranks) -> Checkpoints:
+def checkpoints_of(config: RunConfig, run: Run, told: Told, best: Best | None, ranks: Ranks) -> Checkpoints:
     """Writes the run's checkpoints."""
     training = config.training
     return Checkpoints(
         partial(save, run.model) if describe(run.model) else lambda folder: None,
-        lambda line: console.print(line, highlight=False, soft_wrap=True),
+        told,
         steps=training.save_steps,
         minutes=training.save_minutes,
         keep=training.save_total_limit,

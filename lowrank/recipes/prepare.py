@@ -17,6 +17,7 @@ from lowrank.data import (
     BatchStream,
     Examples,
     check_supervision,
+    load_examples,
     load_train_eval,
     plan_batches,
     stream_batches,
@@ -66,20 +67,6 @@ SAMPLE_ROWS = 500
 def stream_plan(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[BatchStream, Examples | None]:
     """The training batches as a stream, its first rows' supervision proved; and the examples held out."""
     data, training = config.data, config.training
-    sample, held_out = load_train_eval(
-        _sources(data.train),
-        _sources(data.eval),
-        tokenizer,
-        train_on=data.train_on,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        format=data.format,
-        max_train_rows=SAMPLE_ROWS,
-        max_eval_rows=data.max_eval_rows,
-    )
-    for examples in (sample, held_out):
-        if examples is not None:
-            check_supervision(examples, tokenizer)
     stream = stream_batches(
         _sources(data.train),
         tokenizer,
@@ -93,6 +80,19 @@ def stream_plan(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         pad_token_id=tokenizer.pad_token_id,
         seed=training.seed,
     )
+    check_supervision(stream.sample(SAMPLE_ROWS), tokenizer)
+    if data.eval is None:
+        return stream, None
+    held_out = load_examples(
+        _sources(data.eval),
+        tokenizer,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        format=data.format,
+        max_rows=data.max_eval_rows,
+    )
+    check_supervision(held_out, tokenizer)
     return stream, held_out
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from lowrank.adapters import AdaLoraConfig
 from lowrank.config import RunConfig, load_config
 from lowrank.config.sections import TrainingSection
 from lowrank.errors import InputError
 from lowrank.recipes.optimisation import schedule_for
 from lowrank.training.checkpoint import checkpoints_in, step_of
+from lowrank.training.files import unfinished
 
 CONFIG = "config.yaml"
 
@@ -27,11 +29,15 @@ FREE = frozenset(
     )
 )
 JUDGED = ("load_best_model_at_end", "early_stopping_patience")  # with these, evaluations decide what comes out
+HOW_JUDGED = frozenset(
+    ("eval_steps", "predict_with_generate", "generation_max_new_tokens", "exact_match", "per_device_eval_batch_size")
+)
 
 
 def refuse_a_run_in(output: Path) -> None:
     """Raises InputError where a run, or anything else, is in the output folder already."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    left = unfinished(output / CONFIG)  # by a run that died as it began
+    if output.exists() and (not output.is_dir() or any(path != left for path in output.iterdir())):
         going_on = (output / CONFIG).exists()
         raise InputError(
             f"{output} holds {'a run' if going_on else 'something'} already; nothing in it was changed",
@@ -61,7 +67,7 @@ def refuse_another_config(earlier: RunConfig, now: RunConfig, output: Path) -> N
     """Raises InputError with the differences, if any matters."""
     free = FREE
     if any(getattr(now.training, name, None) for name in JUDGED):
-        free = FREE - {f"training.{name}" for name in ("eval_steps", "predict_with_generate", "exact_match")}
+        free = FREE - {f"training.{name}" for name in HOW_JUDGED}
     changed = [line for key, line in differences(earlier, now).items() if key not in free]
     if changed:
         raise InputError(
@@ -72,7 +78,14 @@ def refuse_another_config(earlier: RunConfig, now: RunConfig, output: Path) -> N
 
 
 def refuse_another_schedule(config: RunConfig, was_total: int, is_total: int, step: int) -> None:
-    """Raises InputError where a new number of steps would have changed the learning rates so far."""
+    """Raises InputError where a new number of steps would have changed the learning rates or the ranks so far."""
+    if was_total != is_total and isinstance(config.adapter, AdaLoraConfig):
+        raise InputError(
+            f"the run was planned for {was_total} steps and is now to take {is_total}; AdaLoRA shrinks its ranks over "
+            "the whole of them",
+            where="adapter.method",
+            fix="Keep the number of steps, or start anew.",
+        )
     before, now = (factors(config.training, total, step) for total in (was_total, is_total))
     if before != now:
         raise InputError(

@@ -22,6 +22,7 @@ from lowrank.recipes.prepare import (
     swap_attention,
 )
 from lowrank.training.layers import compile_layers
+from lowrank.training.liger import use_liger
 from lowrank.training.loss import Autocast, Loss, supervised_loss
 from lowrank.training.parallel import ALONE, Ranks
 from lowrank.training.recompute import recompute_activations
@@ -82,6 +83,8 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     attention = swap_attention(model, config)
     if training.gradient_checkpointing:
         recompute_activations(model, training.gradient_checkpointing)
+    if training.use_liger_kernel:
+        use_liger(model)
     if training.torch_compile:
         compile_layers(model)
     loss = exact_loss(model, dtype, options)

@@ -14,6 +14,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 
 from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
+from lowrank.data import BatchPlan, BatchStream
 from lowrank.recipes.crew import Crew, crew_of
 from lowrank.recipes.optimisation import optimizer_for, schedule_for
 from lowrank.recipes.prepare import batch_plan
@@ -24,15 +25,17 @@ from lowrank.recipes.resume import (
     refuse_a_run_in,
     refuse_another_schedule,
 )
-from lowrank.recipes.setup import Setup, set_up
+from lowrank.recipes.setup import Setup, own_device, set_up
 from lowrank.recipes.show import open_console, plan_of, show_outcome, show_plan
 from lowrank.training.best import Best
 from lowrank.training.callbacks import Callback, Run
 from lowrank.training.checkpoint import FOLDER
 from lowrank.training.evaluate import Evaluation
+from lowrank.training.files import write_whole
 from lowrank.training.interrupt import stopping_softly
+from lowrank.training.launch import refuse_launcher_options
 from lowrank.training.loop import fit
-from lowrank.training.memory import freed_blocks_kept
+from lowrank.training.memory import few_kernels_kept, freed_blocks_kept
 from lowrank.training.metrics import FILE as METRICS
 from lowrank.training.neftune import noisy_embeddings
 from lowrank.training.parallel import Ranks, joined_ranks
@@ -88,6 +91,7 @@ def train(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
+    few_kernels_kept()
     output = Path(config.training.output_dir)
     accelerator = accelerator_for(config)
     ranks = joined_ranks(config.training.num_processes)
@@ -99,7 +103,8 @@ def train(
     set_seed(config.training.seed)
 
     # Rows to packs; the base model, adapter put in, attention chosen; what will happen is shown before any work.
-    setup = set_up(config, ranks)
+    with told_when_short(own_device(config), "loading the model and its data", advice_for_loading(config)):
+        setup = set_up(config, ranks)
     run = new_run(config, setup)
     summary = plan_of(config, setup.model, setup.attention, setup.loss, setup.plan, setup.size, setup.length)
     show_plan(console, summary)
@@ -123,12 +128,13 @@ def train(
             run.tell(Callback.on_eval, after)
 
     show_outcome(console, run.before, after)
-    console.print(farewell(run, crew.best), highlight=False, soft_wrap=True)
+    console.print(farewell(run, crew.best, setup.plan), highlight=False, soft_wrap=True)
     return RunResult(output, run.step, run.interrupted, run.before, after)
 
 
 def accelerator_for(config: RunConfig) -> Accelerator:
     """Joins the other processes, if there are any, and knows the trackers."""
+    refuse_launcher_options(fsdp=config.training.fsdp)
     output = config.training.output_dir
     return Accelerator(
         cpu=config.model.device == "cpu" or not torch.cuda.is_available(),
@@ -198,13 +204,14 @@ def begin(run: Run, config: RunConfig, checkpoint: Path | None, ranks: Ranks) ->
         run.output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             (run.output_dir / METRICS).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        (run.output_dir / CONFIG).write_text(dump_config(config), encoding="utf-8")
+        write_whole(run.output_dir / CONFIG, dump_config(config))
     ranks.wait()
 
 
 def take_the_best(run: Run, best: Best) -> None:
-    """Puts the weights of the best checkpoint into the model."""
-    assert best.step is not None, "a run that is judged is evaluated after its last step"
+    """Puts the weights of the best checkpoint into the model, where they are not in it already."""
+    if best.step in (None, run.step):  # none: a callback has stopped the run before its first evaluation
+        return
     path = run.output_dir / FOLDER / f"step-{best.step}"
     load_model_state(run.model, read_state(path)["model"])
 
@@ -218,7 +225,7 @@ def save_result(model: Any, setup: Setup, output: Path) -> None:
     setup.tokenizer.save_pretrained(output)
 
 
-def farewell(run: Run, best: Best | None) -> str:
+def farewell(run: Run, best: Best | None, plan: BatchPlan | BatchStream) -> str:
     """The last lines: where everything is, what was out of the ordinary, and how to go on."""
     report = f"open {run.output_dir / REPORT}"
     if run.interrupted:
@@ -231,6 +238,8 @@ def farewell(run: Run, best: Best | None) -> str:
         ended += f" The weights are those of step {best.step}, with the best {best.metric} ({best.value:.4f})."
     if run.skipped:
         ended += f" {run.skipped} steps were skipped."
+    if isinstance(plan, BatchStream):
+        ended += f" From the stream: {plan.counts}."
     return f"{ended}\nTo go on: lowrank train {run.output_dir / CONFIG} --resume" if run.interrupted else ended
 
 
@@ -248,3 +257,11 @@ def advice(config: RunConfig) -> list[str]:
     if config.quantization is None:
         found.append("quantization.load_in_4bit: true")
     return found
+
+
+def advice_for_loading(config: RunConfig) -> list[str]:
+    """The same where it is the base alone that does not fit."""
+    found = [] if config.quantization is not None else ["quantization.load_in_4bit: true"]
+    if not config.training.fsdp:
+        found.append("several processes with training.fsdp: true")
+    return [*found, f"a smaller base than {config.model.name_or_path}"]

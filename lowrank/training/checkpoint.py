@@ -4,13 +4,14 @@ One is written under another name, synced, and renamed: it is complete or it is 
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import JobError, LowrankError
+from lowrank.errors import JobError
 from lowrank.training.best import Best
 from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.evaluate import Evaluation
@@ -27,7 +28,8 @@ _RETRY_SECONDS = 60.0
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, the newest last."""
     found = (output_dir / FOLDER).glob(f"{_PREFIX}*")
-    return sorted((path for path in found if path.is_dir()), key=step_of)
+    ours = (path for path in found if path.is_dir() and re.fullmatch(rf"{_PREFIX}\d+", path.name))
+    return sorted(ours, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -68,11 +70,20 @@ class Checkpoints(Callback):
         self.steps, self.minutes, self.keep, self.best, self.ranks = steps, minutes, keep, best, ranks
         self._written = time.monotonic()
         self._retry_at = float("inf")
+        self._best_before: dict[str, Any] = {}
+
+    def on_run_start(self, run: Run) -> None:
+        """Clears away what a death while one was written has left."""
+        if self.ranks.main:
+            for left in (run.output_dir / FOLDER).glob(f".{_PREFIX}*.incomplete-*"):
+                shutil.rmtree(left)
 
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
         """Notes the best."""
         if self.best is not None and run.step > 0:
-            self.best.note(run.step, evaluation)
+            before = self.best.state_dict()
+            if self.best.note(run.step, evaluation):
+                self._best_before = before
 
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
         """Writes one when it is due."""
@@ -86,19 +97,15 @@ class Checkpoints(Callback):
         """Writes one now.
 
         Raises:
-            JobError: the disk is full or cannot be written; what was there is as it was.
+            JobError: the disk is full or cannot be written, on all processes; what was there is as it was.
         """
         path = run.output_dir / FOLDER / f"{_PREFIX}{run.step}"
         state = capture(run, self.ranks)
-        if self.ranks.main and not path.exists():
-            with new_folder(path) as work:
-                self.save_weights(work)
-                write_state(work, state)
+        failure = self.ranks.first(self._written_by_main(run, path, state))
+        if failure is not None:
+            raise failure
         self._written, self._retry_at = time.monotonic(), float("inf")
         run.tell(Callback.on_save, path)
-        if self.ranks.main:
-            self._drop_old(run)
-        self.ranks.wait()
         return path
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,10 +122,27 @@ class Checkpoints(Callback):
             return
         try:
             self.write(run)
-        except (JobError, OSError) as error:
-            self.ranks.wait()  # the others do in `write`
+        except JobError as error:
             self._retry_at = time.monotonic() + _RETRY_SECONDS
+            if self.best is not None and self.best.step == run.step < run.total_steps and not run.stop:
+                self.best.load_state_dict(self._best_before)  # the model moves on, and nobody has kept these weights
             self.told(_cannot_write(error, run))
+
+    def _written_by_main(self, run: Run, path: Path, state: dict[str, Any]) -> JobError | None:
+        """Why not, where it could not; the other processes know of nothing."""
+        if not self.ranks.main:
+            return None
+        try:
+            if not path.exists():
+                with new_folder(path) as work:
+                    self.save_weights(work)
+                    write_state(work, state)
+            self._drop_old(run)
+        except JobError as error:
+            return error
+        except OSError as error:
+            return JobError(f"{error}.", where=str(path), fix="Make it writable and go on with --resume.")
+        return None
 
     def _due(self, run: Run) -> bool:
         now = time.monotonic()
@@ -135,7 +159,7 @@ class Checkpoints(Callback):
                 shutil.rmtree(path)
 
 
-def _cannot_write(error: LowrankError | OSError, run: Run) -> str:
+def _cannot_write(error: JobError, run: Run) -> str:
     there = checkpoints_in(run.output_dir)
     newest = f"{there[-1]} is the newest that is there" if there else "there is none yet"
     return (

@@ -1,74 +1,146 @@
-"""How much memory a run will need, from one forward pass of its largest batch."""
+"""How much memory a run will need: a few of its steps are tried, on its most demanding batches, and measured.
+
+Nothing is guessed from a formula: which temporaries of the backward pass live at one time, what 4-bit weights are
+unpacked to, how large a compiled kernel is, and what the heap loses to holes, the allocator alone knows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import cycle, islice
+from typing import cast
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 
-from lowrank.attention import segments
-from lowrank.data import Batch
-from lowrank.ops.cross_entropy import CHUNK_BYTES
+from lowrank.data import Batch, BatchPlan, BatchStream
+from lowrank.training.callbacks import Callback, Run, StepMetrics
+from lowrank.training.loop import fit
 from lowrank.training.loss import Loss
+from lowrank.training.memory import SETTLING_STEPS, WEAR, freed_blocks_kept, peak_bytes
+from lowrank.training.steps import StepSize
 
 ADAM_BYTES = 2  # moments of AdamW, in values per trained value
-CHUNKS = 3  # logits of one chunk in float32, in the head's dtype, and their softmax
+ACCUMULATED = 2  # the second batch of a step meets the gradients of the first; a third finds nothing new
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the peak of a step, by what holds them.
+    """Bytes at the peak of a run: of the whole process on a CPU, of the allocator on CUDA.
 
     Attributes:
+        total: All of it.
+        program: The interpreter and its libraries, before rows and model; 0 on CUDA.
         weights: Of the base and the adapter.
-        training: Gradients and AdamW's moments of what trains.
-        activations: What the backward pass of the largest batch needs.
-        logits: One chunk of them.
+        training: Gradients and the optimiser's state.
     """
 
+    total: int
+    program: int
     weights: int
     training: int
-    activations: int
-    logits: int
 
     @property
-    def total(self) -> int:
-        """All of it; the interpreter and its libraries not counted."""
-        return self.weights + self.training + self.activations + self.logits
+    def rest(self) -> int:
+        """Activations and temporaries, logits, rows, compiled kernels, holes in the heap."""
+        return max(0, self.total - self.program - self.weights - self.training)
 
 
-def estimate_memory(model: Any, loss: Loss, batch: Batch) -> MemoryEstimate:
-    """Runs `batch` forward, in training mode, and counts what autograd keeps.
+def measured_memory(run: Run, program: int) -> MemoryEstimate:
+    """What has been held at most, after `take_trial_steps`, with what the heap may still wear.
 
-    The random state is put back: a run after it is the same as one without.
+    Args:
+        run: The one that took them.
+        program: Bytes that the process held before the run was set up.
     """
-    held = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    device = model.get_input_embeddings().weight.device
-    was_training = model.training
-    model.train()
-    devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
-        segments(model, batch.segments),
-    ):
-        value = loss(model, batch.to(device))
-    activations = sum(kept.values())
-    del value
-    model.train(was_training)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    device = trained[0].device
+    peak = peak_bytes(device)
+    state = [value for kept in run.optimizer.state.values() for value in kept.values()]
     return MemoryEstimate(
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
-        training=sum(p.numel() * p.element_size() * (1 + ADAM_BYTES) for p in trained),
-        activations=activations,
-        logits=CHUNKS * CHUNK_BYTES,
+        total=peak if device.type == "cuda" else int(peak * WEAR),
+        program=0 if device.type == "cuda" else program,
+        weights=sum(p.numel() * p.element_size() for p in run.model.parameters()),
+        training=sum(t.numel() * t.element_size() for t in [*trained, *state] if isinstance(t, torch.Tensor)),
     )
+
+
+def take_trial_steps(
+    run: Run,
+    plan: BatchPlan | BatchStream,
+    loss: Loss,
+    *,
+    accelerator: Accelerator,
+    size: StepSize,
+    max_grad_norm: float,
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> None:
+    """The run's own loop, over the batches that need the most; the model is another one afterwards.
+
+    Args:
+        run: Has taken no step.
+        plan: Its batches.
+        loss: Its loss.
+        accelerator: Runs the backward pass.
+        size: Of its steps; a step of the trial holds two batches where they hold more.
+        max_grad_norm: As in the run.
+        penalty: As in the run.
+    """
+    if isinstance(plan, BatchStream):
+        batches, most = [plan.largest()], size.batches if size.tokens is None else ACCUMULATED
+    else:
+        batches, most = _demanding(plan), int(np.diff([0, *size.ends(plan, 0)]).max())
+    together = min(ACCUMULATED, most)
+    trial = cast("BatchPlan", _Trial(list(islice(cycle(batches), SETTLING_STEPS * together))))
+    run.callbacks = [*run.callbacks, _Ends()]
+    size = StepSize(together)
+    with freed_blocks_kept():
+        fit(run, trial, loss, accelerator=accelerator, size=size, max_grad_norm=max_grad_norm, penalty=penalty)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What `fit` asks a plan for, over a few batches."""
+
+    of: list[Batch]
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        return [np.array([at]) for at in range(len(self.of))]
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        return self.of[indices[0]]
+
+    def tokens(self, indices: np.ndarray) -> int:
+        return self.batch(indices).tokens
+
+    def supervised(self, indices: np.ndarray) -> int:
+        return self.batch(indices).supervised
+
+
+class _Ends(Callback):
+    def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
+        run.stop |= run.step >= SETTLING_STEPS
+
+    def on_skip(self, run: Run, loss: float, grad_norm: float) -> None:
+        run.stop |= run.step >= SETTLING_STEPS
+
+
+def _demanding(plan: BatchPlan) -> list[Batch]:
+    """Of the first epoch: the batch of the most tokens, of the longest example, of the most loss, and any others."""
+    batches, lengths = plan.epoch(0), plan.examples.lengths
+
+    def tokens(at: int) -> int:
+        batch = batches[at]
+        return int(lengths[batch].sum() if plan.packing else len(batch) * lengths[batch].max())
+
+    def longest(at: int) -> int:
+        return int(lengths[batches[at]].max())
+
+    def supervised(at: int) -> int:
+        return plan.supervised(batches[at])
+
+    first = [max(range(len(batches)), key=measure) for measure in (tokens, longest, supervised)]
+    order = list(dict.fromkeys([*first, *range(len(batches))]))
+    return [plan.batch(batches[at]) for at in order[: SETTLING_STEPS * ACCUMULATED]]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.adapters.host import bind_for_compiler
 from lowrank.errors import InputError
 
 
@@ -28,5 +29,7 @@ def compile_layers(model: Any) -> None:
     Layer by layer, since all are alike: what is compiled once serves them all. Attention over packs looks at the
     segments' lengths and stays outside of what is compiled.
     """
-    for layer in layers_of(model, "training.torch_compile"):
+    layers = layers_of(model, "training.torch_compile")
+    bind_for_compiler(model)
+    for layer in layers:
         layer.compile(dynamic=True)

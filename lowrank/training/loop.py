@@ -15,7 +15,7 @@ from lowrank.data import BatchPlan, BatchStream
 from lowrank.errors import JobError
 from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.loss import Loss
-from lowrank.training.memory import peak_bytes
+from lowrank.training.memory import HeapKeeper, peak_bytes
 from lowrank.training.parallel import ALONE, Ranks
 from lowrank.training.steps import ONE_BATCH, Group, StepSize, groups
 
@@ -57,6 +57,7 @@ def fit(
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
     upcoming = groups(plan, size, run.position, ranks)
+    heap = HeapKeeper()
     in_a_row = 0
     run.model.train()
     while run.step < run.total_steps and not _agree_to_stop(run, ranks):
@@ -86,6 +87,7 @@ def fit(
         in_a_row = 0
         run.tell(Callback.on_gradients)
         run.optimizer.zero_grad(set_to_none=True)
+        heap.mend()
         metrics = StepMetrics(
             step=run.step,
             epoch=group.epochs,

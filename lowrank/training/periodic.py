@@ -25,11 +25,11 @@ class PeriodicEval(Callback):
 
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
         """Evaluates when it is time, and tells the others."""
-        due = self.last if run.step == run.total_steps else run.step % self.every == 0
-        if due and run.stop:
-            self._owed = True
-        elif due:
-            run.tell(Callback.on_eval, self.evaluate())
+        self._evaluate_if_due(run)
+
+    def on_skip(self, run: Run, loss: float, grad_norm: float) -> None:
+        """The same: a step that was not taken has its number too."""
+        self._evaluate_if_due(run)
 
     def state_dict(self) -> dict[str, Any]:
         """Whether one is owed."""
@@ -38,3 +38,10 @@ class PeriodicEval(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes it up."""
         self._owed = state["owed"]
+
+    def _evaluate_if_due(self, run: Run) -> None:
+        due = self.last if run.step == run.total_steps else run.step % self.every == 0
+        if due and run.stop:
+            self._owed = True
+        elif due:
+            run.tell(Callback.on_eval, self.evaluate())

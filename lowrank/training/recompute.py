@@ -6,10 +6,12 @@ import inspect
 from typing import Any, Literal
 
 from lowrank.errors import InputError
+from lowrank.training.selective import selective_contexts
 
 
-def recompute_activations(model: Any, mode: Literal[True, "offload"]) -> None:
-    """Keeps each layer's input alone; with "offload" in the host's memory, pinned, instead of the accelerator's.
+def recompute_activations(model: Any, mode: Literal[True, "selective", "offload"]) -> None:
+    """Keeps each layer's input alone; with "selective" what its products and its attention give as well, with "offload"
+    the input in the host's memory, pinned, instead of the accelerator's.
 
     Raises:
         InputError: the model does not support it, or there is no accelerator to offload from.
@@ -18,7 +20,9 @@ def recompute_activations(model: Any, mode: Literal[True, "offload"]) -> None:
         raise InputError(
             f"{type(model).__name__} does not support gradient checkpointing", where="training.gradient_checkpointing"
         )
-    exact = {"use_reentrant": False}
+    exact: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        exact |= {"context_fn": selective_contexts, "early_stop": False}
     enable = getattr(model, "activation_checkpointing_enable", None)  # transformers' name since 5.20
     if mode == "offload":
         if model.device.type == "cpu":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import jinja2
 from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.charts import Curve, chart
 from lowrank.training.evaluate import Evaluation, Sample
+from lowrank.training.files import write_whole
 from lowrank.training.metrics import read_metrics
 
 FILE = "report.html"
@@ -29,10 +29,20 @@ class ReportWriter(Callback):
         plan: What the run does, line by line.
         metrics_file: The run's `metrics.jsonl`; the curves are drawn from it.
         samples: Answers shown.
+        told: Shows a person a line; where the page cannot be written, the run goes on with the one that is there.
     """
 
-    def __init__(self, path: Path, title: str, plan: Mapping[str, str], metrics_file: Path, samples: int = 3) -> None:
+    def __init__(
+        self,
+        path: Path,
+        title: str,
+        plan: Mapping[str, str],
+        metrics_file: Path,
+        samples: int = 3,
+        told: Callable[[str], object] = print,
+    ) -> None:
         self.path, self.title, self.plan, self.metrics_file, self.samples = path, title, plan, metrics_file, samples
+        self.told = told
         self._after: Evaluation | None = None
         self._due = 0.0
 
@@ -54,13 +64,21 @@ class ReportWriter(Callback):
 
     def _write(self, run: Run) -> None:
         began = time.monotonic()
+        try:
+            write_whole(self.path, self._page(run))
+        except OSError as error:
+            self.told(f"warning: {error}; {self.path} stays as it is. Make room in {self.path.parent}.")
+        now = time.monotonic()
+        self._due = now + max(_SECONDS, (now - began) / _SHARE)
+
+    def _page(self, run: Run) -> str:
         lines = read_metrics(self.metrics_file)
         steps = [line for line in lines if line["kind"] == "step"]
         evaluations = [line for line in lines if line["kind"] == "eval"]
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("lowrank.training"), autoescape=True, undefined=jinja2.StrictUndefined
         )
-        page = environment.get_template("report.html.jinja").render(
+        return environment.get_template("report.html.jinja").render(
             title=self.title,
             status=_status(run),
             cards=_cards(steps, run.before, self._after),
@@ -69,11 +87,6 @@ class ReportWriter(Callback):
             comparison=comparison(run.before, self._after),
             samples=_samples(run.before, self._after, self.samples),
         )
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, self.path)
-        now = time.monotonic()
-        self._due = now + max(_SECONDS, (now - began) / _SHARE)
 
 
 def comparison(before: Evaluation | None, after: Evaluation | None) -> list[tuple[str, str, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from accelerate import Accelerator
@@ -36,17 +37,25 @@ def chosen_trackers(asked: str | Sequence[str]) -> list[str]:
 
 
 class Trackers(Callback):
-    """Hands each step's figures and each evaluation's on."""
+    """Hands each step's figures and each evaluation's on, until a tracker cannot write: training goes on without."""
 
-    def __init__(self, accelerator: Accelerator, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        project: str,
+        config: Mapping[str, Any],
+        told: Callable[[str], object] = print,
+    ) -> None:
         """Of a run.
 
         Args:
             accelerator: Made with `log_with` and a logging folder.
             project: The name that the trackers show.
             config: What they show as its settings; flat.
+            told: Shows a person a line.
         """
-        self.accelerator, self.project, self.config = accelerator, project, config
+        self.accelerator, self.project, self.config, self.told = accelerator, project, config, told
+        self._gone = False
 
     def on_run_start(self, run: Run) -> None:
         """Opens them."""
@@ -57,14 +66,24 @@ class Trackers(Callback):
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
         """Loss, learning rate, gradient norm, speed, memory."""
         figures = {f"train/{name}": value for name, value in metrics.as_dict().items() if name != "step"}
-        self.accelerator.log(figures, step=run.step)
+        self._log(figures, run.step)
 
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
         """Loss, perplexity, exact match."""
         figures = {f"eval/{name.removeprefix('eval_')}": value for name, value in evaluation.metrics().items()}
-        self.accelerator.log(figures, step=run.step)
+        self._log(figures, run.step)
 
     def on_run_end(self, run: Run) -> None:
         """Closes them."""
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            with suppress(OSError) if self._gone else nullcontext():
+                tracker.finish()
+
+    def _log(self, figures: dict[str, float], step: int) -> None:
+        if self._gone:
+            return
+        try:
+            self.accelerator.log(figures, step=step)
+        except OSError as error:
+            self._gone = True
+            self.told(f"warning: the trackers get nothing more ({error}); metrics.jsonl has all figures.")

@@ -29,6 +29,10 @@ CASES = [
      "false; training.per_device_train_batch_size sizes padded batches"),
     (["training.per_device_train_batch_size=8"], "--set training.per_device_train_batch_size: sizes padded batches, and "
      "data.packing is true; training.tokens_per_batch sizes packs"),
+    (["training.torch_compile=true", "training.gradient_checkpointing=selective"], "--set training.gradient_checkpointing: "
+     "selective looks at a layer's products one by one, which torch_compile does not let it; take true"),
+    (["training.fsdp=true", "training.gradient_checkpointing=selective"], "--set training.gradient_checkpointing: selective "
+     "looks at a layer's products one by one, which fsdp does not let it; take true"),
 ]  # fmt: skip
 
 

@@ -66,7 +66,7 @@ IN_TRAINING = [
     ("lr_scheduler_type: cosin", "lr_scheduler_type: 'cosin' is not one of cosine, cosine_with_min_lr, linear, constant, inverse_sqrt, warmup_stable_decay; did you mean cosine?"),
     ("lr_scheduler_type: no", "lr_scheduler_type: 'no' is not one of cosine, cosine_with_min_lr, linear, constant, inverse_sqrt, warmup_stable_decay"),
     ("lr_scheduler_type: true", "lr_scheduler_type: true is not one of cosine, cosine_with_min_lr, linear, constant, inverse_sqrt, warmup_stable_decay"),
-    ("gradient_checkpointing: maybe", "gradient_checkpointing: 'maybe' is not true or false or offload"),
+    ("gradient_checkpointing: maybe", "gradient_checkpointing: 'maybe' is not true or false or one of selective, offload"),
     ("num_train_epochs: true", "num_train_epochs: true is not a number above 0"),
     ("learning_rate: .nan", "learning_rate: .nan is not a number above 0"),
     ("eval_steps: None", "eval_steps: None is a text in YAML; write null, or leave the key out"),

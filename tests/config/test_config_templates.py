@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,15 @@ NAMES = ["quickstart", "lora", "qlora", "dora"]
 HEADER = "# yaml-language-server: $schema="
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples" / "claims").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", [path.relative_to(ROOT) for path in SHIPPED], ids=str)
 def test_every_config_loads_and_says_how_to_run_it(path):
-    load_config(path)
-    head = path.read_text(encoding="utf-8").partition("\nmodel:")[0]
-    assert head.startswith(f"{HEADER}schema.json\n")
-    assert f"lowrank train configs/{path.name}" in head
+    load_config(ROOT / path)
+    head = (ROOT / path).read_text(encoding="utf-8").partition("\nmodel:")[0]
+    assert head.startswith(f"{HEADER}{os.path.relpath('configs/schema.json', path.parent)}\n")
+    assert f"lowrank train {path}" in head
 
 
 def test_the_templates_are_the_configs_of_the_same_name():

@@ -2,12 +2,14 @@
 
 All rows are in every step, so the means differ in how a step is computed and in nothing else. Where the arithmetic is the
 same the files are equal; elsewhere sums of float32 are taken in another order, and Adam divides small numbers by small
-numbers: no weight may be off by more than `LARGEST`, and all together by no more than `DRIFT` on average.
+numbers: no weight may be off by more than `LARGEST`, and all together by no more than `DRIFT` on average. The loss of
+every step is the same to `LOSS`.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from lowrank.cli import main
 
 ROWS = 8  # as many as a batch holds by default
-LARGEST, DRIFT = 2e-5, 1e-6
+LARGEST, DRIFT, LOSS = 2e-5, 1e-6, 1e-5
 ADAPTER = "adapter_model.safetensors"
 
 PADDED = ["data.packing=false"]
@@ -55,7 +57,16 @@ def in_one_batch(config, tmp_path) -> dict[str, torch.Tensor]:
     return load_file(tmp_path / "batch" / ADAPTER)
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def losses_in(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    losses = losses_in(folder.parent / "batch")
+    assert len(losses) == 6
+    assert losses_in(folder) == pytest.approx(losses, abs=LOSS)
+    found = load_file(folder / ADAPTER)
     off = torch.cat([(found[name] - tensor).flatten() for name, tensor in expected.items()])
     assert off.abs().max() <= LARGEST
     assert off.mean().abs() <= DRIFT
@@ -65,7 +76,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_the_same_step_by_other_means(config, tmp_path, way):
     expected = in_one_batch(config, tmp_path)
     run(command(config, *WAYS[way], output="other"))
-    assert_same(load_file(tmp_path / "other" / ADAPTER), expected)
+    assert_same(tmp_path / "other", expected)
 
 
 @pytest.mark.parametrize("fsdp", ["false", "true"])
@@ -76,7 +87,7 @@ def test_two_processes(config, tmp_path, fsdp):
     for process in processes:
         process.join(200)
     assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "out.txt").read_text()
-    assert_same(load_file(tmp_path / "two" / ADAPTER), expected)
+    assert_same(tmp_path / "two", expected)
 
 
 def test_resumed_half_way_is_the_same_file(config, tmp_path):

@@ -7,14 +7,18 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from processes import start
 
 import lowrank
 from lowrank.cli import main
+from lowrank.config import load_config
 from lowrank.errors import InputError, JobError
+from lowrank.recipes.resume import refuse_another_config
 from lowrank.training.callbacks import Callback
 from lowrank.training.checkpoint import checkpoints_in
 
@@ -49,20 +53,42 @@ def uninterrupted(long_run, tmp_path) -> bytes:
     "dies", [("step", 0), ("step", 3), ("eval", 0), ("eval", 1), ("save", 0), ("save", 2), ("rename", 1), ("step", 7)]
 )
 def test_killed_at_a_moment(long_run, uninterrupted, tmp_path, dies):
-    first = start(tmp_path, ["train", str(long_run)], dies)
+    first = start(tmp_path, ["train", str(long_run)], dies, workers=True)
     first.join(100)
     assert first.exitcode == KILLED, (tmp_path / "out.txt").read_text()
-    resumed = start(tmp_path, ["train", str(long_run), "--resume"])
+    resumed = start(tmp_path, ["train", str(long_run), "--resume"], workers=True)
     resumed.join(100)
     assert resumed.exitcode == 0, (tmp_path / "out.txt").read_text()
     assert (tmp_path / "out" / ADAPTER).read_bytes() == uninterrupted
     assert_whole_metrics(tmp_path / "out", tmp_path / "straight")
 
 
+@pytest.mark.parametrize("moment", [0, 1])
+def test_killed_as_it_is_resumed(long_run, uninterrupted, tmp_path, moment):
+    """While the metrics so far, or the config, are put in their places: both are rewritten by every resume."""
+    for dies, resume in ((("step", 5), []), (("whole", moment), ["--resume"])):
+        killed = start(tmp_path, ["train", str(long_run), *resume], dies)
+        killed.join(100)
+        assert killed.exitcode == KILLED, (tmp_path / "out.txt").read_text()
+    lowrank.train(long_run, resume=True)
+    assert (tmp_path / "out" / ADAPTER).read_bytes() == uninterrupted
+    assert_whole_metrics(tmp_path / "out", tmp_path / "straight")
+
+
+def test_killed_before_there_is_a_config(long_run, tmp_path):
+    killed = start(tmp_path, ["train", str(long_run)], ("whole", 0))
+    killed.join(100)
+    assert killed.exitcode == KILLED, (tmp_path / "out.txt").read_text()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".config.yaml.unfinished"]
+    with pytest.raises(InputError, match="holds no run to resume"):
+        lowrank.train(long_run, resume=True)
+    assert lowrank.train(long_run, ["training.max_steps=1"]).steps == 1
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_instants(long_run, uninterrupted, tmp_path):
     began = time.monotonic()
-    whole = start(tmp_path, ["train", str(long_run), "--set", "training.output_dir=timed"])
+    whole = start(tmp_path, ["train", str(long_run), "--set", "training.output_dir=timed"], workers=True)
     whole.join()
     took = time.monotonic() - began
     rng = random.Random(0)
@@ -72,7 +98,7 @@ def test_killed_at_twenty_random_instants(long_run, uninterrupted, tmp_path):
         deaths = 0
         while True:
             resume = ["--resume"] if (tmp_path / folder / "config.yaml").exists() else []
-            process = start(tmp_path, [*arguments, *resume])
+            process = start(tmp_path, [*arguments, *resume], workers=True)
             process.join(rng.uniform(0.2, 1.0) * took if deaths < 3 else 100)
             if process.exitcode is not None:
                 break
@@ -146,6 +172,27 @@ def test_more_steps_with_a_schedule_that_does_not_look_ahead(long_run, tmp_path)
     assert (longer.output_dir / ADAPTER).read_bytes() == (straight.output_dir / ADAPTER).read_bytes()
 
 
+def test_more_steps_are_refused_where_ranks_shrink_over_all_of_them(long_run, tmp_path):
+    text = long_run.read_text().replace("lora_alpha: 8", "method: adalora").replace("  r: 4\n", "  init_r: 4\n")
+    long_run.write_text(text.replace("init_r: 4\n", "init_r: 4\n  target_r: 2\n"))
+    constant = ["training.lr_scheduler_type=constant", "training.warmup_ratio=0"]
+    lowrank.train(long_run, [*constant, "training.max_steps=2"])
+    with pytest.raises(InputError, match="planned for 2 steps and is now to take 4; AdaLoRA shrinks its ranks"):
+        lowrank.train(long_run, [*constant, "training.max_steps=4"], resume=True)
+
+
+def test_what_the_best_is_judged_by_cannot_change(long_run):
+    answering = ["training.predict_with_generate=true", "training.generation_max_new_tokens=2"]
+    kept = load_config(long_run, [*answering, "training.load_best_model_at_end=true"])
+    other = load_config(
+        long_run, [*answering, "training.load_best_model_at_end=true", "training.generation_max_new_tokens=3"]
+    )
+    with pytest.raises(InputError, match="generation_max_new_tokens: 2, now 3"):
+        refuse_another_config(kept, other, Path("out"))
+    free = [load_config(long_run, [*answering, f"training.generation_max_new_tokens={n}"]) for n in (2, 3)]
+    refuse_another_config(*free, Path("out"))
+
+
 def test_nothing_to_resume(long_run, tmp_path):
     with pytest.raises(InputError, match="out holds no run to resume"):
         lowrank.train(long_run, resume=True)
@@ -201,6 +248,18 @@ def test_the_best_evaluation_is_what_is_saved(write_config, tmp_path):
     assert (result.output_dir / ADAPTER).read_bytes() == taken
 
 
+def test_evaluations_in_vain_end_the_run_for_good(write_config, capsys):
+    path = write_config(training={"eval_steps": 1, "early_stopping_patience": 1, "load_best_model_at_end": True})
+    result = lowrank.train(path, callbacks=[Damage(3)])
+    assert (result.steps, result.interrupted) == (3, False)
+    assert "stopped early, after step 3" in capsys.readouterr().out
+    saved = (result.output_dir / ADAPTER).read_bytes()
+    assert saved == (result.output_dir / "checkpoints" / "step-2" / ADAPTER).read_bytes()
+    again = lowrank.train(path, resume=True)
+    assert again.steps == 3
+    assert (again.output_dir / ADAPTER).read_bytes() == saved
+
+
 class Poison(Callback):
     """Makes the loss of some steps infinite."""
 
@@ -215,6 +274,52 @@ class Poison(Callback):
         if self.run.model.training and self.run.step + 1 in self.steps:
             return output * float("nan")
         return output
+
+
+def test_the_last_step_is_judged_also_where_it_was_skipped(write_config):
+    path = write_config(training={"eval_steps": 100, "load_best_model_at_end": True, "max_steps": 3})
+    result = lowrank.train(path, callbacks=[Poison(3)])
+    evaluated = [line["step"] for line in lines_of(result.output_dir) if line["kind"] == "eval"]
+    assert evaluated == [0, 3, 3]  # the base, to be judged, and what came out
+    assert (result.output_dir / ADAPTER).exists()
+
+
+class ScaleFarOff(Callback):
+    """A loss scale that float16 cannot hold, by eight halvings and more."""
+
+    def on_run_start(self, run) -> None:
+        if run.step == 0:
+            run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+
+
+def test_float16_finds_its_scale_and_resumes_to_the_bit(write_config):
+    """The steps that go by until then are skipped; they are none of those that stop a run."""
+    half = ["model.dtype=float16", "training.num_train_epochs=4", "training.max_skipped_steps=1"]
+    straight = lowrank.train(write_config(), [*half, "training.output_dir=straight"], callbacks=[ScaleFarOff()])
+    skips = [line["step"] for line in lines_of(straight.output_dir) if line["kind"] == "skip"]
+    assert len(skips) > 3
+    assert straight.steps > len(skips) + 4
+    assert straight.after.loss < straight.before.loss
+    stopped = lowrank.train(write_config(), half, callbacks=[ScaleFarOff(), Interrupt(len(skips) + 2)])
+    assert stopped.interrupted
+    resumed = lowrank.train(write_config(), half, resume=True, callbacks=[ScaleFarOff()])
+    assert (resumed.output_dir / ADAPTER).read_bytes() == (straight.output_dir / ADAPTER).read_bytes()
+
+
+class Stop(Callback):
+    """Ends the run after a step."""
+
+    def on_step_end(self, run, metrics) -> None:
+        run.stop = run.step == 2
+
+
+def test_stopped_before_there_is_a_best(write_config, capsys):
+    path = write_config(training={"eval_steps": 100, "load_best_model_at_end": True})
+    result = lowrank.train(path, callbacks=[Stop()])
+    assert (result.steps, result.interrupted) == (2, False)
+    assert "stopped early, after step 2" in capsys.readouterr().out
+    last = result.output_dir / "checkpoints" / "step-2" / ADAPTER
+    assert (result.output_dir / ADAPTER).read_bytes() == last.read_bytes()
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(write_config, tmp_path, capsys):

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 import lowrank
 from lowrank.cli import main
-from lowrank.errors import InputError
+from lowrank.config import load_config
+from lowrank.errors import InputError, JobError
 from lowrank.recipes.check import check
 from lowrank.recipes.evaluate import evaluate
 from lowrank.recipes.merge import merge_adapter
 from lowrank.recipes.preview import preview
+from lowrank.recipes.train import advice
 
 WRITTEN = {
     "adapter_config.json",
@@ -42,6 +44,11 @@ def test_train_then_evaluate_then_merge(write_config, base, capsys):
     lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, result.steps + 1))
+    measured = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_per_second", "peak_bytes"}
+    assert all(line.keys() >= measured and 0 <= line["data_seconds"] < line["seconds"] for line in steps)
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in evaluations] == [0, result.steps]
+    assert all(line.keys() >= {"eval_loss", "eval_perplexity", "eval_exact_match"} for line in evaluations)
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert result.after.loss < result.before.loss
     assert len(result.after.samples) == 6
@@ -133,6 +140,34 @@ def test_ctrl_c_once_stops_after_the_step_and_saves(write_config, capsys):
     assert f"stopped after step {result.steps}" in capsys.readouterr().out
 
 
+def test_a_batch_that_does_not_fit_is_told_before_anything_is_written(write_config, tmp_path, monkeypatch):
+    def short(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lowrank.recipes.train.rehearse", short)
+    with pytest.raises(JobError, match="trying the longest batch") as raised:
+        lowrank.train(write_config(), ["training.tokens_per_batch=200"])
+    for help_with_numbers in (
+        "training.tokens_per_batch below 200 (data.max_length is 128)",
+        "training.gradient_checkpointing: true",
+        "quantization.load_in_4bit: true",
+    ):
+        assert help_with_numbers in str(raised.value)
+    assert not (tmp_path / "out").exists()
+    padded = load_config(write_config(data={"packing": False}), ["training.gradient_checkpointing=true"])
+    assert advice(padded) == ["training.per_device_train_batch_size below 8", "quantization.load_in_4bit: true"]
+
+
+def test_a_base_that_does_not_fit_is_told(write_config, tmp_path, monkeypatch):
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lowrank.recipes.setup.base_model", short)
+    with pytest.raises(JobError, match=r"loading the model.*\n.*load_in_4bit"):
+        lowrank.train(write_config())
+    assert not (tmp_path / "out").exists()
+
+
 class TestRefusals:
     def test_a_folder_that_holds_a_run(self, write_config, tmp_path):
         path = write_config()
@@ -159,6 +194,12 @@ class TestRefusals:
         assert "Traceback" not in error
         assert not (tmp_path / "out").exists()
 
+    def test_a_launcher_that_would_divide_the_gradients(self, write_config, tmp_path, monkeypatch):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+        with pytest.raises(InputError, match=r"Set training\.gradient_accumulation_steps"):
+            lowrank.train(write_config())
+        assert not (tmp_path / "out").exists()
+
     def test_a_row_without_an_answer(self, write_config, tmp_path):
         path = write_config()
         rows = (tmp_path / "train.jsonl").read_text().splitlines()
@@ -172,8 +213,8 @@ class TestRefusals:
 def test_check_does_everything_but_train(write_config, tmp_path, capsys):
     path = write_config()
     memory = check(path)
-    assert memory.total == memory.weights + memory.training + memory.activations + memory.logits
-    assert memory.activations > 0
+    assert min(memory.program, memory.weights, memory.training, memory.rest) > 0
+    assert memory.total >= memory.program + memory.weights + memory.training
     assert "the run can start" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="matches no module"):

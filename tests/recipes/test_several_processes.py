@@ -150,6 +150,18 @@ def test_through_torchrun(run_config, tmp_path):
     assert_close(tmp_path / "out", alone.output_dir)
 
 
+@pytest.mark.slow
+def test_accelerate_launch_that_starts_one_process_for_two_is_refused(run_config, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    command = ["-m", "lowrank", "train", str(run_config)]
+    refused = subprocess.run([*launch, "2", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "asked for several processes and has started one by itself" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    subprocess.run([*launch, "1", *command, "--set", "training.max_steps=1"], cwd=tmp_path, check=True)
+    assert (tmp_path / "out" / ADAPTER).exists()
+
+
 def test_batches_are_balanced_by_tokens():
     sizes = [10, 90, 80, 20, 50, 45]
     shares = [share(sizes, Ranks(index, 2)) for index in range(2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -35,7 +36,9 @@ class Interrupt(Callback):
 
 def test_it_learns_and_resumes_to_the_bit(streamed, capsys):
     straight = lowrank.train(streamed, ["training.output_dir=straight"])
-    assert "streamed from train.jsonl" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "streamed from train.jsonl" in told
+    assert re.search(r"From the stream: \d+ rows read\.", told)
     assert straight.after.loss < straight.before.loss
     steps = [json.loads(line) for line in (straight.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("epoch", 0) for line in steps) >= 1  # the stream begins again where it ends

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -89,6 +91,45 @@ def test_the_best_stays(tmp_path):
     assert checkpoints.best.value == 2.0
 
 
+def test_a_best_one_that_could_not_be_kept_is_not_the_best(tmp_path, monkeypatch):
+    """Its weights are gone: the best is the one before, and its checkpoint is still there."""
+
+    def full(folder, state):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = new_run(tmp_path)
+    checkpoints = callback(keep=1, best=Best("loss"), told=lambda line: None)
+    run.callbacks = [checkpoints]
+
+    def evaluated(step: int, loss: float) -> tuple[int | None, list[str]]:
+        run.step = step
+        checkpoints.on_eval(run, Evaluation(loss, 10))
+        checkpoints.on_step_end(run, METRICS)
+        return checkpoints.best.step, there(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank.training.checkpoint.write_state", full)
+        assert evaluated(1, 3.0) == (None, [])
+    assert evaluated(2, 3.5) == (2, ["step-2"])
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank.training.checkpoint.write_state", full)
+        assert evaluated(3, 1.0) == (2, ["step-2"])
+    assert evaluated(4, 2.0) == (4, ["step-4"])
+    monkeypatch.setattr("lowrank.training.checkpoint.write_state", full)
+    assert evaluated(10, 1.5) == (10, ["step-4"])  # the last step's weights are in the model
+
+
+def test_other_names_and_what_a_death_left(tmp_path):
+    run = new_run(tmp_path)
+    run.callbacks = [callback(steps=1)]
+    take_steps(run, 1)
+    for name in ("step-7.broken", "step-x", ".step-9.incomplete-abc"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert there(run) == ["step-1"]
+    run.tell(Callback.on_run_start)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-1", "step-7.broken", "step-x"}
+
+
 def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
     lines = []
 
@@ -158,3 +199,45 @@ def test_another_adapter_is_refused(tmp_path):
     wider.model = lowrank.wrap(tiny_llama(), lowrank.LoraConfig(r=8, target_modules="all-linear"))
     with pytest.raises(InputError, match=r"is \[4, 32\] there and \[8, 32\] here"):
         restore(wider, state)
+
+
+class Thread:
+    """A process of a run, as a thread: they wait for one another, and say things."""
+
+    def __init__(self, index: int, barrier: threading.Barrier, box: dict[int, object]) -> None:
+        self.index, self.main, self.count, self.barrier, self.box = index, index == 0, 2, barrier, box
+
+    def all(self, value):
+        self.box[self.index] = value
+        self.barrier.wait()
+        values = [self.box[index] for index in range(self.count)]
+        self.barrier.wait()
+        return values
+
+    def first(self, value):
+        return self.all(value)[0]
+
+
+def test_all_processes_learn_that_it_could_not_be_written(tmp_path, monkeypatch):
+    """Else the others would wait for the first one, or take another best than it."""
+
+    def full(folder, state):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lowrank.training.checkpoint.write_state", full)
+    barrier, box = threading.Barrier(2, timeout=20), {}
+    runs = [new_run(tmp_path) for _ in range(2)]
+
+    def work(index: int) -> tuple[bool, int | None]:
+        run = runs[index]
+        checkpoints = callback(steps=1, best=Best("loss"), told=lambda _: None, ranks=Thread(index, barrier, box))
+        run.callbacks, run.step = [checkpoints], 1
+        checkpoints.on_eval(run, Evaluation(1.0, 10))
+        checkpoints.on_step_end(run, METRICS)
+        with pytest.raises(JobError, match="disk is full"):
+            checkpoints.write(run)
+        return run.stop, checkpoints.best.step
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [(False, None)] * 2
+    assert there(runs[0]) == []

@@ -40,3 +40,27 @@ def test_what_is_not_there_is_refused():
         chosen_trackers("tensorbord")
     with pytest.raises(InputError, match=r"comet_ml is not installed\npip install comet_ml"):
         chosen_trackers(["comet_ml"])
+
+
+class Full:
+    """A tracker on a full disk: once it has failed it fails at everything."""
+
+    name = "full"
+
+    def log(self, values, step=None, **_):
+        raise OSError(28, "No space left on device")
+
+    def finish(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_one_that_cannot_write_is_left_out_and_told(tmp_path):
+    lines = []
+    accelerator = Accelerator(cpu=True)
+    run = Run(None, None, None, None, tmp_path, 3, callbacks=[Trackers(accelerator, "mine", {}, lines.append)])  # type: ignore[arg-type]
+    with run.underway():
+        accelerator.trackers = [Full()]
+        for step in (1, 2):
+            run.tell(Callback.on_step_end, StepMetrics(step, 0.1, 1.0, 1e-3, 1.0, 80, 40, 2.0, 0.0, 1))
+    assert len(lines) == 1
+    assert "No space left on device" in lines[0]
