@@ -1,7 +1,8 @@
 # make quickstart   fine-tune a small model, see that it got better, merge it, ask it
 # make test         lint, format, types and tests
 # make test-slow    the tests that take minutes
-# make bench        a fine-tune beside peft and TRL, in an environment of its own; an hour
+# make bench        fine-tunes beside peft, TRL, torchtune and LitGPT, in environments of their own; hours
+# make claims       the field's claims, tried on this machine: every method on two tasks; hours, and it goes on if stopped
 # make clean        remove what can be made again: .venv, the base model, caches; never runs/
 # Another Python: make quickstart PYTHON=python3.12
 
@@ -15,7 +16,7 @@ REQUEST := Remind me at 6:40 am to feed the horses
 
 BENCH := .venv-bench
 
-.PHONY: quickstart test test-slow bench clean
+.PHONY: quickstart test test-slow bench claims clean
 
 quickstart: $(INSTALLED) $(MODEL)
 	@run=runs/quickstart; n=2; while [ -e $$run ] || [ -e $$run-merged ]; do run=runs/quickstart-$$n; n=$$((n+1)); done; \
@@ -35,13 +36,21 @@ test-slow: $(INSTALLED) $(MODEL)
 	@$(PY) -m pytest -m slow
 
 bench: $(BENCH)/.installed $(MODEL)
-	@for case in "lora bfloat16" "lora float32" "dora bfloat16" "qlora bfloat16"; do set -- $$case; \
-	$(BENCH)/bin/python benchmarks/finetune.py $(MODEL) --method $$1 --dtype $$2; done
+	@set -e; for case in "chat lora bfloat16" "chat lora float32" "chat dora bfloat16" "chat qlora bfloat16" \
+	  "long lora bfloat16" "1b lora bfloat16"; do set -- $$case; \
+	$(BENCH)/bin/python benchmarks/finetune.py --case $$1 --method $$2 --dtype $$3; done
+	@$(BENCH)/bin/python benchmarks/loss_curves.py $(MODEL)
 
-$(BENCH)/.installed: pyproject.toml constraints.txt
+claims: $(INSTALLED) $(MODEL)
+	@$(PY) examples/claims/run.py
+
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt
 	@echo "setup: installing lowrank and its peers into $(BENCH) (once, minutes)"
 	@$(PYTHON) -m venv $(BENCH)
 	@$(BENCH)/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt -e ".[dev]"
+	@$(PYTHON) -m venv $(BENCH)/peers
+	@$(BENCH)/peers/bin/python -m pip --quiet --disable-pip-version-check install -r benchmarks/peers.txt \
+	  $$(grep -E '^(torch|numpy)==' constraints.txt) || echo "setup: torchtune and LitGPT do not install here; they are left out"
 	@touch $@
 
 clean:

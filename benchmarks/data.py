@@ -36,13 +36,14 @@ def make_rows(path: Path, count: int) -> None:
 
 
 def ready(model: str, path: str) -> dict[str, float]:
-    """Loads and packs, in this process."""
-    from lowrank.data import load_examples, plan_batches
+    """Loads, checks and packs, in this process, as a run does."""
+    from lowrank.data import check_supervision, load_examples, plan_batches
     from lowrank.models import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     began = time.perf_counter()
     examples = load_examples(path, tokenizer, max_length=1024)
+    check_supervision(examples, tokenizer)
     plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=2048, pad_token_id=0, seed=0)
     packs = len(plan.epoch(0))
     seconds = time.perf_counter() - began

@@ -1,160 +1,140 @@
 """The same LoRA fine-tune by lowrank and by what people use today, in alternating order, each in its own process.
 
-    python benchmarks/finetune.py .cache/models/smollm2-135m-instruct --method lora --dtype bfloat16 --repeats 5
+    python benchmarks/finetune.py --case chat --method lora --dtype bfloat16 --repeats 5
 
-Same weights, rows, rank, targets, dtype and (on average) tokens in a step. Reported are real tokens a second (without
-padding), peak memory, the time to the first step, medians and spread, the ratio to peft + Trainer, and the share of the
-machine's own matrix-product rate: the floating-point operations that a LoRA step needs, divided by the time and by the
-rate of plain products of the model's shapes, measured in the same run. Writes JSON, a table and a plot to
-benchmarks/results/finetune-<device>-<method>-<dtype>.*
+Same weights, rows, rank, targets, dtype, learning rate and (on average) tokens in a step. `make bench` installs the
+peers; torchtune and LitGPT stand in an environment of their own. Reported are real tokens a second (without padding)
+and supervised ones, peak memory, the time to the first step and to the loss that peft + Trainer ends with, medians and
+spread, the ratio to peft + Trainer, and the share of the machine's own matrix-product rate: the operations that a
+LoRA step needs, divided by the time and by the rate of plain products of the model's shapes, measured in the same run.
+Writes a table, JSON and a plot to benchmarks/results/finetune-<device>-<case>-<method>-<dtype>.*
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoConfig
+from cases import CASES, model_of
+from finetune_report import Outcome, write
+from yardstick import product_rate
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "contestants"))
 from job import Job  # noqa: E402
 
-CONTESTANTS = {"lowrank": "lowrank_run.py", "peft + Trainer": "peft_trainer.py", "TRL SFT + packing": "trl_sft.py"}
-BARS = {  # tokens a second and peak memory against peft + Trainer
-    ("lora", "bfloat16"): (6.0, 0.33),
-    ("lora", "float32"): (3.5, 0.40),
-    ("dora", "bfloat16"): (6.0, 0.30),
-    ("qlora", "bfloat16"): (4.0, 0.40),
+APART = HERE.parent / ".venv-bench" / "peers" / "bin" / "python"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who takes part.
+
+    Attributes:
+        file: In `contestants/`.
+        python: What runs it.
+        prepares: Whether it makes something of the base once, which counts for nothing.
+        card: Whether it needs a CUDA device.
+    """
+
+    file: str
+    python: Path = Path(sys.executable)
+    prepares: bool = False
+    card: bool = False
+
+
+CONTESTANTS = {
+    "lowrank": Contestant("lowrank_run.py"),
+    "peft + Trainer": Contestant("peft_trainer.py"),
+    "TRL SFT + packing": Contestant("trl_sft.py"),
+    "torchtune": Contestant("torchtune_lora.py", python=APART),
+    "LitGPT": Contestant("litgpt_lora.py", python=APART, prepares=True),
+    "Unsloth": Contestant("unsloth_sft.py", card=True),
+    "TRL SFT + Liger": Contestant("trl_liger.py", card=True),
 }
 
 
-def run(contestant: str, job: Job) -> dict | None:
-    """One process; None where it failed, with its last words shown."""
-    command = [sys.executable, str(HERE / "contestants" / CONTESTANTS[contestant]), json.dumps(asdict(job))]
+def run(contestant: Contestant, job: Job, *options: str) -> tuple[dict | None, str]:
+    """One process: what it measured and "", or None and why not."""
+    if not contestant.python.exists():
+        return None, "its environment is not there; `make bench` makes it"
+    job = replace(job, launched=time.time())
+    command = [str(contestant.python), str(HERE / "contestants" / contestant.file), *options, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"{contestant} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        return None, first_line(done.stderr) or f"ended with exit status {done.returncode}"
+    return (None, "") if options else (json.loads(done.stdout.strip().splitlines()[-1]), "")
 
 
-def product_rate(dtype: torch.dtype, rows: int = 1024, width: int = 576, wide: int = 1536) -> float:
-    """Floating-point operations a second of plain products of SmolLM2's shapes."""
-    x, w = torch.randn(rows, width).to(dtype), torch.randn(wide, width).to(dtype)
-    times = []
-    for _ in range(30):
-        began = time.perf_counter()
-        for _ in range(10):
-            torch.nn.functional.linear(x, w)
-        times.append(time.perf_counter() - began)
-    return 10 * 2 * rows * width * wide / statistics.median(times)
+def first_line(stderr: str) -> str:
+    """The first line of the error that ended a Python program; "" where it was no exception."""
+    _, found, after = stderr.rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in after.splitlines() if re.match(r"[A-Za-z_][\w.]*(:|$)", line)]
+    return lines[0].strip() if found and lines else ""
 
 
-def operations_a_token(folder: str, supervised: float) -> float:
-    """What a LoRA step needs for a token: forward, and backward to the inputs alone, since the base is frozen; the head
-    for supervised tokens only. Low-rank products and attention are not counted."""
-    config = AutoConfig.from_pretrained(folder)
-    head_width = config.hidden_size // config.num_attention_heads
-    attention = config.hidden_size * head_width * 2 * (config.num_attention_heads + config.num_key_value_heads)
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
-    return 2 * 2 * (config.num_hidden_layers * layer + supervised * config.hidden_size * config.vocab_size)
-
-
-def middle(results: list[dict], key: str) -> tuple[float, float, float]:
-    """Median, lowest, highest."""
-    values = [result[key] for result in results]
-    return statistics.median(values), min(values), max(values)
+def contest(names: list[str], job: Job, repeats: int) -> tuple[dict[str, Outcome], list[float]]:
+    """All runs in alternating order, and the rate of plain products before each round."""
+    outcomes, rates = {name: Outcome() for name in names}, []
+    for name in names:
+        if CONTESTANTS[name].prepares:
+            outcomes[name].why_not = run(CONTESTANTS[name], job, "--prepare")[1]
+    for repeat in range(repeats):
+        rates.append(product_rate(job.model, getattr(torch, job.dtype), job.device))
+        for name in names if repeat % 2 == 0 else names[::-1]:
+            outcome = outcomes[name]
+            if outcome.why_not:  # what failed once is not tried again
+                continue
+            result, outcome.why_not = run(CONTESTANTS[name], replace(job, seed=repeat))
+            if result is None:
+                print(f"{repeat + 1}: {name} does not run here: {outcome.why_not}", file=sys.stderr, flush=True)
+            else:
+                outcome.results[repeat] = result
+                print(f"{repeat + 1}: {name}: {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
+    return outcomes, rates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("--case", choices=list(CASES), default="chat")
     parser.add_argument("--method", choices=["lora", "dora", "qlora"], default="lora")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rows", type=int, help="in a step; by default the case's")
+    parser.add_argument("--steps", type=int, help="in a run, the first of them warm-up; by default the case's")
+    parser.add_argument("--repeats", type=int, help="of a run; by default the case's")
     parser.add_argument("--only", action="append", choices=list(CONTESTANTS), help="leave the others out")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of what is written")
     options = parser.parse_args()
-    names = options.only or list(CONTESTANTS)
-    results: dict[str, list[dict]] = {name: [] for name in names}
-    rates = []
-    for repeat in range(options.repeats):
-        rates.append(product_rate(getattr(torch, options.dtype)))
-        for name in names if repeat % 2 == 0 else names[::-1]:
-            job = Job(options.model, method=options.method, dtype=options.dtype, steps=options.steps, seed=repeat)
-            result = run(name, job)
-            if result is not None:
-                results[name].append(result)
-                print(f"{repeat + 1}: {name}: {result['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
-    write(options, {name: taken for name, taken in results.items() if taken}, statistics.median(rates))
-
-
-def write(options: argparse.Namespace, results: dict[str, list[dict]], rate: float) -> None:
-    """Table on the screen; JSON, table and plot in files."""
-    stem = HERE / "results" / f"finetune-cpu-{options.method}-{options.dtype}"
-    needed = operations_a_token(options.model, 0.5)
-    peft = results.get("peft + Trainer")
-    lines = [
-        "| | tokens/s (lowest-highest) | against peft | peak MiB | against peft | first step after | of the rate |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
-    for name, taken in results.items():
-        speed, low, high = middle(taken, "tokens_per_second")
-        memory = middle(taken, "peak_mib")[0]
-        against = [middle(peft, key)[0] for key in ("tokens_per_second", "peak_mib")] if peft else [speed, memory]
-        lines.append(
-            f"| {name} | {speed:.0f} ({low:.0f}-{high:.0f}) | {speed / against[0]:.2f} | {memory:.0f} | "
-            f"{memory / against[1]:.2f} | {middle(taken, 'first_step_after')[0]:.1f} s | {speed * needed / rate:.0%} |"
-        )
-    bars = BARS.get((options.method, options.dtype))
-    libraries = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-    text = [
-        f"# {options.method}, {options.dtype}, r = 16, all-linear, SmolLM2-135M, 16 chat-shaped rows a step",
-        "",
-        f"{platform.machine()}, {torch.get_num_threads()} threads; "
-        + ", ".join(f"{name} {version(name)}" for name in libraries)
-        + f". `python {' '.join(sys.argv)}`: {options.repeats} repeats in alternating order, {options.steps - 1} steps "
-        f"timed in each. Plain products ran at {rate / 1e9:.0f} GFLOP/s.",
-        "",
-        *lines,
-        "",
-        f"Bars against peft + Trainer: at least {bars[0]} times the tokens a second, at most {bars[1]} of the peak "
-        "memory."
-        if bars
-        else "",
-    ]
-    stem.with_suffix(".md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
-    stem.with_suffix(".json").write_text(json.dumps({"rate": rate, "results": results}, indent=1), encoding="utf-8")
-    plot(results, stem.with_suffix(".png"))
-    table = Table(*[part.strip() for part in lines[0].strip("|").split("|")])
-    for line in lines[2:]:
-        table.add_row(*[part.strip() for part in line.strip("|").split("|")])
-    Console(width=150).print(table)
-
-
-def plot(results: dict[str, list[dict]], path: Path) -> None:
-    """Tokens a second, a bar each with its spread."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 2.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, taken in results.items():
-        speed, low, high = middle(taken, "tokens_per_second")
-        axes.barh(name, speed, xerr=[[speed - low], [high - speed]], color="#4c8bf5")
-    axes.set_xlabel("real tokens a second")
-    figure.savefig(path, dpi=120)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device on this machine")
+    case = CASES[options.case]
+    names = [name for name in options.only or CONTESTANTS if options.device == "cuda" or not CONTESTANTS[name].card]
+    if not names or (options.steps or case.steps) < 2:
+        parser.error("a contestant that runs on this device, and two steps at least, are needed")
+    job = Job(
+        str(model_of(options.case)),
+        method=options.method,
+        dtype=options.dtype,
+        device=options.device,
+        rows=options.rows or case.rows,
+        steps=options.steps or case.steps,
+        mean_length=case.mean_length,
+        spread=case.spread,
+        longest=case.longest,
+    )
+    outcomes, rates = contest(names, job, options.repeats or case.repeats)
+    options.out.mkdir(exist_ok=True)
+    stem = options.out / f"finetune-{options.device}-{options.case}-{options.method}-{options.dtype}"
+    write(stem, options.case, job, outcomes, statistics.median(rates))
 
 
 if __name__ == "__main__":

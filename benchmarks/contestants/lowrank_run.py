@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from job import LONGEST, Job, Record, counted, read_job, rows_of
+from job import IGNORED, Job, Record, counted, read_job, rows_of
 from transformers import PreTrainedModel
 
 import lowrank
@@ -16,7 +16,7 @@ from lowrank.models import load_model
 from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.loop import fit
 from lowrank.training.loss import supervised_loss
-from lowrank.training.memory import freed_blocks_kept
+from lowrank.training.memory import few_kernels_kept, freed_blocks_kept
 from lowrank.training.optim import Settings, build_optimizer
 from lowrank.training.schedule import build_schedule
 from lowrank.training.steps import StepSize
@@ -24,40 +24,39 @@ from lowrank.training.steps import StepSize
 
 class Watch(Callback):
     def __init__(self) -> None:
-        self.record, self.tokens, self.supervised = Record(), 0, 0
+        self.record = Record()
 
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
+        self.record.add(metrics.tokens, metrics.supervised)
         self.record.step(metrics.loss)
-        if run.step > 1:
-            self.tokens += metrics.tokens
-            self.supervised += metrics.supervised
 
 
 def wrapped(job: Job) -> PreTrainedModel:
     four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": job.dtype}
     quantization = four_bits if job.method == "qlora" else None
-    model = load_model(job.model, dtype=job.dtype, quantization=quantization, device="cpu")
+    model = load_model(job.model, dtype=job.dtype, quantization=quantization, device=job.device)
     config = lowrank.LoraConfig(r=job.r, lora_alpha=2 * job.r, use_dora=job.method == "dora")
     return lowrank.wrap(model, config)
 
 
 def main() -> None:
     job = read_job()
+    few_kernels_kept()
     torch.manual_seed(job.seed)
     model = wrapped(job)
     set_attention(model, "auto", packing=True)
     rows = rows_of(job, model.config.vocab_size)
-    examples = Examples.of([Example(ids, [label != -100 for label in labels]) for ids, labels in rows], "all")
-    plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=LONGEST, pad_token_id=0, seed=job.seed)
+    examples = Examples.of([Example(ids, [label != IGNORED for label in labels]) for ids, labels in rows], "all")
+    plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=job.longest, pad_token_id=0, seed=job.seed)
     size = StepSize(tokens=counted(rows)[0] // job.steps)  # as many tokens in a step as the others have on average
     optimizer = build_optimizer(model, Settings(job.learning_rate))
     schedule = build_schedule(optimizer, "constant", warmup_steps=0, total_steps=job.steps)
     watch = Watch()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler(job.device, enabled=False)
     run = Run(model, optimizer, schedule, scaler, Path(), job.steps, callbacks=[watch])
     with freed_blocks_kept():
-        fit(run, plan, supervised_loss(model), accelerator=Accelerator(cpu=True), size=size)
-    watch.record.report(watch.tokens, watch.supervised)
+        fit(run, plan, supervised_loss(model), accelerator=Accelerator(cpu=job.device == "cpu"), size=size)
+    watch.record.report(job, ("torch", "transformers", "lowrank", "accelerate"))
 
 
 if __name__ == "__main__":

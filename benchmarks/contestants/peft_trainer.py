@@ -7,39 +7,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from job import Record, counted, read_job, rows_of
+from job import read_job, rows_of
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    DataCollatorForSeq2Seq,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-
-AT_A_TIME = 8
-
-
-class Watch(TrainerCallback):
-    def __init__(self) -> None:
-        self.record = Record()
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # noqa: ANN001, ANN003
-        if logs and "loss" in logs:
-            self.record.step(logs["loss"])
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from watch import Watch, base_of, counting, settings_of
 
 
 def main() -> None:
     job = read_job()
     torch.manual_seed(job.seed)
-    options = {}
-    if job.method == "qlora":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, job.dtype)
-        )
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype), **options)
+    model = base_of(job)
     if job.method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
@@ -52,20 +29,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=AT_A_TIME,
-            gradient_accumulation_steps=job.rows // AT_A_TIME,
-            max_steps=job.steps,
-            learning_rate=job.learning_rate,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            seed=job.seed,
-            bf16=job.dtype == "bfloat16",
-            disable_tqdm=True,
+            per_device_train_batch_size=job.padded_together,
+            gradient_accumulation_steps=job.rows // job.padded_together,
+            **settings_of(job),
         )
-        trainer = Trainer(
+        trainer = counting(Trainer, watch.record)(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in rows]),
@@ -73,10 +41,7 @@ def main() -> None:
             callbacks=[watch],
         )
         trainer.train()
-    # The order is shuffled: of all rows, the share of the steps after the first.
-    tokens, supervised = counted(rows)
-    share = (job.steps - 1) / job.steps
-    watch.record.report(int(tokens * share), int(supervised * share))
+    watch.record.report(job, ("torch", "transformers", "peft", "accelerate"))
 
 
 if __name__ == "__main__":

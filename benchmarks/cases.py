@@ -1,0 +1,94 @@
+"""What the fine-tunes of `benchmarks/finetune.py` train, and on what."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+MODELS = Path(".cache/models")
+SMALL = MODELS / "smollm2-135m-instruct"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the shape of its rows.
+
+    Attributes:
+        what: In words.
+        rows: In a step.
+        mean_length: Of a row, in tokens.
+        spread: Of the logarithm of the lengths; 0 for rows of one length.
+        longest: Of a row and of a pack, in tokens.
+        steps: In a run; the first is warm-up.
+        repeats: Of a run.
+        shape: Of a random Llama in bfloat16; None for SmolLM2-135M.
+    """
+
+    what: str
+    rows: int = 16
+    mean_length: int = 200
+    spread: float = 0.6
+    longest: int = 1000
+    steps: int = 4
+    repeats: int = 5
+    shape: dict[str, Any] | None = None
+
+
+_LLAMA = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
+CASES = {
+    "chat": Case("SmolLM2-135M, 16 chat-shaped rows a step"),
+    "long": Case(
+        "SmolLM2-135M, one row of 4,096 tokens a step", rows=1, mean_length=4096, spread=0.0, longest=4096, steps=3
+    ),
+    "1b": Case(
+        "a random Llama of 1.2 billion weights (shapes of Llama-3.2-1B), 4 chat-shaped rows a step",
+        rows=4,
+        steps=2,
+        repeats=1,
+        shape=_LLAMA
+        | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    ),
+    "8b": Case(
+        "a random Llama of 8 billion weights (shapes of Llama-3.1-8B), 16 chat-shaped rows a step",
+        shape=_LLAMA
+        | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
+    ),
+}
+
+
+def model_of(name: str) -> Path:
+    """The folder of a case's base; a random one is made when it is not there."""
+    shape = CASES[name].shape
+    return SMALL if shape is None else _random_llama(MODELS / f"llama-{name}-random", shape)
+
+
+def _random_llama(folder: Path, shape: dict[str, Any]) -> Path:
+    """One safetensors file, with SmolLM2's tokenizer beside it."""
+    if folder.exists():
+        return folder
+    config = LlamaConfig(
+        **shape,
+        pad_token_id=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    )
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if shutil.disk_usage(MODELS).free < 2 * (2 * weights):  # LitGPT's copy of the weights comes beside it
+        raise SystemExit(f"{folder} and its copy for LitGPT need {4 * weights / 1e9:.0f} GB of disk")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made = folder.with_name(f"{folder.name}.making")
+    shutil.rmtree(made, ignore_errors=True)
+    model.save_pretrained(made, max_shard_size="100GB")
+    for file in TOKENIZER:
+        if (SMALL / file).exists():
+            shutil.copy(SMALL / file, made / file)
+    return made.rename(folder)
