@@ -72,6 +72,7 @@ def _arguments() -> argparse.Namespace:
 def measure(folder: Path, options: argparse.Namespace) -> dict:
     """Seconds of each copy and merge, bytes of memory, and what of the adapter's effect was lost to rounding."""
     base, adapter, largest = make_checkpoint(folder, options)
+    os.sync()  # or the base would go to the disk while the first sides are timed
     size = sum(file.stat().st_size for file in base.iterdir())
     copies, merges = [], []
     for repeat in range(options.repeats):

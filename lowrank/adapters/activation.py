@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lowrank.adapters.copies import WholeCopy
+from lowrank.adapters.host import hosts
 from lowrank.adapters.record import Record, record_of
 from lowrank.errors import InputError
 
@@ -15,13 +17,38 @@ def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
     """Makes one adapter, or several whose deltas add, the active ones; an empty list silences all.
 
     What trains is not changed by this: parameters keep their `requires_grad`.
+
+    Raises:
+        InputError: there is no such adapter, one is named twice, or one would hide another.
     """
     record = record_of(model)
     chosen = (names,) if isinstance(names, str) else tuple(names)
     record.check_known(chosen)
     if len(set(chosen)) < len(chosen):
         raise InputError(f"an adapter is named twice: {', '.join(chosen)}")
+    _check_none_hidden(model, chosen)
     record.activity.names = chosen
+
+
+def _check_none_hidden(model: nn.Module, names: tuple[str, ...]) -> None:
+    """A module that one adapter holds whole does not run what another adapts inside of it."""
+    if len(names) < 2:
+        return
+    places = [
+        (path, name, layer)
+        for path, _, adapters in hosts(model)
+        for name, layer in adapters.layers().items()
+        if name in names
+    ]
+    for path, name, layer in places:
+        inside = [(other, p) for p, other, _ in places if other != name and p.startswith(f"{path}.")]
+        if isinstance(layer, WholeCopy) and inside:
+            other, hidden = inside[0]
+            raise InputError(
+                f"the adapter {name!r} holds {path} whole, and {other!r} adapts {hidden} inside of it: the two cannot "
+                "act together",
+                fix="Activate one at a time.",
+            )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,8 +17,10 @@ from lowrank.weights.plan import Planned
 from lowrank.weights.rounding import Loss, Rounding, round_into
 from lowrank.weights.tensorfile import TORCH_DTYPES, Entry, read_bytes, write_bytes
 
-BLOCK = 1 << 19  # values: with its float32 copies a block stays near the cores' caches
-MEASURED = 4  # one block of so many is measured: measuring costs as much as merging
+BLOCK = (
+    1 << 18
+)  # values: their float32 sum fits a core's cache, and what Python does for a block costs little beside it
+MEASURED = 16  # one block of so many is measured: measuring costs as much as merging, and a block says enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def row_count(shape: tuple[int, ...]) -> int:
 
 def _check_range(exact: Tensor, planned: Planned) -> None:
     largest = torch.finfo(TORCH_DTYPES[planned.dtype]).max
-    fits = exact.sum().isfinite().item()  # a sum passes on what is not finite
+    fits = math.isfinite(exact.sum().item())  # a sum passes on what is not finite
     if fits and largest < torch.finfo(torch.bfloat16).max:
         fits = exact.abs().max().item() <= largest
     if not fits:

@@ -81,3 +81,12 @@ def test_a_quantised_module_cannot_be_trained_whole(quantization, name, tmp_path
     ):
         lowrank.wrap(model, LoraConfig(target_modules=["q_proj"], modules_to_save=[name]))
     lowrank.wrap(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+def test_an_adapter_inside_of_what_another_holds_whole_cannot_act_with_it():
+    model = lowrank.wrap(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"]), adapter="a")
+    lowrank.wrap(model, LoraConfig(r=2, target_modules=["up_proj"]), adapter="b")
+    with pytest.raises(InputError, match=r"'a' holds model\.layers\.0\.mlp whole, and 'b' adapts .*up_proj inside"):
+        lowrank.set_active(model, ["a", "b"])
+    with lowrank.using(model, "b"):
+        model(IDS)
