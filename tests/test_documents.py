@@ -36,3 +36,17 @@ def test_the_readme_names_verbs_and_files_that_exist():
         assert (ROOT / path).exists()
     for name in re.findall(r"lowrank\.(\w+)\(", readme):
         assert name in lowrank.__all__
+
+
+def test_every_measured_number_stands_in_the_file_that_it_names():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("## Measured")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ") and "](" in line]
+    assert len(rows) >= 5
+    for _, found, where in rows:
+        path = ROOT / re.search(r"\((benchmarks/results/[\w.-]+)\)", where)[1]
+        kept = path.read_text(encoding="utf-8").replace(",", "")
+        numbers = re.findall(r"\d+(?:\.\d+)?", found.replace(",", ""))
+        assert numbers, found
+        for number in numbers:
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", kept), f"{number} is not in {path}"
