@@ -10,7 +10,10 @@ import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by the fork server's interpreter
+import torch
+
+# Read by the fork server's interpreter. The same number as here: with another one sums may differ in their last bit.
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 CONTEXT = multiprocessing.get_context("forkserver")  # torch is imported once, not once a run
 CONTEXT.set_forkserver_preload(["lowrank.recipes.train", "lowrank.cli.app", "transformers.models.llama"])
 

@@ -87,6 +87,7 @@ def test_killed_before_there_is_a_config(long_run, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_instants(long_run, uninterrupted, tmp_path):
+    """In a step, a save, an evaluation, or before the first of them: wherever it happens to be."""
     began = time.monotonic()
     whole = start(tmp_path, ["train", str(long_run), "--set", "training.output_dir=timed"], workers=True)
     whole.join()
