@@ -14,7 +14,9 @@ from transformers import BitsAndBytesConfig
 from lowrank.weights.tensorfile import TensorFile
 
 _BLOCK = 64  # bitsandbytes' default, which transformers does not change
+_NESTED_BLOCK = 256  # of double quantisation, bitsandbytes' own
 _AT_ONCE = 1 << 19  # values that are worked out together
+_QUANTISED_AT_ONCE = 1 << 16  # values, of which bitsandbytes takes 64 bytes and more each on a CPU
 
 
 class Decoder(Protocol):
@@ -104,7 +106,7 @@ class OnTheFly:
         return _transposed(quantised) if self.transposed else quantised
 
     def _quantised(self) -> Decoder:
-        from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
+        from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit, quantize_blockwise
 
         weight = self.file.read(self.name)
         weight = weight.t().contiguous() if self.transposed else weight
@@ -112,17 +114,20 @@ class OnTheFly:
         if self.config.load_in_8bit:
             values, largest, _ = int8_vectorwise_quant(weight.half())
             return EightBits(shape, lambda first, last: values[first:last], largest)
-        packed, state = quantize_4bit(
-            weight,
-            blocksize=_BLOCK,
-            compress_statistics=self.config.bnb_4bit_use_double_quant,
-            quant_type=self.config.bnb_4bit_quant_type,
-        )
-        absmax, code = state.absmax, state.code
+        # In parts of whole blocks, for the sake of memory.
+        kind = self.config.bnb_4bit_quant_type
+        parts = [
+            quantize_4bit(part, blocksize=_BLOCK, quant_type=kind)
+            for part in weight.flatten().split(_QUANTISED_AT_ONCE)
+        ]
+        flat, code = torch.cat([packed.flatten() for packed, _ in parts]), parts[0][1].code
+        absmax = torch.cat([state.absmax for _, state in parts])
         assert code is not None
-        if state.state2 is not None and state.offset is not None:
-            absmax = nested_maxima(absmax, state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
-        flat = packed.flatten()
+        if self.config.bnb_4bit_use_double_quant:
+            offset = absmax.mean()
+            quantised, state = quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+            assert state.code is not None
+            absmax = nested_maxima(quantised, state.absmax, state.code, offset, _NESTED_BLOCK)
         return FourBits(
             shape, lambda first, last: flat[first:last], lambda first, last: absmax[first:last], code, _BLOCK
         )
