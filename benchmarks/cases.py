@@ -24,7 +24,7 @@ class Case:
         rows: In a step.
         mean_length: Of a row, in tokens.
         spread: Of the logarithm of the lengths; 0 for rows of one length.
-        longest: Of a row and of a pack, in tokens.
+        longest: Of a row, in tokens.
         steps: In a run; the first is warm-up.
         repeats: Of a run.
         shape: Of a random Llama in bfloat16; None for SmolLM2-135M.

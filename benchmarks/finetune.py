@@ -53,6 +53,7 @@ class Contestant:
 
 CONTESTANTS = {
     "lowrank": Contestant("lowrank_run.py"),
+    "lowrank, compiled": Contestant("lowrank_compiled.py"),
     "peft + Trainer": Contestant("peft_trainer.py"),
     "TRL SFT + packing": Contestant("trl_sft.py"),
     "torchtune": Contestant("torchtune_lora.py", python=APART),

@@ -39,7 +39,7 @@ class Job:
         seed: Of the rows and the adapter.
         mean_length: Of the rows, in tokens.
         spread: Of the logarithm of the lengths, which are lognormal; 0 for rows of one length.
-        longest: In tokens; as many go into a pack.
+        longest: Of a row, in tokens.
         learning_rate: AdamW's, constant.
         launched: When the process was started, in seconds of `time.time`.
     """
@@ -62,6 +62,11 @@ class Job:
     def padded_together(self) -> int:
         """Rows in a padded batch."""
         return min(AT_A_TIME, self.rows)
+
+    @property
+    def pack(self) -> int:
+        """Tokens in a pack: as many as a padded batch holds on average without its padding."""
+        return max(self.longest, self.padded_together * self.mean_length)
 
 
 def read_job() -> Job:
@@ -98,7 +103,7 @@ def counted(rows: Sequence[Row]) -> tuple[int, int]:
 
 def packs_a_step(job: Job, rows: Sequence[Row]) -> int:
     """So many full packs hold what a step holds on average."""
-    return max(1, round(counted(rows)[0] / job.steps / job.longest))
+    return max(1, round(counted(rows)[0] / job.steps / job.pack))
 
 
 class Record:

@@ -14,6 +14,7 @@ from lowrank.attention import set_attention
 from lowrank.data import Example, Examples, plan_batches
 from lowrank.models import load_model
 from lowrank.training.callbacks import Callback, Run, StepMetrics
+from lowrank.training.layers import compile_layers
 from lowrank.training.loop import fit
 from lowrank.training.loss import supervised_loss
 from lowrank.training.memory import few_kernels_kept, freed_blocks_kept
@@ -39,15 +40,17 @@ def wrapped(job: Job) -> PreTrainedModel:
     return lowrank.wrap(model, config)
 
 
-def main() -> None:
+def main(*, compiled: bool = False) -> None:
     job = read_job()
     few_kernels_kept()
     torch.manual_seed(job.seed)
     model = wrapped(job)
     set_attention(model, "auto", packing=True)
+    if compiled:
+        compile_layers(model)
     rows = rows_of(job, model.config.vocab_size)
     examples = Examples.of([Example(ids, [label != IGNORED for label in labels]) for ids, labels in rows], "all")
-    plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=job.longest, pad_token_id=0, seed=job.seed)
+    plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=job.pack, pad_token_id=0, seed=job.seed)
     size = StepSize(tokens=counted(rows)[0] // job.steps)  # as many tokens in a step as the others have on average
     optimizer = build_optimizer(model, Settings(job.learning_rate))
     schedule = build_schedule(optimizer, "constant", warmup_steps=0, total_steps=job.steps)

@@ -36,7 +36,7 @@ def model_of(job: Job, config: dict) -> Any:
             num_heads=config["num_attention_heads"],
             num_kv_heads=config["num_key_value_heads"],
             embed_dim=config["hidden_size"],
-            max_seq_len=job.longest,
+            max_seq_len=job.pack,
             intermediate_dim=config["intermediate_size"],
             norm_eps=config["rms_norm_eps"],
             rope_base=config["rope_parameters"]["rope_theta"],
@@ -63,7 +63,7 @@ def model_of(job: Job, config: dict) -> Any:
 def batches_of(job: Job, rows: list[tuple[list[int], list[int]]]) -> Iterator[dict[str, torch.Tensor]]:
     """Packs without end, one a batch."""
     data: Any = [{"tokens": ids, "labels": labels} for ids, labels in rows]
-    packs = PackedDataset(data, max_seq_len=job.longest, padding_idx=PADDING)
+    packs = PackedDataset(data, max_seq_len=job.pack, padding_idx=PADDING)
     generator = torch.Generator().manual_seed(job.seed)
     loader = DataLoader(packs, batch_size=1, shuffle=True, generator=generator, collate_fn=padded_collate_packed)
     while True:

@@ -19,7 +19,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def adapted(job: Job) -> Any:
     model, _ = FastLanguageModel.from_pretrained(
         job.model,
-        max_seq_length=job.longest,
+        max_seq_length=job.pack,
         dtype=getattr(torch, job.dtype),
         load_in_4bit=job.method == "qlora",
     )

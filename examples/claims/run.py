@@ -3,10 +3,11 @@
     make claims
     python examples/claims/run.py --task toolcalls --method lora --method full --seeds 1
 
-Each method finds its learning rate by the same search: a quarter of the budget, the loss on a tenth of the training
-rows, up or down a ladder until both neighbours are worse. Then it trains in the whole budget with several seeds and
-answers the evaluation rows. What is finished stands in OUT/runs.jsonl and is not run again; a run that was stopped goes
-on from its last checkpoint. `table.py` makes a table and plots of what is there, also half-way.
+Each method finds its learning rate by the same search: a quarter of the budget, the loss on rows set aside from the
+training rows, from the config's own rate up or down a ladder until both neighbours are worse. Then it trains in the
+whole budget with several seeds and answers the evaluation rows. What is finished stands in OUT/runs.jsonl and is not
+run again; a run that was stopped goes on from its last checkpoint. `table.py` makes a table and plots of what is there,
+also half-way.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ import table
 import torch
 
 import lowrank
+from lowrank.config import load_config
 from lowrank.errors import JobError
+from lowrank.recipes.evaluate import evaluate
 from lowrank.training.callbacks import Run
 
 HERE = Path(__file__).parent
 METHODS = ("full", "lora", "rslora", "dora", "adalora", "qlora", "pissa")
+BASE = "lora"  # whose config says what the base is
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-START = 3
+SET_ASIDE = 0.04  # of the training rows, for the search
 DATA = "examples/data/{task}_{split}.jsonl"
 TASKS = {
     "toolcalls": ["training.exact_match=json"],
@@ -45,7 +49,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One run: for the search, or one of those that count."""
+    """One run: of the base as it is (stage base), for the search, or one of those that count (final)."""
 
     task: str
     method: str
@@ -56,19 +60,26 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.task}-{self.method}-{self.stage}-{self.learning_rate:.0e}-{self.seed}"
+        return f"{self.task}-{self.method}-{self.stage}-{self.learning_rate:.0e}-{self.seed}-{self.steps}"
 
-    def overrides(self) -> list[str]:
-        """What it changes in the method's config."""
+    def rows(self) -> list[str]:
+        """What it reads, and what is asked of it."""
         searching = self.stage == "search"
         return [
             f"data.train={DATA.format(task=self.task, split='train')}",
-            f"data.eval={0.1 if searching else DATA.format(task=self.task, split='eval')}",
+            f"data.eval={SET_ASIDE if searching else DATA.format(task=self.task, split='eval')}",
             f"training.predict_with_generate={str(not searching).lower()}",
+            *TASKS[self.task],
+        ]
+
+    def overrides(self) -> list[str]:
+        """What it changes in the method's config."""
+        return [
+            *self.rows(),
+            "training.eval_on_start=false",
             f"training.learning_rate={self.learning_rate}",
             f"training.seed={self.seed}",
             f"training.max_steps={self.steps}",
-            *TASKS[self.task],
             *(self.ranks_schedule() if self.method == "adalora" else ()),
         ]
 
@@ -93,6 +104,8 @@ class Counted(lowrank.Callback):
             "trainable": trainable,
             "base_parameters": run.model.num_parameters() - adapter,
             "base_bytes": sum(held_bytes(p) for name, p in parameters if "lora_" not in name),
+            "quantised_parameters": sum(p.quant_state.shape.numel() for _, p in parameters if is_quantised(p)),
+            "quantised_bytes": sum(held_bytes(p) for _, p in parameters if is_quantised(p)),
         }
 
     def on_step_end(self, run: Run, metrics: Any) -> None:
@@ -100,15 +113,33 @@ class Counted(lowrank.Callback):
         self.peak = metrics.peak_bytes
 
 
-def held_bytes(parameter: torch.nn.Parameter) -> int:
+def is_quantised(parameter: Any) -> bool:
+    """Whether it holds 4-bit codes."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def held_bytes(parameter: Any) -> int:
     """Bytes of a parameter and, where it is quantised, of the scales that belong to it."""
-    state = getattr(parameter, "quant_state", None)
-    scales = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+    if not is_quantised(parameter):
+        return parameter.nbytes
+    state = parameter.quant_state
+    scales = [state.absmax, *([state.state2.absmax] if state.nested else [])]
     return sum(tensor.nbytes for tensor in (parameter, *scales))
 
 
 def measure(job: Job, folder: Path, extra: Sequence[str]) -> dict[str, Any] | None:
     """Runs in a process of its own, so that the peak of memory is this run's. None if it was stopped."""
+    return measure_base(job, extra) if job.stage == "base" else measure_training(job, folder, extra)
+
+
+def measure_base(job: Job, extra: Sequence[str]) -> dict[str, Any]:
+    """What the base can do before any training."""
+    found = evaluate(HERE / f"{job.method}.yaml", overrides=[*job.rows(), *extra])
+    return {**asdict(job), "eval_loss": found.loss, "exact_match": found.exact_match}
+
+
+def measure_training(job: Job, folder: Path, extra: Sequence[str]) -> dict[str, Any] | None:
+    """What came of a run, and what it took. None if it was stopped."""
     counted = Counted()
     try:
         done = lowrank.train(
@@ -119,14 +150,10 @@ def measure(job: Job, folder: Path, extra: Sequence[str]) -> dict[str, Any] | No
         )
         if done.interrupted:
             return None
-        assert done.before is not None, "every job evaluates"
         assert done.after is not None, "every job evaluates"
-        result: dict[str, Any] = {
-            "eval_loss": [done.before.loss, done.after.loss],
-            "exact_match": [done.before.exact_match, done.after.exact_match],
-        }
+        result: dict[str, Any] = {"eval_loss": done.after.loss, "exact_match": done.after.exact_match}
     except JobError as error:  # diverged: no result is a result too
-        result = {"eval_loss": [math.nan, math.inf], "exact_match": [math.nan, math.nan], "error": str(error)}
+        result = {"eval_loss": math.inf, "exact_match": 0.0, "error": str(error)}
     return {
         **asdict(job),
         **result,
@@ -152,7 +179,7 @@ class Runs:
         for run in table.read(self.file):
             if all(run[key] == value for key, value in asdict(job).items()):
                 return run
-        print(f"\n=== {job.name}: {job.steps} steps", flush=True)
+        print(f"\n=== {job.name}", flush=True)
         folder = self.options.out / job.name
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             run = process.submit(measure, job, folder, self.options.set).result()
@@ -164,12 +191,12 @@ class Runs:
         return run
 
     def learning_rate(self, task: str, method: str) -> float:
-        """The rung of the ladder whose neighbours are both worse, begun from the middle."""
+        """The rung of the ladder whose neighbours are both worse."""
 
         def loss(rung: int) -> float:
-            return self.result(Job(task, method, "search", LADDER[rung], 0, self.options.steps // 4))["eval_loss"][1]
+            return self.result(Job(task, method, "search", LADDER[rung], 0, self.options.steps // 4))["eval_loss"]
 
-        at, best = -1, START
+        at, best = -1, LADDER.index(load_config(HERE / f"{method}.yaml").training.learning_rate)
         while at != best:
             at = best
             best = min(range(max(at - 1, 0), min(at + 2, len(LADDER))), key=loss)
@@ -197,6 +224,7 @@ def run_all(options: Namespace) -> None:
     runs = Runs(options)
     for seed in range(options.seeds):  # one seed of everything first: half-way there is a whole table already
         for task in options.task or TASKS:
+            runs.result(Job(task, BASE, "base", 0.0, 0, 0))
             for method in options.method or METHODS:
                 rate = runs.learning_rate(task, method)
                 runs.result(Job(task, method, "final", rate, seed, options.steps))

@@ -41,14 +41,18 @@ def write(folder: Path) -> str:
     Raises:
         SystemExit: nothing in the folder counts yet.
     """
-    finals = [run for run in read(folder / RUNS) if run["stage"] == "final"]
+    runs = read(folder / RUNS)
+    finals = [run for run in runs if run["stage"] == "final"]
+    bases = {run["task"]: run for run in runs if run["stage"] == "base"}
     if not finals:
         raise SystemExit(f"{folder / RUNS} holds no finished run yet")
     tasks = {task: by_method(finals, task) for task in dict.fromkeys(run["task"] for run in finals)}
     parts = [head(finals)]
     for task, methods in tasks.items():
-        base = 100 * next(iter(methods.values()))[0]["exact_match"][0]
-        lines = [f"## {task}", "", f"The base model answers {base:.1f} % as expected.", ""]
+        base = bases[task]
+        before = f"The base answers {base['exact_match']:.1%} as expected; its loss is {base['eval_loss']:.4f}."
+        tokens = f"Every method trained for {next(iter(methods.values()))[0]['steps']} steps of up to 640 tokens."
+        lines = [f"## {task}", "", f"{before} {tokens}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(row(method, runs))} |" for method, runs in methods.items()]
         parts.append("\n".join([*lines, "", *claims(methods)]).rstrip())
@@ -70,21 +74,21 @@ def head(finals: Runs) -> str:
     """Where and with what this was measured."""
     where = sorted({run["machine"] + ", " + ", ".join(" ".join(v) for v in run["versions"].items()) for run in finals})
     return (
-        f"# The claims, tried\n\n{'; '.join(where)}. `make claims`: {finals[0]['steps']} steps of up to 640 tokens for "
-        "every method; learning rates from the same search. Means over the seeds; speeds are medians.\n\n"
+        f"# The claims, tried\n\n{'; '.join(where)}. `make claims`, or examples/claims/run.py with the steps and "
+        "seeds below; learning rates from the same search. Means over the seeds; speeds are medians.\n\n"
         "![exact match and trained parameters](claims.png)"
     )
 
 
 def row(method: str, runs: Runs) -> list[str]:
     """A method's line of the table."""
-    one, match = runs[0], [100 * run["exact_match"][1] for run in runs]
+    one, match = runs[0], [100 * run["exact_match"] for run in runs]
     return [
         f"{method} ({len(runs)} seed{'s' if len(runs) > 1 else ''})",
         ", ".join(f"{rate:.0e}" for rate in sorted({run["learning_rate"] for run in runs})),
         f"{one['trainable']:,}",
         f"{one['trainable'] / one['base_parameters']:.2%}",
-        f"{statistics.mean(run['eval_loss'][1] for run in runs):.4f}",
+        f"{statistics.mean(run['eval_loss'] for run in runs):.4f}",
         f"{statistics.mean(match):.1f} % ({min(match):.1f}-{max(match):.1f})",
         f"{one['base_bytes'] / 2**20:.0f} MiB",
         f"{max(run['peak_bytes'] for run in runs) / 2**20:.0f} MiB",
@@ -95,7 +99,7 @@ def row(method: str, runs: Runs) -> list[str]:
 
 def claims(methods: dict[str, Runs]) -> list[str]:
     """What is claimed, and what was found."""
-    match = {name: 100 * statistics.mean(run["exact_match"][1] for run in runs) for name, runs in methods.items()}
+    match = {name: 100 * statistics.mean(run["exact_match"] for run in runs) for name, runs in methods.items()}
     found = []
     if {"lora", "full"} <= set(methods):
         fewer = 1 - methods["lora"][0]["trainable"] / methods["full"][0]["trainable"]
@@ -104,12 +108,23 @@ def claims(methods: dict[str, Runs]) -> list[str]:
             f"{match['lora'] - match['full']:+.1f} points with {fewer:.1%} fewer."
         )
     if {"lora", "qlora"} <= set(methods):
-        share = methods["qlora"][0]["base_bytes"] / methods["lora"][0]["base_bytes"]
+        lora, qlora = methods["lora"][0], methods["qlora"][0]
+        share, layers = (f"{part / whole:.0%}" for part, whole in memory_shares(lora, qlora))
         found.append(
-            f"- QLoRA within one point of LoRA at a third of the base's memory: "
-            f"{match['qlora'] - match['lora']:+.1f} points at {share:.0%}."
+            f"- QLoRA within one point of LoRA at a third of the base's memory: {match['qlora'] - match['lora']:+.1f} "
+            f"points at {share}: the layers that are in 4 bits take {layers} of what they took, the rest (embeddings "
+            f"above all) is as it was."
         )
     return found
+
+
+def memory_shares(lora: dict[str, Any], qlora: dict[str, Any]) -> list[tuple[float, float]]:
+    """Bytes of the quantised base and of the plain one: of all of it, and of the layers that are quantised."""
+    a_value = lora["base_bytes"] / lora["base_parameters"]
+    return [
+        (qlora["base_bytes"], lora["base_bytes"]),
+        (qlora["quantised_bytes"], qlora["quantised_parameters"] * a_value),
+    ]
 
 
 def plot(tasks: dict[str, dict[str, Runs]], path: Path) -> None:
@@ -118,7 +133,7 @@ def plot(tasks: dict[str, dict[str, Runs]], path: Path) -> None:
     for axes, (task, methods) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         for method, runs in methods.items():
             trained = [math.log10(run["trainable"]) for run in runs]
-            axes.scatter(trained, [100 * run["exact_match"][1] for run in runs], label=method, alpha=0.7)
+            axes.scatter(trained, [100 * run["exact_match"] for run in runs], label=method, alpha=0.7)
         axes.set(title=task, xlabel="log10 of the trained parameters", ylabel="exact match, %")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -194,7 +194,7 @@ def attend_spans(
 def _over_stacks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, spans: Spans, rule: Rule
 ) -> torch.Tensor:
-    stacks, key_heads = stacks_of(spans, q.device), k.shape[1]
+    stacks, key_heads = stacks_of(spans, q.device, q[0].numel()), k.shape[1]
     parts = []
     for stack, q_nsgd, k_ns1d, v_ns1e in zip(
         stacks, *(Gather.apply(x, stacks, key_heads) for x in (q, k, v)), strict=True

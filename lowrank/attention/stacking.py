@@ -21,9 +21,9 @@ import torch
 
 from lowrank.attention.spans import Spans
 
-LIKE_LENGTH = 0.9  # a span joins a stack when it has at least this share of the longest's tokens
-TOGETHER = 4  # spans in a stack that has more than one
+TOGETHER = 1, 2, 4, 8  # spans in a stack
 GRAIN = 16  # stacks' lengths are multiples of it
+OVERHEAD = 1 << 25  # what a stack costs beside its products, in their multiplications; measured on two cores
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,26 +47,44 @@ class Stack:
     fill: torch.Tensor
 
 
-_KEPT: WeakKeyDictionary[Spans, dict[torch.device, list[Stack]]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[Spans, dict[tuple[torch.device, int], list[Stack]]] = WeakKeyDictionary()
 
 
-def stacks_of(spans: Spans, device: torch.device) -> list[Stack]:
-    """All spans in stacks, longest first; kept as long as the spans, since every layer asks for the same."""
+def stacks_of(spans: Spans, device: torch.device, width: int) -> list[Stack]:
+    """All spans in stacks, longest first; kept as long as the spans, since every layer asks for the same.
+
+    Args:
+        spans: Not none.
+        device: Where the indices shall be.
+        width: Elements of a token's queries, which products take their time by.
+    """
     kept = _KEPT.setdefault(spans, {})
-    if device not in kept:
-        kept[device] = _stacked(spans, device)
-    return kept[device]
+    if (device, width) not in kept:
+        kept[device, width] = _stacked(spans, device, width)
+    return kept[device, width]
 
 
-def _stacked(spans: Spans, device: torch.device) -> list[Stack]:
+def _stacked(spans: Spans, device: torch.device, width: int) -> list[Stack]:
     order = sorted(spans.spans, key=lambda span: (span[0] - span[1], span[0]))
-    stacks = []
-    while order:
-        longest, shortest = (end - start for start, end in (order[0], order[:TOGETHER][-1]))
-        count = TOGETHER if len(order) >= TOGETHER and shortest >= LIKE_LENGTH * longest else 1
-        stacks.append(_stack(order[:count], spans.batch * spans.length, device))
-        order = order[count:]
+    stacks, first = [], 0
+    for count in _counts([end - start for start, end in order], width):
+        stacks.append(_stack(order[first : first + count], spans.batch * spans.length, device))
+        first += count
     return stacks
+
+
+def _counts(lengths: list[int], width: int) -> list[int]:
+    """How many of the spans, whose lengths fall, go into each stack: what costs least in all."""
+    rest = [(0, 0)]  # of the last spans, none of them first: the least cost, and how many go into the first stack
+    for first in reversed(range(len(lengths))):
+        one = lengths[first] ** 2 * width
+        ways = [(OVERHEAD + count * one + rest[-count][0], count) for count in TOGETHER if count <= len(rest)]
+        rest.append(min(ways))
+    counts = []
+    while len(rest) > 1:
+        counts.append(rest[-1][1])
+        del rest[-counts[-1] :]
+    return counts
 
 
 def _stack(members: list[tuple[int, int]], tokens: int, device: torch.device) -> Stack:

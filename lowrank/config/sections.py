@@ -328,7 +328,10 @@ class TrainingSection(_Section):
     """Lines of progress, where the output is no terminal, come every so many steps."""
 
     eval_steps: int | None = Field(default=None, ge=1)
-    """Evaluate the loss every so many steps; before and after training it is done anyway."""
+    """Evaluate the loss every so many steps; after training it is done anyway."""
+
+    eval_on_start: bool = True
+    """Evaluate before the first step too: what the base can do is what the result is compared with."""
 
     save_steps: int | None = Field(default=None, ge=1)
     """Write a checkpoint every so many steps."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = 16 * 2**20
-"""Memory of one chunk's float32 logits."""
+CHUNK_BYTES = 32 * 2**20
+"""Memory of one chunk's float32 logits. As much again is held beside them: what the head gave, or their softmax."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +101,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight, bias).to(precise)
-            loss += _loss_and_gradient(logits, labels[part], options, any(wanted[:3]))
-            d_logits = logits.to(hidden.dtype)
+            logits = F.linear(hidden[part], weight, bias)
+            chunk_loss, d_logits = _loss_and_gradient(logits, labels[part], options, precise, any(wanted[:3]))
+            loss += chunk_loss
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[part])
             if d_weight is not None:
                 d_weight += d_logits.t() @ hidden[part]
-            if d_bias is not None:
-                d_bias += logits.sum(0)
+            del logits, d_logits  # before the next chunk's are made
         ctx.save_for_backward(
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -123,31 +125,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, gradient: bool
-) -> torch.Tensor:
-    """The loss of one chunk; its `logits` (rows, V) become their gradient, in place."""
-    if options.logit_scale != 1.0:
-        logits *= options.logit_scale
-    slope = None
-    if options.softcap is not None:
-        tanh = logits.div_(options.softcap).tanh_()
-        slope = 1.0 - tanh.square() if gradient else None
-        logits *= options.softcap
+    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, precise: torch.dtype, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one chunk, and its gradient by `logits` (rows, V), whose memory it may take; both in `precise`."""
+    plain = options.logit_scale == 1.0 and options.softcap is None
+    z = logits if plain else _scaled_and_capped(logits.to(precise), options)
     target = labels[:, None]
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    log_p = torch.log_softmax(z, dim=-1, dtype=precise)
+    found = log_p.gather(1, target)
+    lse = z.gather(1, target) - found
     smooth = options.label_smoothing
-    loss = (1.0 - smooth) * (lse - logits.gather(1, target)) + options.z_loss * lse.square()
+    loss = (smooth - 1.0) * found + options.z_loss * lse.square()
     if smooth:
-        loss = loss + smooth * (lse - logits.mean(dim=-1, keepdim=True))
-    if gradient:
-        logits.sub_(lse).exp_()  # softmax
-        if options.z_loss:
-            logits *= 1.0 + 2.0 * options.z_loss * lse
-        if smooth:
-            logits -= smooth / logits.shape[1]
-        logits.scatter_add_(1, target, torch.full_like(lse, smooth - 1.0))
-        if slope is not None:
-            logits *= slope
-        if options.logit_scale != 1.0:
-            logits *= options.logit_scale
-    return loss.sum()
+        loss -= smooth * log_p.mean(dim=-1, keepdim=True)
+    if not gradient:
+        return loss.sum(), log_p
+    slope = log_p.exp_()
+    if options.z_loss:
+        slope *= 1.0 + 2.0 * options.z_loss * lse
+    if smooth:
+        slope -= smooth / slope.shape[1]
+    slope.scatter_add_(1, target, torch.full_like(found, smooth - 1.0))
+    if options.softcap is not None:
+        slope *= z.div_(options.softcap).square_().neg_().add_(1.0)  # 1 - tanh²
+    if options.logit_scale != 1.0:
+        slope *= options.logit_scale
+    return loss.sum(), slope
+
+
+def _scaled_and_capped(z: torch.Tensor, options: LossOptions) -> torch.Tensor:
+    """In place."""
+    z *= options.logit_scale
+    return z if options.softcap is None else z.div_(options.softcap).tanh_().mul_(options.softcap)

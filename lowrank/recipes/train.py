@@ -58,7 +58,7 @@ class RunResult:
         output_dir: Adapter (or model), config, metrics and report are in it.
         steps: Optimiser steps taken.
         interrupted: Whether it was stopped before its end.
-        before: The base's evaluation, None without evaluation data.
+        before: The base's evaluation, None without evaluation data or with `eval_on_start: false`.
         after: The trained model's, None without evaluation data or when interrupted.
     """
 
@@ -114,7 +114,7 @@ def train(
     run.callbacks = crew.callbacks
     begin(run, config, checkpoint, ranks)
     with run.underway(), told_when_short(run.model.device, "training", advice(config)):
-        if crew.evaluate is not None and run.step == 0:
+        if crew.evaluate is not None and config.training.eval_on_start and run.step == 0:
             with disabled(run.model) if describe(run.model) else nullcontext():
                 run.before = crew.evaluate()
             run.tell(Callback.on_eval, run.before)

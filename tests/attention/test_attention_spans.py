@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
+from lowrank.attention import stacking
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.spans import Spans, from_lengths, from_mask_function
 from lowrank.attention.stacking import Gather, Scatter, stacks_of
@@ -100,7 +101,7 @@ def test_a_spans_mask_is_a_tensor_with_the_square_s_values():
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [10, 9, 2, 1, 2], [1], [8, 7, 8, 100, 6]])
 def test_stacks_give_back_what_they_took(lengths):
     spans = from_lengths(lengths, None)
-    stacks = stacks_of(spans, CPU)
+    stacks = stacks_of(spans, CPU, 1)
     assert sum(stack.count for stack in stacks) == len(lengths)
     x = torch.randn(sum(lengths), 6, 5, dtype=torch.float64, requires_grad=True)
     parts = Gather.apply(x, stacks, 2)
@@ -111,9 +112,30 @@ def test_stacks_give_back_what_they_took(lengths):
     assert torch.equal(x.grad, torch.arange(x.numel(), dtype=torch.float64).view_as(x))
 
 
+@pytest.mark.parametrize("width", [64, 576, 4096])
+def test_the_stacks_are_those_that_cost_least(width):
+    def ways(lengths):
+        """Every way to stack."""
+        yield from ([()] if not lengths else [])
+        for count in stacking.TOGETHER:
+            if count <= len(lengths):
+                yield from ((count, *rest) for rest in ways(lengths[count:]))
+
+    def cost(counts):
+        firsts = [sum(counts[:number]) for number in range(len(counts))]
+        products = sum(count * lengths[first] ** 2 for count, first in zip(counts, firsts, strict=True))
+        return len(counts) * stacking.OVERHEAD + products * width
+
+    lengths = [400, 390, 200, 190, 120, 100, 96, 90, 40, 12, 3]
+    spans = from_lengths(lengths, None)
+    counts = [stack.count for stack in stacks_of(spans, CPU, width)]
+    assert cost(counts) == min(map(cost, ways(lengths)))
+    assert 1 < len(counts) < len(lengths)
+
+
 def test_stacks_leave_padding_at_zero():
     spans = Spans(2, 4, ((1, 4), (4, 6)))
-    stacks = stacks_of(spans, CPU)
+    stacks = stacks_of(spans, CPU, 1)
     x = torch.randn(8, 1, 2, requires_grad=True)
     back = Scatter.apply(8, stacks, *Gather.apply(x, stacks, 1))
     expected = x.detach() * torch.tensor([0, 1, 1, 1, 1, 1, 0, 0])[:, None, None]
