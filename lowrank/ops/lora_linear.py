@@ -94,9 +94,15 @@ class _LoraLinear(torch.autograd.Function):
         d_y = d_out if gain is None else d_out * gain.to(d_out.dtype)
         d_low = d_y @ B.to(d_y.dtype)  # (n, r)
         d_low *= ctx.scale
-        dropped = _dropped(rows, keep, ctx.dropout) if need[3] else None
-        d_A = (d_low.t() @ dropped).to(A.dtype) if dropped is not None else None
-        d_B = (d_y.t() @ low).mul_(ctx.scale).to(B.dtype) if need[4] else None
+        d_A = d_B = None
+        if need[3] and need[4] and _wide(A, B, len(rows)):
+            d_product = d_y.t() @ _dropped(rows, keep, ctx.dropout)  # (out, in), of scale · B · A
+            d_product *= ctx.scale
+            d_A, d_B = B.to(d_y.dtype).t() @ d_product, d_product @ A.to(d_y.dtype).t()
+        else:
+            d_A = d_low.t() @ _dropped(rows, keep, ctx.dropout) if need[3] else None
+            d_B = (d_y.t() @ low).mul_(ctx.scale) if need[4] else None
+        d_A, d_B = (None if grad is None else grad.to(factor.dtype) for grad, factor in ((d_A, A), (d_B, B)))
         d_weight = (d_y.t() @ rows).to(weight.dtype) if need[1] else None
         d_x = None
         if need[0]:
@@ -106,6 +112,14 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 d_x += _dropped(d_low @ A.to(d_low.dtype), keep, ctx.dropout)
         return d_x, d_weight, d_bias, d_A, d_B, d_gain, None, None, None
+
+
+def _wide(A: torch.Tensor, B: torch.Tensor, n: int) -> bool:
+    """Whether the gradient of B · A costs less than n rows through the rank (RunLoRA, Cherniuk 2023)."""
+    (r, width), out = A.shape, B.shape[0]
+    if r * (width + out) <= width * out:  # for every n; said apart, so that what is compiled need not know n
+        return False
+    return n * r * (width + out) > (n + 2 * r) * width * out
 
 
 def _dropped(rows: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank.ops.dora_norm import dora_norm, dora_norm_reference, row_norm2
 from lowrank.ops.lora_linear import lora_linear, lora_linear_reference
@@ -11,11 +14,11 @@ from lowrank.ops.merging import merged_weight
 SHAPE = {"x": (2, 5, 6), "weight": (4, 6), "bias": (4,), "A": (3, 6), "B": (4, 3), "gain": (4,)}
 
 
-def operands(dtype: torch.dtype = torch.float64, grad: bool = True) -> dict[str, torch.Tensor]:
+def operands(dtype: torch.dtype = torch.float64, grad: bool = True, **shapes: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-        for name, shape in SHAPE.items()
+        for name, shape in {**SHAPE, **shapes}.items()
     }
 
 
@@ -47,8 +50,23 @@ def test_a_frozen_operand_gets_no_gradient_and_the_others_keep_theirs(frozen: st
             torch.testing.assert_close(got[name], tensor.grad)
 
 
-def test_dropout_is_the_reference_with_the_same_mask():
-    t = operands()
+@pytest.mark.parametrize(("rows", "r", "wide"), [(10, 3, False), (40, 9, True), (4, 9, False)])
+def test_the_order_of_products_is_the_one_with_fewer_operations(rows: int, r: int, wide: bool):
+    t = operands(x=(rows, 6), A=(r, 6), B=(4, r))
+    term = LowRank(t["A"], t["B"], 0.7, t["gain"])
+    with FlopCounterMode(display=False) as counter:
+        loss = lora_linear(t["x"], t["weight"], None, term).sum()
+        loss.backward()
+    low, product = 2 * rows * r, 2 * rows * 6 * 4  # of one thin product, for each of the width that it has; of x · Wᵀ
+    through_rank, through_product = low * (6 + 4), product + 2 * 2 * r * 6 * 4
+    assert wide == (through_product < through_rank)
+    rest = 3 * product + low * (6 + 4)  # the shape of W's; low and d_low (what is added in place is not counted)
+    assert counter.get_total_flops() == rest + min(through_rank, through_product)
+
+
+@pytest.mark.parametrize("r", [3, 9], ids=["narrow", "wide"])
+def test_dropout_is_the_reference_with_the_same_mask(r: int):
+    t = operands(x=(40, 6), A=(r, 6), B=(4, r))
     torch.manual_seed(1)
     y = lora_linear(t["x"], t["weight"], t["bias"], LowRank(t["A"], t["B"], 0.7, dropout=0.5))
     y.square().sum().backward()
