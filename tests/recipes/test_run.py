@@ -34,6 +34,15 @@ WRITTEN = {
 }
 
 
+def test_the_base_is_not_evaluated_where_nobody_asks(write_config, capsys):
+    result = lowrank.train(write_config(training={"eval_on_start": False}))
+    assert result.before is None
+    assert result.after is not None
+    lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [result.steps]
+    assert "loss per supervised token" in capsys.readouterr().out
+
+
 def test_train_then_evaluate_then_merge(write_config, base, capsys):
     path = write_config(training={"predict_with_generate": True, "exact_match": "json", "generation_max_new_tokens": 8})
     result = lowrank.train(path)
