@@ -4,10 +4,10 @@
     python examples/claims/run.py --task toolcalls --method lora --method full --seeds 1
 
 Each method finds its learning rate by the same search: a quarter of the budget, the loss on rows set aside from the
-training rows, from the config's own rate up or down a ladder until both neighbours are worse. Then it trains in the
-whole budget with several seeds and answers the evaluation rows. What is finished stands in OUT/runs.jsonl and is not
-run again; a run that was stopped goes on from its last checkpoint. `table.py` makes a table and plots of what is there,
-also half-way.
+training rows, from the config's own rate up or down a ladder until both neighbours are worse; the next lower rate if it
+does nearly as well. Then it trains in the whole budget with several seeds and answers the evaluation rows. What is
+finished stands in OUT/runs.jsonl and is not run again; a run that was stopped goes on from its last checkpoint.
+`table.py` makes a table and plots of what is there, also half-way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from lowrank.training.callbacks import Run
 HERE = Path(__file__).parent
 METHODS = ("full", "lora", "rslora", "dora", "adalora", "qlora", "pissa")
 BASE = "lora"  # whose config says what the base is
-LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+ALIKE = 1.1  # losses of two rates; short runs favour the larger one, and in long ones the smaller catches up
 SET_ASIDE = 0.04  # of the training rows, for the search
 DATA = "examples/data/{task}_{split}.jsonl"
 TASKS = {
@@ -191,7 +192,7 @@ class Runs:
         return run
 
     def learning_rate(self, task: str, method: str) -> float:
-        """The rung of the ladder whose neighbours are both worse."""
+        """The rung of the ladder whose neighbours are both worse, or the one below it that does nearly as well."""
 
         def loss(rung: int) -> float:
             return self.result(Job(task, method, "search", LADDER[rung], 0, self.options.steps // 4))["eval_loss"]
@@ -200,7 +201,8 @@ class Runs:
         while at != best:
             at = best
             best = min(range(max(at - 1, 0), min(at + 2, len(LADDER))), key=loss)
-        return LADDER[best]
+        lower = max(best - 1, 0)
+        return LADDER[lower if loss(lower) <= ALIKE * loss(best) else best]
 
 
 def main() -> None:

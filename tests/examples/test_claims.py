@@ -31,7 +31,14 @@ def test_every_job_is_a_config(method, task, stage):
     assert Path(str(config.data.train)).name == f"{task}_train.jsonl"
 
 
-@pytest.mark.parametrize(("best", "tried"), [(3e-3, 3), (1e-5, 7), (1e-2, 3), (1e-3, 4)])
+@pytest.mark.parametrize(("below", "taken"), [(1.05, 1e-3), (1.2, 3e-3)])
+def test_the_search_prefers_the_lower_of_two_rates_alike(below, taken, tmp_path, monkeypatch):
+    losses = {1e-3: below, 3e-3: 1.0, 1e-2: 1.01}
+    monkeypatch.setattr(run.Runs, "result", lambda _, job: {"eval_loss": losses[job.learning_rate]})
+    assert run.Runs(Namespace(out=tmp_path, steps=8)).learning_rate("toolcalls", "lora") == taken
+
+
+@pytest.mark.parametrize(("best", "tried"), [(3e-3, 3), (1e-5, 7), (1e-2, 4), (1e-3, 4)])
 def test_the_search_ends_where_both_neighbours_are_worse(best, tried, tmp_path, monkeypatch):
     seen = set()
 
