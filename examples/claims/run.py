@@ -36,7 +36,6 @@ from lowrank.recipes.evaluate import evaluate
 from lowrank.training.callbacks import Run
 
 HERE = Path(__file__).parent
-METHODS = ("full", "lora", "rslora", "dora", "adalora", "qlora", "pissa")
 BASE = "lora"  # whose config says what the base is
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ALIKE = 1.1  # losses of two rates; short runs favour the larger one, and in long ones the smaller catches up
@@ -208,7 +207,7 @@ class Runs:
 def main() -> None:
     parser = ArgumentParser(description="Try the field's claims on this machine; hours. Run again, it goes on.")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="default: both")
-    parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
+    parser.add_argument("--method", action="append", choices=table.METHODS, help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="runs that count, for each method and task (default: 3)")
     parser.add_argument("--steps", type=int, default=200, help="of up to 640 tokens each (default: 200)")
     parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="default: runs/claims")
@@ -227,7 +226,7 @@ def run_all(options: Namespace) -> None:
     for seed in range(options.seeds):  # one seed of everything first: half-way there is a whole table already
         for task in options.task or TASKS:
             runs.result(Job(task, BASE, "base", 0.0, 0, 0))
-            for method in options.method or METHODS:
+            for method in options.method or table.METHODS:
                 rate = runs.learning_rate(task, method)
                 runs.result(Job(task, method, "final", rate, seed, options.steps))
                 table.write(options.out)

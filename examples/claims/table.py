@@ -15,6 +15,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 RUNS = "runs.jsonl"
+METHODS = ("full", "lora", "rslora", "dora", "adalora", "qlora", "pissa")
+EVALUATION = Path(__file__).parents[1] / "data"
 COLUMNS = (
     "method",
     "learning rate",
@@ -51,8 +53,9 @@ def write(folder: Path) -> str:
     for task, methods in tasks.items():
         base = bases[task]
         before = f"The base answers {base['exact_match']:.1%} as expected; its loss is {base['eval_loss']:.4f}."
-        tokens = f"Every method trained for {next(iter(methods.values()))[0]['steps']} steps of up to 640 tokens."
-        lines = [f"## {task}", "", f"{before} {tokens}", ""]
+        steps = ", ".join(sorted({str(run["steps"]) for runs in methods.values() for run in runs}))
+        tokens = f"Every method trained for {steps} steps of up to 640 tokens."
+        lines = [f"## {task}", "", f"{before} {tokens} {precision(task)}", ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         lines += [f"| {' | '.join(row(method, runs))} |" for method, runs in methods.items()]
         parts.append("\n".join([*lines, "", *claims(methods)]).rstrip())
@@ -65,9 +68,16 @@ def write(folder: Path) -> str:
 def by_method(finals: Runs, task: str) -> dict[str, Runs]:
     """A task's runs, each method's together."""
     mine = [run for run in finals if run["task"] == task]
-    return {
-        method: [run for run in mine if run["method"] == method] for method in dict.fromkeys(r["method"] for r in mine)
-    }
+    tried = {run["method"] for run in mine}
+    return {method: [run for run in mine if run["method"] == method] for method in METHODS if method in tried}
+
+
+def precision(task: str) -> str:
+    """How far a score can be trusted."""
+    rows = len((EVALUATION / f"{task}_eval.jsonl").read_text(encoding="utf-8").splitlines())
+    return (
+        f"Of {rows} rows one is {100 / rows:.1f} points; the standard error of a score is up to {50 / rows**0.5:.1f}."
+    )
 
 
 def head(finals: Runs) -> str:

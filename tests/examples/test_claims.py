@@ -19,13 +19,14 @@ import run  # noqa: E402
 import table  # noqa: E402
 
 
-@pytest.mark.parametrize("method", run.METHODS)
+@pytest.mark.parametrize("method", table.METHODS)
 @pytest.mark.parametrize("task", list(run.TASKS))
 @pytest.mark.parametrize("stage", ["search", "final"])
 def test_every_job_is_a_config(method, task, stage):
     job = run.Job(task, method, stage, 3e-4, 1, 50)
     config = load_config(CLAIMS / f"{method}.yaml", job.overrides())
     assert (config.training.seed, config.training.max_steps, config.training.learning_rate) == (1, 50, 3e-4)
+    assert load_config(CLAIMS / f"{method}.yaml").training.learning_rate in run.LADDER, "the search begins there"
     assert config.training.predict_with_generate == (stage == "final")
     assert (config.data.eval == run.SET_ASIDE) == (stage == "search"), "the search never sees the evaluation rows"
     assert Path(str(config.data.train)).name == f"{task}_train.jsonl"
@@ -75,6 +76,7 @@ def test_the_table_says_what_was_found(tmp_path):
     (tmp_path / table.RUNS).write_text("".join(json.dumps(found) + "\n" for found in [base, *runs]))
     text = table.write(tmp_path)
     assert "The base answers 10.0% as expected; its loss is 2.0000. Every method trained for 200 steps" in text
+    assert "Of 200 rows one is 0.5 points; the standard error of a score is up to 3.5." in text
     assert "| lora (2 seeds) | 3e-04 | 9,000 | 0.90% | 0.5000 | 85.0 % (80.0-90.0) | 2 MiB | 1024 MiB | 100 |" in text
     assert "-5.0 points with 99.1% fewer" in text
     assert "-1.0 points at 35%: the layers that are in 4 bits take 25% of what they took" in text
