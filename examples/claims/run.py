@@ -99,13 +99,14 @@ class Counted(lowrank.Callback):
     def on_run_start(self, run: Run) -> None:
         parameters = list(run.model.named_parameters())
         trainable = sum(p.numel() for _, p in parameters if p.requires_grad)
+        quantised = [p for _, p in parameters if is_quantised(p)]
         adapter = sum(p.numel() for name, p in parameters if "lora_" in name)
         self.found = {
             "trainable": trainable,
             "base_parameters": run.model.num_parameters() - adapter,
             "base_bytes": sum(held_bytes(p) for name, p in parameters if "lora_" not in name),
-            "quantised_parameters": sum(p.quant_state.shape.numel() for _, p in parameters if is_quantised(p)),
-            "quantised_bytes": sum(held_bytes(p) for _, p in parameters if is_quantised(p)),
+            "quantised_parameters": sum(p.quant_state.shape.numel() for p in quantised),
+            "quantised_bytes": sum(held_bytes(p) for p in quantised),
         }
 
     def on_step_end(self, run: Run, metrics: Any) -> None:

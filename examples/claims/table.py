@@ -43,9 +43,9 @@ def write(folder: Path) -> str:
     Raises:
         SystemExit: nothing in the folder counts yet.
     """
-    runs = read(folder / RUNS)
-    finals = [run for run in runs if run["stage"] == "final"]
-    bases = {run["task"]: run for run in runs if run["stage"] == "base"}
+    finished = read(folder / RUNS)
+    finals = [run for run in finished if run["stage"] == "final"]
+    bases = {run["task"]: run for run in finished if run["stage"] == "base"}
     if not finals:
         raise SystemExit(f"{folder / RUNS} holds no finished run yet")
     tasks = {task: by_method(finals, task) for task in dict.fromkeys(run["task"] for run in finals)}

@@ -1,4 +1,4 @@
-"""Spans of like length side by side, so that one matrix product serves them all.
+"""Spans side by side, so that one matrix product serves them all, where that costs less than one for each.
 
     tokens of a pack     a a a b b c c c          stack   a a a
                                              ->           c c c         and   b b
@@ -6,7 +6,7 @@
 A stack is as long as its longest span, rounded up. A shorter one is filled up with repeats of its last token: causal
 attention of the real tokens cannot see what comes after them, and what is computed for the fill is thrown away.
 
-Why round, and why stacks of one size: for 16-bit matrix products on CPU oneDNN compiles a kernel for each shape and
+Why round, and why stacks of few sizes: for 16-bit matrix products on CPU oneDNN compiles a kernel for each shape and
 stride it meets, a millisecond and 0.7 MiB each, and keeps a thousand. Packs of ever new lengths would fill that.
 """
 

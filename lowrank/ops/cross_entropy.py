@@ -101,17 +101,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = F.linear(hidden[part], weight, bias)
-            chunk_loss, d_logits = _loss_and_gradient(logits, labels[part], options, precise, any(wanted[:3]))
+            z = F.linear(hidden[part], weight, bias)
+            chunk_loss, slope = _loss_and_gradient(z, labels[part], options, precise, any(wanted[:3]))
+            del z
             loss += chunk_loss
+            if slope is None:
+                continue
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(hidden.dtype)
+                d_bias += slope.sum(0)
+            d_logits = slope.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, weight, out=d_hidden[part])
             if d_weight is not None:
                 d_weight += d_logits.t() @ hidden[part]
-            del logits, d_logits  # before the next chunk's are made
+            del slope, d_logits  # before the next chunk's are made
         ctx.save_for_backward(
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -126,8 +129,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _loss_and_gradient(
     logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, precise: torch.dtype, gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one chunk, and its gradient by `logits` (rows, V), whose memory it may take; both in `precise`."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss of one chunk, and its `gradient` by `logits` (rows, V), if wanted; both in `precise`. Takes the logits'
+    memory."""
     plain = options.logit_scale == 1.0 and options.softcap is None
     z = logits if plain else _scaled_and_capped(logits.to(precise), options)
     target = labels[:, None]
@@ -139,7 +143,7 @@ def _loss_and_gradient(
     if smooth:
         loss -= smooth * log_p.mean(dim=-1, keepdim=True)
     if not gradient:
-        return loss.sum(), log_p
+        return loss.sum(), None
     slope = log_p.exp_()
     if options.z_loss:
         slope *= 1.0 + 2.0 * options.z_loss * lse

@@ -17,9 +17,8 @@ from lowrank.weights.plan import Planned
 from lowrank.weights.rounding import Loss, Rounding, round_into
 from lowrank.weights.tensorfile import TORCH_DTYPES, Entry, read_bytes, write_bytes
 
-BLOCK = (
-    1 << 18
-)  # values: their float32 sum fits a core's cache, and what Python does for a block costs little beside it
+# Values: their float32 sum fits a core's cache, and what Python does for a block costs little beside it.
+BLOCK = 1 << 18
 MEASURED = 16  # one block of so many is measured: measuring costs as much as merging, and a block says enough
 
 

@@ -82,9 +82,7 @@ def compose(
             does not go with the method.
     """
     chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    _check_arguments(adapters, chosen, method, rank, energy, density)
-    if majority_sign not in get_args(MajoritySign):
-        raise InputError(f"There is no majority sign {majority_sign!r}; there are {', '.join(get_args(MajoritySign))}.")
+    _check_arguments(adapters, chosen, method, rank, energy, density, majority_sign)
     files = [open_adapter(adapter) for adapter in adapters]
     for file in files:
         refuse_inside(Path(out), file.path)
@@ -210,6 +208,7 @@ def _check_arguments(
     rank: int | None,
     energy: float | None,
     density: float | None,
+    majority_sign: str,
 ) -> None:
     known = ["cat", "svd", *FACTOR_METHODS]
     if method not in known:
@@ -228,6 +227,8 @@ def _check_arguments(
         raise InputError(f"{method} {'needs a' if method in _PRUNING else 'has no'} density.")
     if density is not None and not 0 < density <= 1:
         raise InputError(f"The density is {density}; it is above 0 and at most 1.")
+    if majority_sign not in get_args(MajoritySign):
+        raise InputError(f"There is no majority sign {majority_sign!r}; there are {', '.join(get_args(MajoritySign))}.")
 
 
 def _check_bases(files: list[AdapterFile]) -> list[str]:
