@@ -1,7 +1,10 @@
 """Cross-entropy from hidden states: the logits of a large vocabulary exist a chunk of rows at a time.
 
-With a frozen head the gradient of the hidden states is formed chunk by chunk in the forward pass, while the chunk's
-logits are there: nothing is recomputed, and what stays is one (n, d) gradient. A trained head adds one (V, d) gradient.
+Gradients are formed chunk by chunk in the forward pass, while the chunk's logits are there: nothing is recomputed, and
+what stays with a frozen head is one (n, d) gradient. A trained head adds one (V, d) gradient, adapters add their own.
+
+A chunk is as large as products want it; what lies between its two products goes over it block by block, each as large
+as a CPU's cache, and leaves the logits' gradient where the logits were.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-CHUNK_BYTES = 32 * 2**20
-"""Memory of one chunk's float32 logits. As much again is held beside them: what the head gave, or their softmax."""
+CHUNK_BYTES = 64 * 2**20
+"""Memory of one chunk's logits, of the dtype that the head gives them."""
+BLOCK_BYTES = 4 * 2**20
+"""Memory of one block's float32 logits on CPU. Elsewhere a block is a chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (n, d).
-        weight: The head (V, d), of hidden's dtype.
+        weight: The head (V, d), of hidden's dtype, or both of any under autocast.
         labels: (n,) token ids; every row counts, so leave unsupervised rows out.
         bias: (V,) or None.
         options: What else is done to the logits.
@@ -52,7 +58,36 @@ def linear_cross_entropy(
     Returns:
         A float32 scalar (float64 for float64 input).
     """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled():  # which the function itself is not told
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss = _LinearCrossEntropy.apply(hidden, weight, bias, labels, options)
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+def cross_entropy_through(
+    head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, vocabulary: int, options: LossOptions = LossOptions()
+) -> torch.Tensor:
+    """The same through a head that is more than a product: with adapters, quantised, or under hooks.
+
+    Args:
+        head: (n, d) -> (n, V). Its backward pass must not need what it returned, whose memory is taken.
+        hidden: (n, d).
+        labels: (n,).
+        vocabulary: V.
+        options: What else is done to the logits.
+
+    Raises:
+        RuntimeError: from autograd, where the head's backward pass needs what it returned.
+    """
+    evaluated = not torch.is_grad_enabled()
+    trained = [] if evaluated else [parameter for parameter in head.parameters() if parameter.requires_grad]
+    loss = _CrossEntropyThrough.apply(
+        hidden.detach() if evaluated else hidden, head, labels, vocabulary, options, *trained
+    )
     assert isinstance(loss, torch.Tensor)
     return loss
 
@@ -77,9 +112,15 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, options: LossOptio
     return loss + options.z_loss * torch.logsumexp(logits, dim=-1).square().sum() if options.z_loss else loss
 
 
-def chunk_rows(vocabulary: int) -> int:
+def _chunk_rows(vocabulary: int, bytes_each: int) -> int:
     """Rows of logits that make one chunk."""
-    return max(1, CHUNK_BYTES // (vocabulary * 4))
+    return max(1, CHUNK_BYTES // (vocabulary * bytes_each))
+
+
+def _chunks(n: int, most: int) -> list[slice]:
+    """n rows in as few chunks as `most` rows allow, all of about one size: products of few rows are slow."""
+    rows = -(-n // max(1, -(-n // most)))
+    return [slice(start, start + rows) for start in range(0, n, max(1, rows))]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -98,23 +139,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=precise) if wanted[1] else None
         d_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
         loss = torch.zeros((), dtype=precise, device=hidden.device)
-        rows = chunk_rows(weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            z = F.linear(hidden[part], weight, bias)
-            chunk_loss, slope = _loss_and_gradient(z, labels[part], options, precise, any(wanted[:3]))
-            del z
-            loss += chunk_loss
-            if slope is None:
-                continue
+        chunks = _chunks(hidden.shape[0], _chunk_rows(weight.shape[0], hidden.element_size()))
+        memory = hidden.new_empty(len(hidden[chunks[0]]) if chunks else 0, weight.shape[0])  # one for all chunks
+        for part in chunks:
+            z = memory[: len(hidden[part])]
+            if bias is None:
+                torch.mm(hidden[part], weight.t(), out=z)
+            else:
+                torch.addmm(bias, hidden[part], weight.t(), out=z)
+            loss += _loss_of_chunk(z, labels[part], options, precise, any(wanted[:3]))
             if d_bias is not None:
-                d_bias += slope.sum(0)
-            d_logits = slope.to(hidden.dtype)
+                d_bias += z.sum(0, dtype=precise)
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[part])
+                torch.mm(z, weight, out=d_hidden[part])
             if d_weight is not None:
-                d_weight += d_logits.t() @ hidden[part]
-            del slope, d_logits  # before the next chunk's are made
+                d_weight += z.t() @ hidden[part]
         ctx.save_for_backward(
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -127,34 +166,88 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors), None, None
 
 
-def _loss_and_gradient(
+class _CrossEntropyThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: nn.Module,
+        labels: torch.Tensor,
+        vocabulary: int,
+        options: LossOptions,
+        *trained: nn.Parameter,
+    ) -> torch.Tensor:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_trained = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        gradients = d_hidden is not None or bool(trained)
+        loss = torch.zeros((), dtype=precise, device=hidden.device)
+        bytes_each = 2 * hidden.element_size()  # the head's backward pass may copy what it is given
+        for part in _chunks(hidden.shape[0], _chunk_rows(vocabulary, bytes_each)):
+            with torch.set_grad_enabled(gradients):
+                given = hidden[part].detach().requires_grad_(d_hidden is not None)
+                z = head(given)
+            slope = z.detach()
+            loss += _loss_of_chunk(slope, labels[part], options, precise, gradients)
+            if not gradients:
+                continue
+            wanted = [*([given] if d_hidden is not None else []), *trained]
+            found = list(torch.autograd.grad(z, wanted, slope, allow_unused=True))
+            if d_hidden is not None:
+                d_hidden[part] = found.pop(0)
+            for total, part_of_it in zip(d_trained, found, strict=True):
+                if part_of_it is not None:
+                    total += part_of_it
+            del z, slope, found  # before the next chunk's are made
+        ctx.save_for_backward(d_hidden, *(d.to(p.dtype) for d, p in zip(d_trained, trained, strict=True)))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_hidden, *d_trained = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
+        return d_hidden, None, None, None, None, *d_trained
+
+
+def _loss_of_chunk(
     logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, precise: torch.dtype, gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss of one chunk, and its `gradient` by `logits` (rows, V), if wanted; both in `precise`. Takes the logits'
-    memory."""
-    plain = options.logit_scale == 1.0 and options.softcap is None
-    z = logits if plain else _scaled_and_capped(logits.to(precise), options)
+) -> torch.Tensor:
+    """The loss of some rows (rows, V), computed in `precise`; their `gradient`, if wanted, takes their place."""
+    rows, vocabulary = logits.shape
+    at_once = max(1, BLOCK_BYTES // (vocabulary * 4)) if logits.device.type == "cpu" else rows
+    loss = torch.zeros((), dtype=precise, device=logits.device)
+    for block, targets in zip(logits.split(at_once), labels.split(at_once), strict=True):
+        loss += _loss_of_block(block, targets, options, precise, gradient)
+    return loss
+
+
+def _loss_of_block(
+    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, precise: torch.dtype, gradient: bool
+) -> torch.Tensor:
+    z = logits.to(precise)
+    if options.logit_scale != 1.0 or options.softcap is not None:
+        z = _scaled_and_capped(z.clone() if z is logits else z, options)
     target = labels[:, None]
-    log_p = torch.log_softmax(z, dim=-1, dtype=precise)
-    found = log_p.gather(1, target)
-    lse = z.gather(1, target) - found
+    slope = torch.softmax(z, dim=-1)
+    # log p of the largest, which is 1 / V at least; of the others by their distance: nothing large is subtracted.
+    largest, log_largest = z.amax(dim=-1, keepdim=True), slope.amax(dim=-1, keepdim=True).log_()
+    lse = largest - log_largest
     smooth = options.label_smoothing
-    loss = (smooth - 1.0) * found + options.z_loss * lse.square()
+    loss = (smooth - 1.0) * (z.gather(1, target) - largest + log_largest) + options.z_loss * lse.square()
     if smooth:
-        loss -= smooth * log_p.mean(dim=-1, keepdim=True)
+        loss -= smooth * (z.mean(dim=-1, keepdim=True) - largest + log_largest)
     if not gradient:
-        return loss.sum(), None
-    slope = log_p.exp_()
+        return loss.sum()
     if options.z_loss:
         slope *= 1.0 + 2.0 * options.z_loss * lse
     if smooth:
         slope -= smooth / slope.shape[1]
-    slope.scatter_add_(1, target, torch.full_like(found, smooth - 1.0))
+    slope.scatter_add_(1, target, torch.full_like(lse, smooth - 1.0))
     if options.softcap is not None:
         slope *= z.div_(options.softcap).square_().neg_().add_(1.0)  # 1 - tanh²
     if options.logit_scale != 1.0:
         slope *= options.logit_scale
-    return loss.sum(), slope
+    logits.copy_(slope)
+    return loss.sum()
 
 
 def _scaled_and_capped(z: torch.Tensor, options: LossOptions) -> torch.Tensor:

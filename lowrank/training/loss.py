@@ -16,10 +16,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lowrank.data import Batch
-from lowrank.ops.cross_entropy import LossOptions, chunk_rows, cross_entropy, linear_cross_entropy
+from lowrank.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_through, linear_cross_entropy
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 
@@ -62,7 +61,7 @@ class HiddenLoss:
 
     why = "from hidden states, supervised tokens only"
 
-    def __init__(self, head: nn.Module, options: LossOptions) -> None:
+    def __init__(self, head: Any, options: LossOptions) -> None:
         self.head, self.options = head, options
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -76,7 +75,7 @@ class HiddenLoss:
         head = self.head
         if type(head) is nn.Linear and "forward" not in head.__dict__:
             return linear_cross_entropy(hidden, head.weight, labels, head.bias, self.options)
-        return _chunked(head, hidden, labels, self.options)
+        return cross_entropy_through(head, hidden, labels, head.out_features, self.options)
 
 
 class LogitsLoss:
@@ -129,19 +128,6 @@ def _forward(model: nn.Module, batch: Batch, logits_to_keep: torch.Tensor | None
     if logits_to_keep is not None:
         inputs["logits_to_keep"] = logits_to_keep
     return model(**inputs)
-
-
-def _chunked(head: Any, hidden: torch.Tensor, labels: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """Through a head that carries adapters or hooks: chunk by chunk, logits recomputed in the backward pass."""
-
-    def loss(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(head(part), target, options)
-
-    rows = chunk_rows(head.weight.shape[0])
-    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
-        total = total + checkpoint(loss, part, target, use_reentrant=False)
-    return total
 
 
 @contextmanager
