@@ -18,6 +18,7 @@ from lowrank.training.layers import compile_layers
 from lowrank.training.loop import fit
 from lowrank.training.loss import supervised_loss
 from lowrank.training.memory import few_kernels_kept, freed_blocks_kept
+from lowrank.training.norms import lean_norms
 from lowrank.training.optim import Settings, build_optimizer
 from lowrank.training.schedule import build_schedule
 from lowrank.training.steps import StepSize
@@ -48,6 +49,8 @@ def main(*, compiled: bool = False) -> None:
     set_attention(model, "auto", packing=True)
     if compiled:
         compile_layers(model)
+    else:
+        lean_norms(model)
     rows = rows_of(job, model.config.vocab_size)
     examples = Examples.of([Example(ids, [label != IGNORED for label in labels]) for ids, labels in rows], "all")
     plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=job.pack, pad_token_id=0, seed=job.seed)

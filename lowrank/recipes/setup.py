@@ -24,6 +24,7 @@ from lowrank.recipes.prepare import (
 from lowrank.training.layers import compile_layers
 from lowrank.training.liger import use_liger
 from lowrank.training.loss import Autocast, Loss, supervised_loss
+from lowrank.training.norms import lean_norms
 from lowrank.training.parallel import ALONE, Ranks
 from lowrank.training.recompute import recompute_activations
 from lowrank.training.sharding import shard
@@ -78,6 +79,8 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     model = base_model(config, device="cpu" if training.fsdp else None)
     dtype = model.dtype
     put_in(model, config, plan)
+    if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
+        lean_norms(model)
     if training.fsdp:
         shard(model, ranks, own_device(config))
     attention = swap_attention(model, config)

@@ -67,3 +67,6 @@ def test_operations_are_those_of_the_models_own_shapes(finetune, tmp_path):
     model = LlamaForCausalLM(config)
     linear = sum(parameter.numel() for name, parameter in model.named_parameters() if "proj" in name)
     assert yardstick.operations_a_token(str(tmp_path), 0.25) == 4 * (linear + 0.25 * 32 * 50)
+    ends = sum(sum(parameter.shape) for name, parameter in model.named_parameters() if "proj" in name)
+    pairs = (1 + 2 + 3 + 1) / 4  # of tokens and those that they see, for each token
+    assert yardstick.operations_beside(str(tmp_path), 8, [3, 1]) == 6 * 8 * ends + 3 * (2 * 6 * 4 * 16 * pairs)

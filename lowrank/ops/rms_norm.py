@@ -1,0 +1,65 @@
+"""y = x / √(mean x² + ε) · gain as one autograd function (RMSNorm, Zhang and Sennrich 2019).
+
+Composed of plain operations it keeps a float32 copy of x and the normed x besides, and its backward pass goes over the
+rows twenty times. Here that pass needs x, which is there anyway, and a number for each row, and goes over them nine
+times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
+    """Normed over the last dimension, in float32 at least.
+
+    Args:
+        x: (..., d).
+        gain: (d,).
+        eps: ε.
+        rounded_first: The normed x is rounded to x's dtype before it is multiplied (as in Llama), not after (Gemma).
+
+    Returns:
+        (..., d); rounded first, of the dtype that x and gain promote to, else of x's.
+    """
+    y = _RmsNorm.apply(x, gain, eps, rounded_first)
+    assert isinstance(y, torch.Tensor)
+    return y
+
+
+def rms_norm_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
+    """The same in plain operations."""
+    precise = x.to(_precise(x))
+    normed = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps)
+    return gain * normed.to(x.dtype) if rounded_first else (normed * gain.to(normed.dtype)).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_precise(x))
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gain, scale)
+        if rounded_first:
+            return torch.mul(x, scale, out=torch.empty_like(x)) * gain
+        return (x * scale).mul_(gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, gain, scale = ctx.saved_tensors
+        d_y, precise_x = grads[0].to(scale.dtype), x.to(scale.dtype)
+        d_gain = None
+        if ctx.needs_input_grad[1]:
+            d_gain = (d_y * precise_x).mul_(scale).flatten(0, -2).sum(0).to(gain.dtype)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_y * gain
+            along = (d_x * precise_x).sum(-1, keepdim=True).mul_(scale**3).div_(-x.shape[-1])
+            d_x = d_x.mul_(scale).addcmul_(precise_x, along).to(x.dtype)
+        return d_x, d_gain, None, None
+
+
+def _precise(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
