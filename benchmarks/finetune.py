@@ -6,7 +6,8 @@ Same weights, rows, rank, targets, dtype, learning rate and (on average) tokens 
 peers; torchtune and LitGPT stand in an environment of their own. Reported are real tokens a second (without padding)
 and supervised ones, peak memory, the time to the first step and to the loss that peft + Trainer ends with, medians and
 spread, the ratio to peft + Trainer, and the share of the machine's own matrix-product rate: the operations that a
-LoRA step needs, divided by the time and by the rate of plain products of the model's shapes, measured in the same run.
+LoRA step needs, divided by the time and by the rate of plain products of the model's shapes, measured in the same run
+(of the base's products alone, and with the low-rank ones and attention's).
 Writes a table, JSON and a plot to benchmarks/results/finetune-<device>-<case>-<method>-<dtype>.*
 """
 
@@ -29,7 +30,7 @@ from yardstick import product_rate
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "contestants"))
-from job import Job  # noqa: E402
+from job import Job, lengths_of  # noqa: E402
 
 APART = HERE.parent / ".venv-bench" / "peers" / "bin" / "python"
 
@@ -132,10 +133,12 @@ def main() -> None:
         spread=case.spread,
         longest=case.longest,
     )
-    outcomes, rates = contest(names, job, options.repeats or case.repeats)
+    repeats = options.repeats or case.repeats
+    outcomes, rates = contest(names, job, repeats)
+    lengths = [length for repeat in range(repeats) for length in lengths_of(replace(job, seed=repeat))]
     options.out.mkdir(exist_ok=True)
     stem = options.out / f"finetune-{options.device}-{options.case}-{options.method}-{options.dtype}"
-    write(stem, options.case, job, outcomes, statistics.median(rates))
+    write(stem, options.case, job, outcomes, statistics.median(rates), lengths)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from cases import CASES
 from meter import machine
 from rich.console import Console
 from rich.table import Table
-from yardstick import operations_a_token
+from yardstick import operations_a_token, operations_beside
 
 PEFT = "peft + Trainer"
 BARS = {  # of the case chat: tokens a second and peak memory against peft + Trainer
@@ -36,6 +36,7 @@ HEADER = (
     "first step after",
     "peft's loss after",
     "of the rate",
+    "with low-rank and attention",
 )
 
 
@@ -75,7 +76,7 @@ def until_loss(outcome: Outcome, peft: Outcome) -> list[float]:
     return seconds
 
 
-def write(stem: Path, case: str, job: Any, outcomes: dict[str, Outcome], rate: float) -> None:
+def write(stem: Path, case: str, job: Any, outcomes: dict[str, Outcome], rate: float, lengths: list[int]) -> None:
     """Table on the screen; JSON, table and plot in files.
 
     Args:
@@ -84,8 +85,10 @@ def write(stem: Path, case: str, job: Any, outcomes: dict[str, Outcome], rate: f
         job: What all did.
         outcomes: By contestant.
         rate: Operations a second of plain products.
+        lengths: Tokens of each row.
     """
-    rows = [_row(name, outcome, outcomes.get(PEFT), job.model, rate) for name, outcome in outcomes.items()]
+    beside = operations_beside(job.model, job.r, lengths)
+    rows = [_row(name, outcome, outcomes.get(PEFT), job.model, rate, beside) for name, outcome in outcomes.items()]
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *rows)]
     text = [
         f"# {job.method}, {job.dtype}, r = {job.r}, all-linear: {CASES[case].what}",
@@ -112,7 +115,7 @@ def write(stem: Path, case: str, job: Any, outcomes: dict[str, Outcome], rate: f
     Console(width=170).print(table, *missing, sep="\n")
 
 
-def _row(name: str, outcome: Outcome, peft: Outcome | None, model: str, rate: float) -> list[str]:
+def _row(name: str, outcome: Outcome, peft: Outcome | None, model: str, rate: float, beside: float) -> list[str]:
     if not outcome.results:
         return [name, *["–"] * (len(HEADER) - 1)]
     speed, memory = outcome.median("tokens_per_second"), outcome.median("peak_mib")
@@ -131,6 +134,7 @@ def _row(name: str, outcome: Outcome, peft: Outcome | None, model: str, rate: fl
         f"{_spread(outcome, 'first_step_after', 1)} s",
         reached,
         f"{speed * needed / rate:.0%}",
+        f"{speed * (needed + beside) / rate:.0%}",
     ]
 
 
@@ -162,8 +166,10 @@ def _about(job: Any, outcomes: dict[str, Outcome], rate: float) -> str:
         f"{_machine(job.device)}; {told}. `{_command()}`: {repeats} repeats in alternating order, each in its own "
         f"process, {job.steps - 1} steps timed in each after one of warm-up. Medians, in brackets lowest to highest. "
         f"Times are from the start of the process; “peft's loss” is the loss of the last step of {PEFT} on the same "
-        f"rows. Plain products of the model's shapes ran at {rate / 1e9:.0f} GFLOP/s. {PEFT} and TRL keep the base in "
-        f"{job.dtype} and the adapters in float32, as lowrank does; torchtune and LitGPT have both in {job.dtype}."
+        f"rows. Plain products of the model's shapes ran at {rate / 1e9:.0f} GFLOP/s; the share of that rate counts "
+        "the base's products in a LoRA step, and then the low-rank products and attention's too. "
+        f"{PEFT} and TRL keep the base in {job.dtype} and the adapters in float32, as lowrank does; torchtune and "
+        f"LitGPT have both in {job.dtype}."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -27,9 +27,7 @@ def layer_shapes(config: PretrainedConfig) -> Iterator[tuple[int, int]]:
 
 
 def operations_a_token(folder: str, supervised: float) -> float:
-    """What a LoRA step needs for a token: forward, and backward to the inputs alone, since the base is frozen.
-
-    Attention and the low-rank products are not counted.
+    """What the base's products in a LoRA step take for a token: forward, and backward to the inputs alone.
 
     Args:
         folder: Of the base.
@@ -38,6 +36,20 @@ def operations_a_token(folder: str, supervised: float) -> float:
     config = AutoConfig.from_pretrained(folder)
     layer = sum(width * out for width, out in layer_shapes(config))
     return 2 * 2 * (config.num_hidden_layers * layer + supervised * config.hidden_size * config.vocab_size)
+
+
+def operations_beside(folder: str, r: int, lengths: Sequence[int]) -> float:
+    """What a LoRA step needs for a token beside the base's products, on average over rows of `lengths`.
+
+    That is six low-rank products for each module (two forward, and the gradients of both factors, of what is between
+    them and of the input), and attention's two products forward and four backward over the pairs that a causal mask
+    leaves; nothing that is computed twice.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    low_rank = 6 * r * sum(width + out for width, out in layer_shapes(config))
+    pairs = sum(length * (length + 1) / 2 for length in lengths) / sum(lengths)
+    query, _ = next(layer_shapes(config))[::-1]
+    return config.num_hidden_layers * (low_rank + 2 * 6 * query * pairs)
 
 
 def product_rate(folder: str, dtype: torch.dtype, device: str, seconds: float = SECONDS) -> float:

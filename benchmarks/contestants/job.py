@@ -86,14 +86,24 @@ def rows_of(job: Job, vocabulary: int) -> list[Row]:
     much in every row. Ids below 10 do not occur, so that padding can be told from tokens.
     """
     rng = np.random.default_rng(job.seed)
-    drawn = rng.lognormal(np.log(job.mean_length) - job.spread**2 / 2, job.spread, job.rows * job.steps)
+    lengths = _lengths(job, rng)
     alphabet = rng.choice(np.arange(10, vocabulary), ALPHABET, replace=False)
     rows = []
-    for length in np.clip(drawn.round(), 16, job.longest).astype(int):
+    for length in lengths:
         asked = rng.integers(10, vocabulary, length // 2).tolist()
         answered = rng.choice(alphabet, length - length // 2).tolist()
         rows.append((asked + answered, [IGNORED] * len(asked) + answered))
     return rows
+
+
+def lengths_of(job: Job) -> list[int]:
+    """Tokens of each of `rows_of`."""
+    return _lengths(job, np.random.default_rng(job.seed))
+
+
+def _lengths(job: Job, rng: np.random.Generator) -> list[int]:
+    drawn = rng.lognormal(np.log(job.mean_length) - job.spread**2 / 2, job.spread, job.rows * job.steps)
+    return np.clip(drawn.round(), 16, job.longest).astype(int).tolist()
 
 
 def counted(rows: Sequence[Row]) -> tuple[int, int]:
