@@ -31,6 +31,7 @@ from lowrank.models import load_model
 from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.loop import fit
 from lowrank.training.loss import supervised_loss
+from lowrank.training.norms import lean_norms
 from lowrank.training.optim import Settings, build_optimizer
 from lowrank.training.schedule import build_schedule
 
@@ -63,6 +64,7 @@ def of_lowrank(model: Any, rows: Sequence[Row], at_a_time: int, learning_rate: f
     plan = InOrder(examples, True, at_a_time, None, 0, 0, False)
     steps = len(plan.epoch(0))
     set_attention(model, "auto", packing=True)
+    lean_norms(model)
     optimizer = build_optimizer(model, Settings(learning_rate))
     schedule = build_schedule(optimizer, "constant", warmup_steps=0, total_steps=steps)
     losses = Losses()
