@@ -48,7 +48,7 @@ def operations_beside(folder: str, r: int, lengths: Sequence[int]) -> float:
     config = AutoConfig.from_pretrained(folder)
     low_rank = 6 * r * sum(width + out for width, out in layer_shapes(config))
     pairs = sum(length * (length + 1) / 2 for length in lengths) / sum(lengths)
-    query, _ = next(layer_shapes(config))[::-1]
+    _, query = next(layer_shapes(config))
     return config.num_hidden_layers * (low_rank + 2 * 6 * query * pairs)
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lowrank.ops.precision import precise
+
 CHUNK_BYTES = 64 * 2**20
 """Memory of one chunk's logits, of the dtype that the head gives them."""
 BLOCK_BYTES = 4 * 2**20
@@ -105,7 +107,7 @@ def linear_cross_entropy_reference(
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, options: LossOptions) -> torch.Tensor:
     """Sum over the rows of the cross-entropy of `logits` (n, V), what `options` say done to them first."""
-    logits = options.logit_scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = options.logit_scale * logits.to(precise(logits))
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=options.label_smoothing)
@@ -134,11 +136,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: LossOptions,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad
-        precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        digits = precise(hidden)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=precise) if wanted[1] else None
-        d_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
-        loss = torch.zeros((), dtype=precise, device=hidden.device)
+        d_weight = torch.zeros_like(weight, dtype=digits) if wanted[1] else None
+        d_bias = torch.zeros_like(bias, dtype=digits) if bias is not None and wanted[2] else None
+        loss = torch.zeros((), dtype=digits, device=hidden.device)
         chunks = _chunks(hidden.shape[0], _chunk_rows(weight.shape[0], hidden.element_size()))
         memory = hidden.new_empty(len(hidden[chunks[0]]) if chunks else 0, weight.shape[0])  # one for all chunks
         for part in chunks:
@@ -147,9 +149,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(hidden[part], weight.t(), out=z)
             else:
                 torch.addmm(bias, hidden[part], weight.t(), out=z)
-            loss += _loss_of_chunk(z, labels[part], options, precise, any(wanted[:3]))
+            loss += _loss_of_chunk(z, labels[part], options, any(wanted[:3]))
             if d_bias is not None:
-                d_bias += z.sum(0, dtype=precise)
+                d_bias += z.sum(0, dtype=digits)
             if d_hidden is not None:
                 torch.mm(z, weight, out=d_hidden[part])
             if d_weight is not None:
@@ -177,18 +179,17 @@ class _CrossEntropyThrough(torch.autograd.Function):
         options: LossOptions,
         *trained: nn.Parameter,
     ) -> torch.Tensor:
-        precise = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_trained = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        d_trained = [torch.zeros_like(p, dtype=precise(p)) for p in trained]
         gradients = d_hidden is not None or bool(trained)
-        loss = torch.zeros((), dtype=precise, device=hidden.device)
+        loss = torch.zeros((), dtype=precise(hidden), device=hidden.device)
         bytes_each = 2 * hidden.element_size()  # the head's backward pass may copy what it is given
         for part in _chunks(hidden.shape[0], _chunk_rows(vocabulary, bytes_each)):
             with torch.set_grad_enabled(gradients):
                 given = hidden[part].detach().requires_grad_(d_hidden is not None)
                 z = head(given)
             slope = z.detach()
-            loss += _loss_of_chunk(slope, labels[part], options, precise, gradients)
+            loss += _loss_of_chunk(slope, labels[part], options, gradients)
             if not gradients:
                 continue
             wanted = [*([given] if d_hidden is not None else []), *trained]
@@ -208,24 +209,21 @@ class _CrossEntropyThrough(torch.autograd.Function):
         return d_hidden, None, None, None, None, *d_trained
 
 
-def _loss_of_chunk(
-    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, precise: torch.dtype, gradient: bool
-) -> torch.Tensor:
-    """The loss of some rows (rows, V), computed in `precise`; their `gradient`, if wanted, takes their place."""
+def _loss_of_chunk(logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, gradient: bool) -> torch.Tensor:
+    """The loss of some rows (rows, V), in float32 at least; their `gradient`, if wanted, takes their place."""
     rows, vocabulary = logits.shape
     at_once = max(1, BLOCK_BYTES // (vocabulary * 4)) if logits.device.type == "cpu" else rows
-    loss = torch.zeros((), dtype=precise, device=logits.device)
+    loss = torch.zeros((), dtype=precise(logits), device=logits.device)
     for block, targets in zip(logits.split(at_once), labels.split(at_once), strict=True):
-        loss += _loss_of_block(block, targets, options, precise, gradient)
+        loss += _loss_of_block(block, targets, options, gradient)
     return loss
 
 
-def _loss_of_block(
-    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, precise: torch.dtype, gradient: bool
-) -> torch.Tensor:
-    z = logits.to(precise)
-    if options.logit_scale != 1.0 or options.softcap is not None:
-        z = _scaled_and_capped(z.clone() if z is logits else z, options)
+def _loss_of_block(logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, gradient: bool) -> torch.Tensor:
+    changed = options.logit_scale != 1.0 or options.softcap is not None
+    z = logits.to(precise(logits), copy=changed)
+    if changed:
+        _scale_and_cap(z, options)
     target = labels[:, None]
     slope = torch.softmax(z, dim=-1)
     # log p of the largest, which is 1 / V at least; of the others by their distance: nothing large is subtracted.
@@ -250,7 +248,8 @@ def _loss_of_block(
     return loss.sum()
 
 
-def _scaled_and_capped(z: torch.Tensor, options: LossOptions) -> torch.Tensor:
+def _scale_and_cap(z: torch.Tensor, options: LossOptions) -> None:
     """In place."""
     z *= options.logit_scale
-    return z if options.softcap is None else z.div_(options.softcap).tanh_().mul_(options.softcap)
+    if options.softcap is not None:
+        z.div_(options.softcap).tanh_().mul_(options.softcap)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from lowrank.ops.precision import precise
+
 
 def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
     """Normed over the last dimension, in float32 at least.
@@ -31,15 +33,15 @@ def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: boo
 
 def rms_norm_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
     """The same in plain operations."""
-    precise = x.to(_precise(x))
-    normed = precise * torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps)
+    precise_x = x.to(precise(x))
+    normed = precise_x * torch.rsqrt(precise_x.square().mean(-1, keepdim=True) + eps)
     return gain * normed.to(x.dtype) if rounded_first else (normed * gain.to(normed.dtype)).to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
-        precise_x = x.to(_precise(x))
+        precise_x = x.to(precise(x))
         scale = precise_x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # a vector norm rounds ten times worse
         ctx.save_for_backward(x, gain, scale)
         normed = precise_x * scale
@@ -58,7 +60,3 @@ class _RmsNorm(torch.autograd.Function):
             along = (d_x * precise_x).sum(-1, keepdim=True).mul_(scale**3).div_(-x.shape[-1])
             d_x = d_x.mul_(scale).addcmul_(precise_x, along).to(x.dtype)
         return d_x, d_gain, None, None
-
-
-def _precise(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
