@@ -15,6 +15,7 @@ MODEL := .cache/models/smollm2-135m-instruct
 REQUEST := Remind me at 6:40 am to feed the horses
 
 BENCH := .venv-bench
+OURS := lowrank tests examples benchmarks
 
 .PHONY: quickstart test test-slow bench claims clean
 
@@ -29,7 +30,7 @@ quickstart: $(INSTALLED) $(MODEL)
 	$(PY) examples/ask.py $$run-merged "$(REQUEST)" --system-of examples/data/toolcalls_eval.jsonl
 
 test: $(INSTALLED) $(MODEL)
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyrefly check
+	@$(VENV)/bin/ruff check $(OURS) && $(VENV)/bin/ruff format --check $(OURS) && $(VENV)/bin/pyrefly check
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 test-slow: $(INSTALLED) $(MODEL)

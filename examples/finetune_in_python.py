@@ -22,7 +22,7 @@ result = lowrank.train(RunConfig.model_validate(run))
 
 model = load_model(base)
 lowrank.load(model, result.output_dir)  # the same object, the same class; `generate` works as ever
-print(lowrank.adapters(model))
+print(lowrank.describe(model))
 lowrank.save(model, f"{out}/adapter")  # what peft, transformers and vLLM read too
 lowrank.unwrap(model)  # the base again, bit for bit
 

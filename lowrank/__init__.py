@@ -1,6 +1,6 @@
 """lowrank: fine-tune Hugging Face models with low-rank adapters.
 
-The public verbs, and nothing else. Each is loaded when it is first used: `import lowrank` costs next to nothing.
+The public verbs, and the rooms behind them. Each is loaded when it is first used: `import lowrank` costs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowrank.adapters import AdaLoraConfig as AdaLoraConfig
     from lowrank.adapters import LoraConfig as LoraConfig
-    from lowrank.adapters import adapters as adapters
+    from lowrank.adapters import describe as describe
     from lowrank.adapters import disabled as disabled
     from lowrank.adapters import merge as merge
     from lowrank.adapters import routed as routed
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LoraConfig": "lowrank.adapters",
     "AdaLoraConfig": "lowrank.adapters",
-    "adapters": "lowrank.adapters",
+    "describe": "lowrank.adapters",
     "wrap": "lowrank.adapters",
     "unwrap": "lowrank.adapters",
     "merge": "lowrank.adapters",
@@ -53,14 +53,18 @@ _HOME = {
     "merge_checkpoint": "lowrank.weights",
 }
 
+_ROOMS = ("adapters", "attention", "config", "data", "errors", "models", "ops", "recipes", "training", "weights")
+
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return import_module(f"lowrank.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'lowrank' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *_ROOMS, "__version__"]

@@ -5,9 +5,7 @@ Names are loaded when they are first used: reading a config needs the fields of 
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,13 +52,3 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module 'lowrank.adapters' has no attribute {name!r}")
     return getattr(import_module(_MODULE[name]), name)
-
-
-class _Room(ModuleType):
-    """`lowrank.adapters` is this package and a verb of the public API: calling the package describes a model."""
-
-    def __call__(self, model: Any) -> dict[str, AdapterInfo]:
-        return import_module("lowrank.adapters.inspection").describe(model)
-
-
-sys.modules[__name__].__class__ = _Room

@@ -65,7 +65,7 @@ def test_one_inside_of_another_is_refused(fields, message):
     model = tiny_llama()
     with pytest.raises(InputError, match=message):
         lowrank.wrap(model, LoraConfig(**{"target_modules": ["q_proj"], **fields}))
-    assert lowrank.adapters(model) == {}
+    assert lowrank.describe(model) == {}
 
 
 @pytest.mark.parametrize(

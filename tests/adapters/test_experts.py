@@ -133,7 +133,7 @@ def test_ranks_and_alphas_by_parameter_are_pefts_and_nothing_else_changes_them()
     fields = {"rank_pattern": {"gate_up_proj": 5}, "alpha_pattern": {r"layers.1\..*down_proj": 40}, "use_rslora": True}
     _, theirs, ours = both("qwen3_moe", TARGETS, **fields)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
-    assert lowrank.adapters(ours)["default"].matched == dict.fromkeys(TARGETS, 2)
+    assert lowrank.describe(ours)["default"].matched == dict.fromkeys(TARGETS, 2)
     plain = lowrank.wrap(model_of("qwen3_moe"), config_of(TARGETS, r=2))
     assert {len(tensor) for name, tensor in adapter_tensors(plain, "default").items() if "lora_A" in name} == {8}
 

@@ -94,7 +94,7 @@ def test_a_rank_above_a_weights_directions_is_refused(how, out_features):
     model = nn.Sequential(nn.Linear(8, out_features))
     with pytest.raises(InputError, match=f"takes 4 directions of a weight, and one of shape .{out_features}, 8. has"):
         lowrank.wrap(model, LoraConfig(r=4, init_lora_weights=how))
-    assert lowrank.adapters(model) == {}
+    assert lowrank.describe(model) == {}
 
 
 class TestEva:
@@ -133,7 +133,7 @@ class TestEva:
         plain, model = lowrank.wrap(tiny_llama(), LoraConfig(**fields)), tiny_llama()
         lowrank.wrap(model, LoraConfig(init_lora_weights="eva", **fields), batches=batches)
         ranks = set()
-        for path in lowrank.adapters(model)["default"].modules:
+        for path in lowrank.describe(model)["default"].modules:
             layer, asked = (m.get_submodule(path).adapters["default"] for m in (model, plain))
             ranks.add(layer.lora_A.shape[0])
             assert layer.scale == pytest.approx(asked.scale), path

@@ -45,7 +45,7 @@ def three():
 
 def test_switch_stack_and_silence(three):
     model, alone = three
-    assert set(lowrank.adapters(model)) == {"a", "b", "c"}
+    assert set(lowrank.describe(model)) == {"a", "b", "c"}
     assert torch.equal(model(IDS).logits, alone["c"])  # the last one wrapped acts
     base = tiny_llama()(IDS).logits
     with lowrank.disabled(model):
@@ -80,7 +80,7 @@ def test_rename_and_delete(three):
         assert torch.equal(model(IDS).logits, alone["a"])
     delete(model, "c")
     delete(model, "b")
-    assert set(lowrank.adapters(model)) == {"first"}
+    assert set(lowrank.describe(model)) == {"first"}
     assert "adapters" not in model.model.layers[0].mlp.up_proj._modules
     with pytest.raises(InputError, match="the model has an adapter 'first' already"):
         lowrank.wrap(model, CONFIGS["lora"], adapter="first")
@@ -118,7 +118,7 @@ def test_a_failed_wrap_leaves_the_model_as_it_was():
     with pytest.raises(InputError, match="is asked for twice"):
         lowrank.wrap(model, LoraConfig(target_modules=["embed_tokens"], trainable_token_indices=[5]))
     assert dict(model.named_modules()) == modules
-    assert lowrank.adapters(model) == {}
+    assert lowrank.describe(model) == {}
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -166,7 +166,7 @@ def test_routing_costs_what_the_batch_holds_and_not_what_is_loaded(three):
             layer.delta = functools.partial(_counted, calls, name, layer.delta)
     with lowrank.routed(model, ["a", None, "a", "a"]):
         model(IDS.repeat(4, 1))
-    modules = lowrank.adapters(model)["a"].modules
+    modules = lowrank.describe(model)["a"].modules
     assert calls == [("a", 3)] * len(modules)
 
 

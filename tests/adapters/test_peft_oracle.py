@@ -31,7 +31,7 @@ def pair(name: str, fields: dict, targets=None):
     targets = {} if targets is None else {"target_modules": targets}
     lowrank.wrap(mine, (AdaLoraConfig if ada else LoraConfig)(**fields, **targets))
     # peft is told the very modules, so that what is compared is the maths.
-    modules = list(lowrank.adapters(mine)["default"].modules) if not targets else targets["target_modules"]
+    modules = list(lowrank.describe(mine)["default"].modules) if not targets else targets["target_modules"]
     config = peft.AdaLoraConfig(**fields, total_step=10, target_modules=modules) if ada else None
     config = config or peft.LoraConfig(**fields, target_modules=modules)
     wrapped = peft.get_peft_model(theirs, config)
@@ -126,4 +126,4 @@ def test_all_linear_names_what_peft_names_without_routers_and_heads():
         named = {
             key.removeprefix(PREFIX) for key, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
         }
-        assert set(lowrank.adapters(mine)["default"].modules) == named
+        assert set(lowrank.describe(mine)["default"].modules) == named

@@ -46,7 +46,7 @@ def ours(model, fields: dict) -> dict[str, tuple[int, float]]:
     lowrank.wrap(model, LoraConfig(**fields))
     saved = set(fields.get("modules_to_save", []))
     found = {}
-    for path in lowrank.adapters(model)["default"].modules:
+    for path in lowrank.describe(model)["default"].modules:
         layer = model.get_submodule(path).adapters["default"]
         if path.rpartition(".")[2] not in saved:
             found[path] = (layer.lora_A.shape[0], layer.scale)

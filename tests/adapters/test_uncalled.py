@@ -25,7 +25,7 @@ def test_mambas_projections_that_its_kernels_read():
         with pytest.raises(InputError, match=f"{name} would act on nothing: MambaMixer reads its weight"):
             lowrank.wrap(tiny_mamba(), LoraConfig(target_modules=[name]))
     model = lowrank.wrap(tiny_mamba(), LoraConfig(r=2))
-    assert lowrank.adapters(model)["default"].modules == ("backbone.layers.0.mixer.in_proj",)
+    assert lowrank.describe(model)["default"].modules == ("backbone.layers.0.mixer.in_proj",)
     model(IDS).logits.square().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -35,7 +35,7 @@ def test_the_table_that_lends_its_weight_to_both_sides(fields):
     with pytest.raises(InputError, match=r"shared would act on nothing: encoder\.embed_tokens reads its weight"):
         lowrank.wrap(MODELS["t5"](), LoraConfig(**{"target_modules": ["q"], **fields}))
     model = lowrank.wrap(MODELS["t5"](), LoraConfig(target_modules=["embed_tokens"]))
-    assert len(lowrank.adapters(model)["default"].modules) == 2
+    assert len(lowrank.describe(model)["default"].modules) == 2
 
 
 def test_token_rows_that_a_third_module_would_not_see():

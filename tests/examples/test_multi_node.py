@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from runs import base, write_config
+from short_run import base, write_config
 
 import lowrank
 

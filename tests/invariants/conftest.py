@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from runs import base, write_config
+from short_run import base, write_config
 
 __all__ = ["base", "write_config"]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from processes import start, start_ranks
-from runs import chats
 from safetensors.torch import load_file
+from short_run import chats
 
 from lowrank.cli import main
 

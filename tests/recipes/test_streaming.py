@@ -8,7 +8,7 @@ import re
 import signal
 
 import pytest
-from runs import chats
+from short_run import chats
 
 import lowrank
 from lowrank.config import load_config

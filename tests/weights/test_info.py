@@ -35,7 +35,7 @@ def made(config: object, folder: Path):
 def test_figures(config: LoraConfig, tmp_path: Path) -> None:
     model = made(config, tmp_path / "a")
     summary = summarise(tmp_path / "a")
-    assert summary.parameters == lowrank.adapters(model)["default"].parameters
+    assert summary.parameters == lowrank.describe(model)["default"].parameters
     assert sum(summary.modules.values()) == sum(summary.ranks.values())
     assert summary.modules["q_proj"] == 2
     for path, size in summary.norms.items():

@@ -114,7 +114,7 @@ def test_an_adalora_that_peft_has_pruned(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "theirs").eval()
     ours = lowrank.load(copy.deepcopy(base), tmp_path / "theirs")
-    assert sum(map(sum, lowrank.adapters(ours)["default"].config.rank_pattern.values())) == 2 * 4
+    assert sum(map(sum, lowrank.describe(ours)["default"].config.rank_pattern.values())) == 2 * 4
     same(ours(IDS).logits, read(IDS).logits)
     lowrank.save(ours, tmp_path / "ours")
     same(peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()(IDS).logits, read(IDS).logits)
@@ -126,7 +126,7 @@ def test_peft_reads_an_adalora_whose_config_did_not_say_how_long_it_would_train(
     ours = lowrank.wrap(copy.deepcopy(base), AdaLoraConfig(init_lora_weights=False, **ADALORA))
     if steps:
         trained(ours, RankBudget(ours, "default", steps).step)
-        assert lowrank.adapters(ours)["default"].config.total_step == steps
+        assert lowrank.describe(ours)["default"].config.total_step == steps
     lowrank.save(ours, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
     same(theirs(IDS).logits, ours(IDS).logits)

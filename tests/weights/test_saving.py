@@ -185,7 +185,7 @@ def test_everything_that_does_not_fit_is_listed(adapter: Path) -> None:
     for piece in ("missing: model.layers.0", "unexpected: model.layers.0", "misshapen: model.layers.1", "[5, 4]"):
         assert piece in str(caught.value)
     assert {name: id(module) for name, module in model.named_modules()} == before
-    assert not lowrank.adapters(model)
+    assert not lowrank.describe(model)
 
 
 def test_a_load_that_fails_leaves_the_others_acting(adapter: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_load_that_fails_leaves_the_others_acting(adapter: Path) -> None:
     rewrite(adapter, damage)
     with pytest.raises(InputError, match="does not fit this model"):
         lowrank.load(model, adapter, "second")
-    assert {name: info.active for name, info in lowrank.adapters(model).items()} == {"default": True}
+    assert {name: info.active for name, info in lowrank.describe(model).items()} == {"default": True}
     torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
 
 
@@ -203,7 +203,7 @@ def test_not_strict_says_what_it_skipped(adapter: Path) -> None:
     model = tiny_llama()
     with pytest.warns(UserWarning, match="skipped because it does not fit: missing: model.layers.0"):
         lowrank.load(model, adapter, strict=False)
-    assert "default" in lowrank.adapters(model)
+    assert "default" in lowrank.describe(model)
 
 
 def test_nan_is_refused_always(adapter: Path) -> None:
@@ -212,7 +212,7 @@ def test_nan_is_refused_always(adapter: Path) -> None:
         model = tiny_llama()
         with pytest.raises(InputError, match="NaN or infinity"):
             lowrank.load(model, adapter, strict=strict)
-        assert not lowrank.adapters(model)
+        assert not lowrank.describe(model)
 
 
 def test_nan_is_not_saved(tmp_path: Path) -> None:
