@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowrank.adapters.config import AdaLoraConfig
-from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.kinds import HostModule, Kind, groups_of
 from lowrank.adapters.method import LowRankLayer, factor_parameter, factor_shapes, own_bias
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
@@ -46,6 +46,8 @@ class AdaLoraLayer(LowRankLayer):
         """See `LowRankLayer.build`; a rank pattern in the config gives the ranks that an earlier run has kept."""
         if kind.looked_up:
             raise InputError(f"AdaLoRA fits linear layers and convolutions, and {path} is an embedding")
+        if groups_of(module) > 1:
+            raise InputError(f"AdaLoRA does not fit {path}, a convolution with {module.groups} groups")
         kept = (config.rank_pattern or {}).get(f"{path}.lora_E")
         shape_A, shape_B = factor_shapes(kind, module, config.init_r if kept is None else sum(kept))
         lora_A, lora_B = factor_parameter(shape_A, module), factor_parameter(shape_B, module)

@@ -1,4 +1,8 @@
-"""Convolutions: A is a convolution with r channels out, B a 1 x 1 one; W is the kernel flattened (out, in · k ...)."""
+"""Convolutions: A is a convolution with r channels out, B a 1 x 1 one; W is the kernel flattened (out, in · k ...).
+
+Where a convolution has groups, A sees all channels and only B is grouped (peft's shapes): B is (out, r / groups), and
+the term adds a kernel that mixes the groups. It has no place in the module's own kernel, so it cannot be merged.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank.adapters.kinds import HostModule
+from lowrank.adapters.kinds import HostModule, groups_of, in_place_of_own
 from lowrank.ops.low_rank import LowRank
 
-_Conv = nn.Conv1d | nn.Conv2d
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvKind:
-    """`torch.nn.Conv1d` and `Conv2d` with one group."""
+    """`torch.nn.Conv1d`, `Conv2d` and `Conv3d`, whatever their stride, padding, dilation and groups."""
 
     linear = False
     looked_up = False
 
     def fits(self, module: HostModule) -> bool:
-        """One group and zero padding: with more groups a rank-r term is not what peft's files describe."""
-        return isinstance(module, _Conv) and module.groups == 1 and module.padding_mode == "zeros"
+        """Whether it is one of the three."""
+        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
     def shape(self, module: HostModule) -> tuple[int, int]:
         """(out_channels, in_channels · kernel size)."""
         return module.out_channels, module.in_channels * math.prod(module.kernel_size)
 
     def weight(self, module: HostModule) -> torch.Tensor:
-        """The kernel, flattened per output channel."""
+        """The kernel, flattened per output channel; with groups (out, in · k ... / groups)."""
         return module.weight.flatten(1)
 
     def write(self, module: HostModule, weight: torch.Tensor) -> None:
@@ -40,8 +44,8 @@ class ConvKind:
     def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
         """Three convolutions."""
         y = type(module).forward(module, x)
-        if bias is not module.bias:
-            y = y + self.spread(module, bias - module.bias)
+        if bias is not None and bias is not module.bias:
+            y = y + self.spread(module, in_place_of_own(module, bias)).to(y.dtype)
         return y + self._delta(module, x, y, term, bias)
 
     def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank) -> torch.Tensor:
@@ -51,12 +55,15 @@ class ConvKind:
     def _delta(
         self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        convolve = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
-        kernel = term.A.to(x.dtype).view(-1, *module.weight.shape[1:])
-        dropped = F.dropout(x, term.dropout) if term.dropout else x
-        low = convolve(dropped, kernel, None, module.stride, module.padding, module.dilation)
+        convolve = _CONVOLVE[len(module.kernel_size)]
+        kernel = term.A.to(x.dtype).view(-1, module.in_channels, *module.kernel_size)
+        dropped, padding = F.dropout(x, term.dropout) if term.dropout else x, module.padding
+        if module.padding_mode != "zeros":
+            dropped = F.pad(dropped, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        low = convolve(dropped, kernel, None, module.stride, padding, module.dilation)
         pointwise = term.B.to(x.dtype).view(*term.B.shape, *[1] * len(module.kernel_size))
-        added = convolve(low, pointwise) * term.scale
+        added = convolve(low, pointwise, groups=groups_of(module)) * term.scale
         if term.gain is None:
             return added
         base = y if bias is None else y - self.spread(module, bias)
@@ -68,9 +75,9 @@ class ConvKind:
         return values.view(-1, *[1] * len(module.kernel_size))
 
     def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """A (r, in, k ...), B (out, r, 1 ...)."""
+        """A (r, in, k ...), B (out, r / groups, 1 ...)."""
         ones = [1] * len(module.kernel_size)
         if name == "lora_magnitude_vector":
             return name, factor.view(1, -1, *ones)
-        shape = (-1, *module.weight.shape[1:]) if name == "lora_A" else (*factor.shape, *ones)
+        shape = (-1, module.in_channels, *module.kernel_size) if name == "lora_A" else (*factor.shape, *ones)
         return f"{name}.weight", factor.view(shape)

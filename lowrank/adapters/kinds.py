@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch.nn.modules.conv import _ConvNd
 
 from lowrank.ops.low_rank import LowRank
 
@@ -64,3 +65,16 @@ def kind_of(module: HostModule) -> Kind | None:
     from lowrank.adapters.registry import KINDS
 
     return next((kind for kind in KINDS if kind.fits(module)), None)
+
+
+def groups_of(module: HostModule) -> int:
+    """Into how many groups a convolution cuts its channels; 1 for every other module.
+
+    B has r / groups columns: the outputs of a group see the ranks of that group.
+    """
+    return module.groups if isinstance(module, _ConvNd) else 1
+
+
+def in_place_of_own(module: HostModule, bias: torch.Tensor) -> torch.Tensor:
+    """What to add to the module's own output, so that `bias` stands in the place of its bias."""
+    return bias if module.bias is None else bias - module.bias

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank.adapters.kinds import HostModule
+from lowrank.adapters.kinds import HostModule, in_place_of_own
 from lowrank.ops.dense import dense
 from lowrank.ops.lora_linear import lora_linear
 from lowrank.ops.low_rank import LowRank
@@ -73,8 +73,8 @@ class LinearKind:
         if type(module).forward is nn.Linear.forward or type(module).__name__ == "Linear4bit":
             return lora_linear(x, stored_weight(module), bias, term)
         y = type(module).forward(module, x)
-        if bias is not module.bias:
-            y = y + (bias - module.bias)
+        if bias is not None and bias is not module.bias:
+            y = y + in_place_of_own(module, bias).to(y.dtype)
         return y + self._delta(x, y, term, bias)
 
     def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank) -> torch.Tensor:

@@ -42,6 +42,10 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
     record = record_of(model)
     names = record.activity.names if adapters is None else (adapters,) if isinstance(adapters, str) else tuple(adapters)
     record.check_known(names)
+    for path, module, present in hosts(model):
+        for name, layer in present.layers().items():
+            if name in names and isinstance(layer, LowRankLayer):
+                layer.check_mergeable(path, module)
     if any(is_quantised(module) for module in model.modules()):
         make_dense(model)
     tied = _is_tied(model)

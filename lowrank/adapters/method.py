@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.kinds import HostModule, Kind, groups_of
 from lowrank.adapters.targets import pattern_value
+from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
 from lowrank.ops.merging import merged_weight
 
@@ -85,6 +86,11 @@ class LowRankLayer(nn.Module):
         named = dict(kind.in_file(module, name, factor) for name, factor in self.factors().items())
         return named if self.bias is None else {**named, "base_layer.bias": self.bias}
 
+    def check_mergeable(self, path: str, module: HostModule) -> None:
+        """Raises InputError where the module has no place for what the layer stands for."""
+        if obstacle := merge_obstacle(module):
+            raise InputError(f"{path} cannot be merged: {obstacle}", fix="Use the adapter without merging it.")
+
     @torch.no_grad()
     def merge_into(self, module: HostModule, kind: Kind) -> None:
         """See `Layer.merge_into`."""
@@ -97,10 +103,26 @@ class LowRankLayer(nn.Module):
         return f"scale={self.scale:g}, dropout={self.dropout:g}"
 
 
+def merge_obstacle(module: HostModule) -> str | None:
+    """Why no term of this module can be merged into its weight; None where it can."""
+    if groups_of(module) > 1:
+        return f"it is a convolution with {module.groups} groups, and its adapter mixes them"
+    return None
+
+
 def factor_shapes(kind: Kind, module: HostModule, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of A and B for a module."""
+    """The shapes of A and B for a module.
+
+    Raises:
+        InputError: r cannot be shared out among the groups of a convolution.
+    """
     out_features, in_features = kind.shape(module)
-    return (r, in_features), (out_features, r)
+    if r % (groups := groups_of(module)):
+        raise InputError(
+            f"r is {r}, and a convolution with {groups} groups takes a multiple of {groups}",
+            fix="Give it a rank of its own in rank_pattern, or do not adapt it.",
+        )
+    return (r, in_features), (out_features, r // groups)
 
 
 def factor_parameter(shape: tuple[int, ...], module: HostModule) -> nn.Parameter:

@@ -18,9 +18,9 @@ def dora_norm(
     are W's own.
 
     Args:
-        weight: W (out, in), dense.
+        weight: W (out, in), dense; (out, in / groups) for a convolution with groups.
         A: (r, in).
-        B: (out, r).
+        B: (out, r); (out, r / groups) with groups.
         scale: s.
         weight_norm2: ‖wᵢ‖² (out,) where it is known already.
 
@@ -28,9 +28,27 @@ def dora_norm(
         (out,), the dtype of A.
     """
     norm2 = row_norm2(weight, A.dtype) if weight_norm2 is None else weight_norm2
+    if (groups := A.shape[1] // weight.shape[1]) > 1:
+        return _grouped_norm(weight, A, B, scale, norm2, groups)
     cross = (weight @ A.to(weight.dtype).t()).to(B.dtype)  # (out, r)
     square = (B @ (A @ A.t())).mul_(scale * scale).add_(cross, alpha=2.0 * scale)
     return (norm2 + (square * B).sum(1)).clamp_min_(0.0).sqrt_()
+
+
+def _grouped_norm(
+    weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, norm2: torch.Tensor, groups: int
+) -> torch.Tensor:
+    """peft's norm where W has groups: it reads ΔW as B (out / groups, r) · A, its values taken in W's shape.
+
+    So row i · groups + j of "ΔW" is row i of B · A in the j-th part of A's columns. It is not the kernel that acts, but
+    it is what magnitudes in files are relative to.
+    """
+    rows = B.view(-1, A.shape[0])  # (out / groups, r)
+    parts = A.unflatten(1, (groups, -1)).transpose(0, 1)  # (groups, r, in / groups)
+    own = weight.view(-1, groups, weight.shape[1]).transpose(0, 1)  # (groups, out / groups, in / groups)
+    cross = (own @ parts.mT.to(own.dtype)).to(B.dtype)
+    square = (rows @ (parts @ parts.mT)).mul_(scale * scale).add_(cross, alpha=2.0 * scale)
+    return (norm2 + (square * rows).sum(-1).t().flatten()).clamp_min_(0.0).sqrt_()
 
 
 def row_norm2(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.config import LoraConfig
 from lowrank.adapters.kinds import kind_of
+from lowrank.adapters.method import merge_obstacle
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import CONFIG_NAME, shorten
 from lowrank.weights.approximate import leading
@@ -154,10 +155,11 @@ class _Extraction:
     def _compare(self, name: str) -> None:
         path, _, leaf = name.rpartition(".")
         module = self.modules[path]
-        kind = kind_of(module)
+        whole = merge_obstacle(module) is not None
+        kind = None if whole else kind_of(module)
         if path in self.whole:
             return
-        if kind is None and len(self.before.shape(name)) == 3:
+        if kind is None and not whole and len(self.before.shape(name)) == 3:
             matrices = differing_experts(self.before, self.after, name, self.r, self.energy)
             if matrices is not None:
                 self.experts[path][leaf] = matrices

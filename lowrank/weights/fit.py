@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters.config import LoraConfig
 from lowrank.adapters.experts import expert_factors, is_transposed, name_in_file
 from lowrank.adapters.kinds import kind_of
-from lowrank.adapters.method import rank_and_scale
+from lowrank.adapters.method import merge_obstacle, rank_and_scale
 from lowrank.adapters.parameters import find_parameters
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, shorten
@@ -89,6 +89,9 @@ class _Fit:
         single = module is None and len(stored) == 2
         if (module is None or kind is None) and not single:
             self.problems.append(f"{path} is no module of the base that an adapter fits")
+            return
+        if module is not None and (obstacle := merge_obstacle(module)):
+            self.problems.append(f"{path} cannot be merged: {obstacle}")
             return
         needed = _NEEDED[self.config.method_name]
         if names.keys() != needed:

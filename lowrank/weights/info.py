@@ -98,7 +98,9 @@ def _measure(adapter: AdapterFile, module: str, names: dict[str, str], fused: bo
         tensors["lora_E"] = adapter.read(names["lora_E"]).float()
     method = "lora" if adapter.config.method_name == "dora" else adapter.config.method_name
     term = METHODS[method].from_file(adapter.config, module, tensors, torch.empty(0))
-    return A.shape[0], abs(term.scale) * norm(Product(term.A, term.B))
+    groups = max(1, A.shape[0] // max(1, B.shape[1]))  # of a convolution: each group's outputs have ranks of their own
+    sizes = [norm(Product(*pair)) for pair in zip(term.A.chunk(groups), term.B.chunk(groups), strict=True)]
+    return A.shape[0], abs(term.scale) * math.hypot(*sizes)
 
 
 def _none_last(item: tuple[int | None, float]) -> tuple[bool, int]:

@@ -98,6 +98,11 @@ def _read(adapter: AdapterFile, path: str, names: dict[str, str]) -> Factors:
         )
     tensors = {name: adapter.read(full) for name, full in bare.items()}
     shape_A, shape_B = tuple(tensors["lora_A"].shape), tuple(tensors["lora_B"].shape)
+    if len(shape_A) > 2 and shape_A[0] > shape_B[1] > 0 and shape_A[0] % shape_B[1] == 0:
+        raise InputError(
+            f"{path} is a convolution with {shape_A[0] // shape_B[1]} groups, and its factors are no product B · A.",
+            where=str(adapter.path),
+        )
     if len(shape_A) < 2 or len(shape_B) < 2 or shape_A[0] != shape_B[1] or 0 in (*shape_A, *shape_B):
         raise InputError(
             f"{path} has factors {shape_A} and {shape_B}, which do not go together.", where=str(adapter.path)

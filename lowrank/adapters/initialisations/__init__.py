@@ -17,7 +17,8 @@ from lowrank.adapters.initialisations.olora import olora
 from lowrank.adapters.initialisations.orthogonal import orthogonal
 from lowrank.adapters.initialisations.pissa import pissa
 from lowrank.adapters.initialisations.plain import gaussian, kaiming, uniform
-from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.kinds import HostModule, Kind, groups_of
+from lowrank.errors import InputError
 
 if TYPE_CHECKING:
     from lowrank.adapters.lora import LoraLayer
@@ -35,6 +36,8 @@ INITIALISATIONS: dict[bool | str, Initialisation] = {
     "eva": kaiming,  # A is then set from the data: see eva.py
 }
 
+_BY_SHAPE = (True, False, "gaussian")  # those that look at nothing but each factor's own shape
+
 
 @torch.no_grad()
 def initialise(layer: LoraLayer, how: bool | str, module: HostModule, kind: Kind) -> None:
@@ -43,6 +46,8 @@ def initialise(layer: LoraLayer, how: bool | str, module: HostModule, kind: Kind
     Raises:
         InputError: the initialisation does not fit this module or its rank.
     """
+    if groups_of(module) > 1 and how not in _BY_SHAPE:
+        raise InputError(f"init_lora_weights: {how} does not fit a convolution with {groups_of(module)} groups")
     if isinstance(how, str) and how.startswith("pissa_niter_"):
         pissa(layer, module, kind, iterations=int(how.removeprefix("pissa_niter_")))
     else:
