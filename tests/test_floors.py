@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "lowrank"
 
 FLOORS = {
     "errors": 0,
+    "paths": 0,
     "ops": 0,
     "adapters": 1,
     "attention": 1,

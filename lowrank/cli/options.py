@@ -11,5 +11,10 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML confi
 
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Stands before what the config says; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Stands before what the config says; may be repeated. The value is taken whole (# and : mean nothing in "
+        "it), unless it begins with a bracket, a brace or a quote: then it is YAML.",
+    ),
 ]

@@ -97,50 +97,33 @@ def read_document(path: Path) -> Document:
     except UnicodeDecodeError:
         document.problems.append(Problem(str(path), "", "is not UTF-8 text"))
     except yaml.YAMLError as error:
-        document.problems.append(_invalid(str(path), error))
+        document.problems.append(invalid(str(path), error))
     else:
         if isinstance(root, yaml.MappingNode):
-            document.values = _Values(document, None).of(root, ())
+            document.values = values_of(document, None, root, ())
         else:
             document.problems.append(Problem(str(path), "", "holds no sections; a config begins with `model:`"))
     return document
 
 
-def override(document: Document, assignment: str) -> None:
-    """Applies one `section.key=value`; the value is read as YAML."""
-    name, equals, text = assignment.partition("=")
-    where = f"--set {name}"
-    keys = tuple(name.split("."))
-    if not equals or not all(keys):
-        what = "write section.key=value, such as training.learning_rate=1e-4"
-        document.problems.append(Problem(f"--set {assignment}", "", what))
-        return
-    try:
-        node = CoreLoader(text).get_single_node()
-    except yaml.YAMLError as error:
-        document.problems.append(_invalid(where, error))
-        return
-    section = document.values
-    for depth in range(1, len(keys)):
-        key = keys[depth - 1]
-        if section.get(key) is None:
-            section[key] = {}
-            document.forget(keys[:depth])
-            document.places[keys[:depth]] = where
-        if not isinstance(section[key], dict):
-            document.problems.append(Problem(where, ".".join(keys[:depth]), "is no section"))
-            return
-        section = section[key]
-    document.forget(keys)
-    document.places[keys] = where
-    section[keys[-1]] = None if node is None else _Values(document, where).of(node, keys)
-
-
-def _invalid(where: str, error: yaml.YAMLError) -> Problem:
+def invalid(where: str, error: yaml.YAMLError) -> Problem:
+    """YAML that cannot be read, as a problem."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = getattr(error, "problem", None) or getattr(error, "context", None) or str(error).splitlines()[0]
     line = f":{mark.line + 1}" if mark is not None and not where.startswith("--set") else ""
     return Problem(f"{where}{line}", "", f"not valid YAML: {what}")
+
+
+def values_of(document: Document, where: str | None, node: yaml.Node, path: KeyPath) -> Any:
+    """A node's value; places, texts and problems go to the document.
+
+    Args:
+        document: What is filled.
+        where: Where all of it stands; None: each at its line.
+        node: What was written.
+        path: The key that it is the value of.
+    """
+    return _Values(document, where).of(node, path)
 
 
 @dataclass

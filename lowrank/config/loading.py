@@ -9,12 +9,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from lowrank.config.assignments import override
 from lowrank.config.checking import check
 from lowrank.config.contradictions import without_effect
-from lowrank.config.document import Problem, override, read_document
+from lowrank.config.document import Problem, read_document
 from lowrank.config.run import RunConfig
 from lowrank.config.yamlcore import CoreDumper
 from lowrank.errors import InputError
+from lowrank.paths import expanded
 
 
 class ConfigError(InputError):
@@ -36,13 +38,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's config.
 
     Args:
-        path: A YAML file. Relative paths inside of it are relative to the current folder, not to the file.
-        overrides: `section.key=value` each, the value in YAML; they stand before what the file says.
+        path: A YAML file. Relative paths inside of it are relative to the current folder, not to the file; here and
+            there `~` and `$NAME` are replaced.
+        overrides: `section.key=value` each (`lowrank.config.assignments`); they stand before what the file says.
 
     Raises:
         ConfigError: whatever is wrong, all of it, each with its line.
     """
-    document = read_document(Path(path))
+    document = read_document(Path(expanded(path)))
     if document.problems and not document.values:
         raise ConfigError(document.problems)
     for assignment in overrides:

@@ -5,9 +5,25 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
 from lowrank.adapters.config import AdaLoraConfig, LoraConfig
+from lowrank.errors import InputError
+from lowrank.paths import as_written, expanded
+
+
+def _path(written: str) -> str:
+    try:
+        return expanded(written)
+    except InputError as error:
+        fix = f"; {error.fix[:1].lower()}{error.fix[1:].rstrip('.')}" if error.fix else ""
+        raise ValueError(f"{error.what}{fix}") from None
+
+
+PathText = Annotated[str, AfterValidator(_path), PlainSerializer(as_written, return_type=str, when_used="json")]
+"""A file, a folder, or a name on the hub; `~` and `$NAME` are replaced when the config is read."""
+
+MAX_SEED = 2**32 - 1
 
 
 class _Section(BaseModel):
@@ -17,7 +33,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The base model."""
 
-    name_or_path: str
+    name_or_path: PathText
     """A folder with a saved model (relative to the current folder), or a name on the hub."""
 
     revision: str | None = None
@@ -122,7 +138,7 @@ Format = Literal["messages", "sharegpt", "preference", "prompt_completion", "alp
 class SourceSection(_Section):
     """One of several sources."""
 
-    path: str
+    path: PathText
     """A file, a folder, or a name on the hub."""
 
     format: Format | None = None
@@ -141,14 +157,14 @@ class SourceSection(_Section):
 class DataSection(_Section):
     """What is trained on."""
 
-    train: str | list[str | SourceSection]
+    train: PathText | list[PathText | SourceSection]
     """The training data: a file or a folder (relative to the current folder), or a name on the hub. A list
     mixes several, all with a weight or none."""
 
-    eval: str | Annotated[float, Field(gt=0, lt=1)] | list[str | SourceSection] | None = None
+    eval: PathText | Annotated[float, Field(gt=0, lt=1)] | list[PathText | SourceSection] | None = None
     """The evaluation data, in the same forms; or a share of the training rows to set aside, such as 0.05."""
 
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """chatml, llama3, gemma, phi, mistral or plain; or a .jinja file. By default the tokenizer's own."""
 
     format: Format | None = None
@@ -218,7 +234,7 @@ Optim = Literal[
 class TrainingSection(_Section):
     """How it is trained."""
 
-    output_dir: str
+    output_dir: PathText
     """The run's folder (relative to the current folder); it must not hold a run already."""
 
     num_train_epochs: float = Field(default=1.0, gt=0)
@@ -370,4 +386,6 @@ class TrainingSection(_Section):
             raise ValueError(
                 f"max_steps is {self.max_steps}; write a number of steps from 1 on, or -1 for num_train_epochs"
             )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.seed}; write a whole number from 0 to {MAX_SEED}")
         return self

@@ -89,6 +89,8 @@ def _plural(annotation: Any) -> str:
         return " or ".join(map(_plural, get_args(annotation)))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"mappings with {', '.join(annotation.model_fields)}"
+    if hasattr(annotation, "__metadata__"):
+        return _plural(get_args(annotation)[0])
     return _MANY[annotation]
 
 

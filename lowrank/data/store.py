@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.example import TokenTable
 from lowrank.data.tokenise import Options
+from lowrank.paths import expanded
 
 # Raised whenever the same rows give other tokens than before, or the files another layout.
 VERSION = 2
@@ -45,7 +46,7 @@ assert [field.name for field in fields(TokenTable)] == list(DTYPES)
 
 def cache_root() -> Path:
     """Where cached tables lie: `$LOWRANK_CACHE`, or `~/.cache/lowrank`."""
-    return Path(os.environ.get("LOWRANK_CACHE", "~/.cache/lowrank")).expanduser() / "tokens"
+    return Path(expanded(os.environ.get("LOWRANK_CACHE") or "~/.cache/lowrank", "LOWRANK_CACHE")) / "tokens"
 
 
 def cache_key(rows_fingerprint: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> str:

@@ -12,6 +12,7 @@ from transformers import TextStreamer
 from lowrank.attention import set_attention
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer
+from lowrank.paths import expanded
 from lowrank.recipes.show import open_console
 from lowrank.training.answers import answer_all, greedy
 from lowrank.training.progress import Screen
@@ -36,6 +37,7 @@ def chat(path: str, *, prompts: Sequence[str] = (), system: str | None = None, m
     Returns:
         The answers to `prompts`.
     """
+    path = expanded(path)
     model, tokenizer = open_model(path)
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; the model was not made to be talked to")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowrank.paths import expanded
 from lowrank.weights import ComposeReport, compose, resize
 from lowrank.weights.combine import MajoritySign
 from lowrank.weights.compose import ComposeMethod
@@ -25,8 +26,8 @@ def compose_adapters(
 ) -> ComposeReport:
     """Composes and prints ranks and the distance from the plain weighted sum; see `lowrank.weights.compose`."""
     report = compose(
-        adapters,
-        out=out,
+        [expanded(adapter) for adapter in adapters],
+        out=expanded(out),
         weights=weights,
         method=method,
         rank=rank,
@@ -43,7 +44,7 @@ def resize_adapter(
     adapter: str | Path, out: str | Path, *, rank: int | None = None, energy: float | None = None
 ) -> ComposeReport:
     """Resizes and prints what that lost; see `lowrank.weights.resize`."""
-    report = resize(adapter, rank, out=out, energy=energy)
+    report = resize(expanded(adapter), rank, out=expanded(out), energy=energy)
     _show(report)
     return report
 

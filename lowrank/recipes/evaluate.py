@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowrank.config import RunConfig, load_config
 from lowrank.errors import InputError
+from lowrank.paths import expanded
 from lowrank.recipes.assess import assess
 from lowrank.recipes.prepare import base_model, base_tokenizer, read_examples, swap_attention
 from lowrank.recipes.show import open_console
@@ -31,6 +32,7 @@ def evaluate(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
+    adapter = adapter and expanded(adapter)
     if config.data.eval is None:
         raise InputError("there is nothing to evaluate on", where="data.eval", fix="Name the evaluation data.")
     console = open_console()

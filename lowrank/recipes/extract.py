@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lowrank.errors import InputError
+from lowrank.paths import expanded
 from lowrank.weights import ExtractReport, extract
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,10 +32,10 @@ def extract_adapter(
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("extracting", total=None)
         report = extract(
-            base,
-            tuned,
+            expanded(base),
+            expanded(tuned),
             r,
-            out=out,
+            out=expanded(out),
             energy=energy,
             dtype=_DTYPES[dtype],
             trust_remote_code=trust_remote_code,

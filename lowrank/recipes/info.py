@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank.errors import InputError
+from lowrank.paths import expanded
 from lowrank.training.metrics import FILE as METRICS
 from lowrank.training.metrics import read_metrics
 from lowrank.weights.info import AdapterSummary, summarise
@@ -29,6 +30,7 @@ def show_info(path: str | Path, console: Console | None = None) -> AdapterSummar
     Raises:
         InputError: There is neither an adapter nor a run.
     """
+    path = expanded(path)
     console, folder = console or Console(highlight=False), Path(path)
     metrics = folder / METRICS
     if metrics.is_file() and not (folder / "adapter_config.json").exists():

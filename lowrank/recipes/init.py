@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowrank.config.schema import json_schema
 from lowrank.errors import InputError
+from lowrank.paths import expanded
 
 SCHEMA = "lowrank.schema.json"
 
@@ -21,7 +22,7 @@ def write_config(path: str | Path, template: str) -> Path:
     Raises:
         InputError: the file exists, or cannot be written.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     text = (files("lowrank.config") / "templates" / f"{template}.yaml").read_text(encoding="utf-8")
     text = text.replace("$schema=schema.json", f"$schema={SCHEMA}").replace(f"configs/{template}.yaml", str(path))
     try:

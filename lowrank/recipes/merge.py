@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowrank.errors import InputError
+from lowrank.paths import expanded
 from lowrank.weights import MergeReport, merge_checkpoint
 from lowrank.weights.decoding import Onto
 from lowrank.weights.rounding import Rounding
@@ -64,9 +65,9 @@ def merge_adapter(
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("merging", total=None)
         report = merge_checkpoint(
-            base,
-            adapter,
-            out,
+            base and expanded(base),
+            expanded(adapter),
+            expanded(out),
             dtype=dtype,
             rounding=rounding,
             onto=onto,

@@ -11,6 +11,7 @@ from lowrank.data.preview import preview_of
 from lowrank.data.preview_html import preview_html
 from lowrank.data.preview_text import preview_text
 from lowrank.errors import InputError
+from lowrank.paths import expanded
 from lowrank.recipes.prepare import SAMPLE_ROWS, base_tokenizer, batch_plan
 from lowrank.recipes.setup import plan_and_held_out, step_size
 from lowrank.recipes.show import open_console
@@ -40,6 +41,7 @@ def preview(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
+    html = html and expanded(html, "--html")
     if html is not None and Path(html).exists():
         raise InputError(f"{html} exists already; nothing was written", where="--html", fix="Give another file.")
     tokenizer = base_tokenizer(config)

@@ -13,6 +13,7 @@ from lowrank.adapters import describe
 from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
 from lowrank.data import BatchPlan, BatchStream
+from lowrank.recipes.optimisation import remarks
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.loss import Loss
 from lowrank.training.report import comparison
@@ -45,6 +46,7 @@ def plan_of(
     held = "" if section is None else f", base in {'4' if section.load_in_4bit else '8'} bits"
     training = config.training
     epoch = "" if length.per_epoch is None else f" ({length.per_epoch:,} an epoch)"
+    contradicted = remarks(training, length.steps)
     return {
         "model": f"{config.model.name_or_path} ({type(model).__name__}, {base / 1e6:,.1f} M parameters)",
         "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
@@ -56,6 +58,7 @@ def plan_of(
         "batches": f"{_batches(plan)}; {size}",
         "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
         "output": training.output_dir,
+        **({"warning": "\n".join(contradicted)} if contradicted else {}),
     }
 
 

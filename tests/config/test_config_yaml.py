@@ -154,3 +154,32 @@ def test_any_value_survives_writing_and_reading(tmp_path, good, name, revision, 
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path) == config
+
+
+def test_paths_are_expanded_as_they_are_read_and_stay_so(load, good, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("ROWS", "/rows")
+    text = good.replace("name_or_path: base", "name_or_path: ~/base").replace("output_dir: out", "output_dir: $ROWS$$x")
+    config = load(
+        text, "data.train=[$ROWS/a.jsonl, {path: '${ROWS}/b.jsonl'}]", "data.eval=~/e.jsonl", "data.chat_template=~/t"
+    )
+    assert config.model.name_or_path == "/home/me/base"
+    assert config.data.train[0] == "/rows/a.jsonl"
+    assert config.data.train[1].path == "/rows/b.jsonl"
+    assert (config.data.eval, config.data.chat_template) == ("/home/me/e.jsonl", "/home/me/t")
+    assert config.training.output_dir == "/rows$x"
+    monkeypatch.setenv("HOME", "/home/you")
+    assert load(dump_config(config)) == config
+
+
+def test_a_path_that_stands_for_nothing_is_told_with_its_line(told, good):
+    assert told(good.replace("rows.jsonl", "[$NOPE/a, ~/b]")) == [
+        "run.yaml:6: data.train[0]: the variable NOPE in '$NOPE/a' is not set; set it, or write $$ for a dollar sign"
+    ]
+
+
+def test_a_seed_that_nobody_can_sow(told, good):
+    for seed in (-1, 2**32):
+        assert told(good, f"training.seed={seed}") == [
+            f"--set training.seed: is {seed}; write a whole number from 0 to 4294967295"
+        ]

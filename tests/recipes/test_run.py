@@ -248,3 +248,12 @@ def test_evaluation_rows_set_aside_and_sources_mixed(write_config):
     )
     result = lowrank.train(path, ["training.max_steps=1"])
     assert result.after.supervised > 0
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(write_config, capsys):
+    path = write_config(training={"warmup_steps": 50, "max_steps": 1})
+    for job in (check, lowrank.train):
+        job(path)
+        assert "warning" in (out := capsys.readouterr().out)
+        assert "the warm-up of 50 steps is not over within the run's 1 step" in out
+    assert "not over within" in (path.parent / "out" / "report.html").read_text()

@@ -1,0 +1,77 @@
+"""What a written path stands for: one rule for configs, the command line and variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from lowrank.errors import InputError
+
+_VARIABLE = re.compile(r"\$(?:\$|\{(?P<braced>[^}]*)\}|(?P<bare>[A-Za-z_][A-Za-z0-9_]*))")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def expanded(
+    path: str | os.PathLike[str], where: str | None = None, environment: Mapping[str, str] = os.environ
+) -> str:
+    """The path with `~` and `~user` at its beginning, `$NAME` and `${NAME}` anywhere, replaced; `$$` is a dollar sign.
+
+    Args:
+        path: As a person wrote it.
+        where: The key, argument or variable that it comes from.
+        environment: The variables.
+
+    Raises:
+        InputError: there is no such variable or user, or the path is empty or no text.
+    """
+    written = os.fspath(path)
+
+    def value(found: re.Match[str]) -> str:
+        if found[0] == "$$":
+            return "$"
+        name = found["bare"] or found["braced"]
+        if not _NAME.fullmatch(name):
+            raise InputError(f"{found[0]} in {written!r} is not the name of a variable", where=where, fix=_WRITTEN)
+        if not environment.get(name):
+            state = "is empty" if name in environment else "is not set"
+            raise InputError(
+                f"the variable {name} in {written!r} {state}", where=where, fix="Set it, or write $$ for a dollar sign."
+            )
+        return environment[name]
+
+    whole = _from_home(written, where, environment) + _VARIABLE.sub(value, _behind_home(written))
+    if not whole:
+        raise InputError("the path is empty", where=where)
+    if any("\ud800" <= letter <= "\udfff" for letter in whole):
+        raise InputError(f"the path {whole!r} holds bytes that are not UTF-8", where=where, fix="Rename it.")
+    return whole
+
+
+_WRITTEN = "Write $NAME or ${NAME}, and $$ for a dollar sign."
+
+
+def as_written(path: str) -> str:
+    """What `expanded` reads as `path`."""
+    doubled = path.replace("$", "$$")
+    return f"./{doubled}" if doubled.startswith("~") else doubled
+
+
+def _home_part(written: str) -> str:
+    return written.partition("/")[0] if written.startswith("~") else ""
+
+
+def _behind_home(written: str) -> str:
+    return written[len(_home_part(written)) :]
+
+
+def _from_home(written: str, where: str | None, environment: Mapping[str, str]) -> str:
+    part = _home_part(written)
+    if not part:
+        return ""
+    home = environment.get("HOME") if part == "~" else None
+    home = home or os.path.expanduser(part)
+    if home == part:
+        whose = "no home folder is known" if part == "~" else f"there is no user {part[1:]!r}"
+        raise InputError(f"{whose} for {written!r}", where=where, fix=f"Write ./{part} for a name that begins with ~.")
+    return home.rstrip("/") if _behind_home(written) else home
