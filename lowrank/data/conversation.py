@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowrank.data.files import parsed_json
 from lowrank.data.rowerror import RowError
 
 Message = dict[str, Any]
@@ -143,7 +143,7 @@ def _tool_call(call: Any, at: int) -> dict[str, Any]:
 
 
 def _tools(tools: Any) -> list[Any] | None:
-    parsed = _parsed(tools, "the tools") if tools is not None else None
+    parsed = _parsed(tools, "the tools") if tools not in (None, "") else None
     if parsed is not None and not isinstance(parsed, list):
         raise RowError(f"the tools are {_kind(parsed)}, not a list")
     for at, tool in enumerate(parsed or []):
@@ -155,10 +155,7 @@ def _tools(tools: Any) -> list[Any] | None:
 def _parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
-    try:
-        return json.loads(value or "{}")
-    except json.JSONDecodeError as error:
-        raise RowError(f"{name} are not valid JSON: {error}") from None
+    return parsed_json(value or "{}", f"{name} are")
 
 
 def _kind(value: Any) -> str:

@@ -1,85 +1,84 @@
 """How each kind of source is read: by the ending of a file, by what lies in a folder, or by name from a hub.
 
-A new kind of file is one line in `FILES`.
+A new kind of file is one line in `FILES`. What is read is decided by what the files hold: none of it is cached.
 """
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lowrank.data.rows import DatasetRows, JsonLines, Row, RowList, Rows, digest, mapped, parsed_line, without_none
+from lowrank.data.files import COMPRESSED, content_of, decoded, kind_of, lines, parsed_json
+from lowrank.data.folders import data_files
+from lowrank.data.rowerror import RowError
+from lowrank.data.rows import Chained, JsonLines, Row, RowList, Rows, digest, parsed_line
+from lowrank.data.tables import GROUP_ROWS, arrow_rows, csv_rows, csv_table, dataset_rows, parquet_rows, plain_rows
 from lowrank.errors import InputError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 
-# A row and the place to name when it is wrong.
-Placed = tuple[Row, str]
+# A row, or why it cannot be read, and the place to name when it is wrong.
+Placed = tuple[Row | InputError, str]
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
 
 
 def read_json(path: Path) -> Rows:
-    """The rows of a JSON file: a list of objects, or an object with such a list under `data` or `rows`."""
+    """The rows of a JSON file: a list of objects, an object with such a list under `data` or `rows`, or JSON lines."""
+    content, name = content_of(path), str(path)
+    text = decoded(bytes(content), name)
     try:
-        value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"not valid JSON: {error}", where=str(path), fix="JSON lines? Name it .jsonl.") from None
+        value = parsed_json(text, "the file is")
+    except RowError as error:
+        if "Extra data" in error.what and text.lstrip().startswith("{"):
+            return JsonLines(content, name)
+        raise InputError(error.what, where=name, fix=error.fix) from None
     if isinstance(value, dict):
         value = value.get("data", value.get("rows"))
     if not isinstance(value, list):
-        raise InputError("the file holds no list of rows", where=str(path), fix="Expected [{...}, {...}, ...].")
-    return RowList(value, str(path))
+        raise InputError("the file holds no list of rows", where=name, fix="Expected [{...}, {...}, ...].")
+    return RowList(value, name)
 
 
 def read_text(path: Path) -> Rows:
     """One text file as one row `{"text": ...}`."""
-    return _documents([path], str(path))
+    return RowList([{"text": decoded(bytes(content_of(path)), str(path))}], str(path), [str(path)])
 
 
-def _documents(paths: Iterable[Path], name: str) -> Rows:
-    paths = sorted(paths)
-    try:
-        rows = [{"text": path.read_text(encoding="utf-8-sig")} for path in paths]
-    except UnicodeDecodeError as error:
-        raise InputError(f"a file is not UTF-8 text: {error}", where=name) from None
-    return RowList(rows, name, [str(path) for path in paths])
-
-
-def _table_file(kind: str, path: Path) -> Rows:
-    return DatasetRows(partial(_load_table, kind, path), str(path), digest(mapped(path)))
-
-
-def _load_table(kind: str, path: Path) -> Dataset:
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise InputError(f"cannot be read as {kind}: {error.__cause__ or error}", where=str(path)) from None
+def _read_csv(delimiter: str, path: Path) -> Rows:
+    content = content_of(path)
+    found = iter(BytesIO(content)) if isinstance(content, bytes) else iter(content.readline, b"")
+    return csv_table(found, str(path), delimiter, lambda: f"csv {delimiter} {digest(content)}")
 
 
 FILES: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
+    ".jsonl": lambda path: JsonLines(content_of(path), str(path)),
+    ".ndjson": lambda path: JsonLines(content_of(path), str(path)),
     ".json": read_json,
-    ".csv": partial(_table_file, "csv"),
-    ".parquet": partial(_table_file, "parquet"),
+    ".csv": partial(_read_csv, DELIMITERS[".csv"]),
+    ".tsv": partial(_read_csv, DELIMITERS[".tsv"]),
+    ".parquet": lambda path: parquet_rows(content_of(path), str(path)),
+    ".arrow": lambda path: arrow_rows([content_of(path)], str(path)),
+    ".feather": lambda path: arrow_rows([content_of(path)], str(path)),
     ".txt": read_text,
     ".md": read_text,
 }
 
 
 def open_rows(path: str, split: str, subset: str | None) -> Rows:
-    """The rows of a file, a folder, or a data set of a hub.
+    """The rows of a file, of several, of a folder, or of a data set of a hub.
 
     Args:
-        path: A file; a folder that `Dataset.save_to_disk` wrote, or of text files; or a name on a hub.
+        path: A file, compressed or not; a pattern such as `data/*.jsonl`; a folder of files, or one that
+            `Dataset.save_to_disk` wrote; or a name on a hub.
         split: Which split of a data set that has several.
         subset: Which configuration of a data set on a hub.
 
@@ -87,61 +86,102 @@ def open_rows(path: str, split: str, subset: str | None) -> Rows:
         InputError: there is no such thing, or it cannot be read.
     """
     local = Path(path).expanduser()
+    if saved := _saved(local, split):
+        return saved
+    files = local_files(path, split)
+    if files is None:
+        return dataset_rows(_load_from_hub(path, split, subset), f"{path} ({split})")
+    opened = [FILES[kind_of(file)](file) for file in files]
+    return opened[0] if len(opened) == 1 else Chained(opened, path)
+
+
+def local_files(path: str, split: str) -> list[Path] | None:
+    """The files that a path stands for, in order; None if it is the name of a data set on a hub.
+
+    Raises:
+        InputError: there is no such file, or one cannot be read.
+    """
+    local = Path(path).expanduser()
     if local.is_dir():
-        return _folder(local, split)
-    if local.is_file():
-        reader = FILES.get(local.suffix.lower())
-        if reader is None:
-            raise InputError("cannot read such files", where=str(local), fix=f"Known endings: {', '.join(FILES)}.")
-        return reader(local)
-    if local.suffix.lower() in FILES or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        files = data_files(local, split, tuple(FILES))
+    elif local.is_file():
+        files = [local]
+    elif glob.has_magic(path):
+        files = [Path(name) for name in sorted(glob.glob(str(local), recursive=True)) if Path(name).is_file()]
+        if not files:
+            raise InputError(f"no file is called so: {path}", where="data", fix="Paths start from where you are.")
+    elif kind_of(local) in FILES or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise InputError(f"there is no such file: {local}", where="data", fix="Paths start from where you are.")
-    return DatasetRows(partial(_load_from_hub, path, split, subset), f"{path} ({split})")
+    else:
+        return None
+    for file in files:
+        if kind_of(file) not in FILES:
+            known = f"{', '.join(FILES)}; compressed: {', '.join(COMPRESSED)}"
+            raise InputError("cannot read such files", where=str(file), fix=f"Known endings: {known}.")
+    return files
 
 
 def stream_rows(path: str, split: str, subset: str | None) -> Iterator[Placed]:
     """The rows of a source one after another, each with its place, none kept.
 
     Raises:
-        InputError: as `open_rows`.
+        InputError: as `open_rows`, but for single rows, which are given in their row's place.
     """
-    local = Path(path).expanduser()
-    if local.suffix.lower() in (".jsonl", ".ndjson") and local.is_file():
-        with local.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield parsed_line(line, f"{local}:{number}"), f"{local}:{number}"
-        return
-    if local.suffix.lower() == ".parquet" and local.is_file():
-        rows = _streamed("parquet", split="train", name=path, data_files=str(local))
-    elif local.exists() or local.suffix.lower() in FILES:
-        opened = open_rows(path, split, subset)
-        yield from ((opened[index], opened.where(index)) for index in range(len(opened)))
-        return
+    saved = _saved(Path(path).expanduser(), split)
+    files = None if saved else local_files(path, split)
+    if saved:
+        yield from _one_by_one(saved)
+    elif files is None:
+        rows = _streamed_from_hub(path, split=split, subset=subset)
+        yield from ((row, f"{path} row {number}") for number, row in enumerate(rows, start=1))
     else:
-        rows = _streamed(path, split=split, name=path, subset=subset)
-    for number, row in enumerate(rows, start=1):
-        yield {key: without_none(value) for key, value in row.items()}, f"{path} row {number}"
+        for file in files:
+            yield from _streamed(file)
 
 
-def _streamed(
-    path: str, *, split: str, name: str, subset: str | None = None, data_files: str | None = None
-) -> Iterator[Mapping[str, Any]]:
+def _streamed(file: Path) -> Iterator[Placed]:
+    kind, name = kind_of(file), str(file)
+    if kind in JSON_LINES:
+        yield from ((_line(line, name, number), f"{name}:{number}") for number, line in enumerate(lines(file), start=1))
+    elif kind in DELIMITERS:
+        yield from ((row, f"{name}:{line}") for row, line in csv_rows(lines(file), name, DELIMITERS[kind]))
+    else:
+        yield from _one_by_one(FILES[kind](file))
+
+
+def _line(line: bytes, name: str, number: int) -> Row | InputError:
+    try:
+        return parsed_line(line, name, number)
+    except InputError as error:
+        return error
+
+
+def _one_by_one(rows: Rows) -> Iterator[Placed]:
+    for index in range(len(rows)):
+        try:
+            yield rows[index], rows.where(index)
+        except InputError as error:
+            yield error, rows.where(index)
+
+
+def _streamed_from_hub(path: str, *, split: str, subset: str | None) -> Iterator[Row]:
     import datasets
 
     try:
-        rows = iter(datasets.load_dataset(path, subset, split=split, data_files=data_files, streaming=True))
+        stream = datasets.load_dataset(path, subset, split=split, streaming=True)
+        tables = stream.with_format("arrow").iter(batch_size=GROUP_ROWS)
     except (ValueError, OSError) as error:
-        if data_files is None:
-            raise _unreachable(path, error) from None
-        raise InputError(f"cannot be read as {path}: {error}", where=name) from None
-    for number in count(1):
+        raise _unreachable(path, error) from None
+    read = 0
+    while True:
         try:
-            row = next(rows, None)
+            table = next(tables, None)
         except (ValueError, OSError) as error:  # damaged, or a connection that broke
-            raise InputError(f"cannot be read on from row {number}: {error}", where=name) from None
-        if row is None:
+            raise InputError(f"cannot be read on from row {read + 1}: {error}", where=path) from None
+        if table is None:
             return
-        yield row
+        read += len(table)
+        yield from plain_rows(table)
 
 
 def _unreachable(path: str, error: Exception) -> InputError:
@@ -152,29 +192,17 @@ def _unreachable(path: str, error: Exception) -> InputError:
     )
 
 
-def _folder(path: Path, split: str) -> Rows:
-    if (path / "dataset_dict.json").exists():
+def _saved(path: Path, split: str) -> Rows | None:
+    """The rows of a folder that `save_to_disk` wrote; None if it is none."""
+    if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_bytes())["splits"]
         if split not in splits:
             raise InputError(f"the data set has no split {split!r}", where=str(path), fix=f"Splits: {splits}.")
-        return _folder(path / split, split)
-    if (path / "state.json").exists():
-        fingerprint = json.loads((path / "state.json").read_bytes())["_fingerprint"]
-        return DatasetRows(partial(_load_saved, path), str(path), fingerprint)
-    texts = [file for file in path.rglob("*") if file.suffix.lower() in (".txt", ".md")]
-    if not texts:
-        raise InputError(
-            "the folder holds neither a saved data set nor text files", where=str(path), fix="Name a file in it."
-        )
-    return _documents(texts, str(path))
-
-
-def _load_saved(path: Path) -> Dataset:
-    import datasets
-
-    loaded = datasets.load_from_disk(str(path))
-    assert isinstance(loaded, datasets.Dataset)
-    return loaded
+        return _saved(path / split, split)
+    if not (path / "state.json").is_file() or not (path / "dataset_info.json").is_file():
+        return None
+    state = json.loads((path / "state.json").read_bytes())
+    return arrow_rows([content_of(path / file["filename"]) for file in state["_data_files"]], str(path))
 
 
 def _load_from_hub(path: str, split: str, subset: str | None) -> Dataset:
@@ -182,7 +210,7 @@ def _load_from_hub(path: str, split: str, subset: str | None) -> Dataset:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        loaded: Dataset | DatasetDict = datasets.load_dataset(path, subset, split=split)
+        loaded = datasets.load_dataset(path, subset, split=split)
     except (DatasetGenerationError, ValueError, OSError) as error:
         raise _unreachable(path, error) from None
     assert isinstance(loaded, datasets.Dataset)

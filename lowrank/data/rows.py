@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from lowrank.data.files import Content, decoded, parsed_json
+from lowrank.data.rowerror import RowError
 from lowrank.errors import InputError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 Row = Mapping[str, Any]
+
+
+def as_json(value: Any) -> Any:
+    """What stands in JSON for a value it does not know: a hash of bytes, an array's numbers, the text of others."""
+    if isinstance(value, bytes):
+        return digest(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 class Rows(Protocol):
@@ -46,42 +50,34 @@ class Rows(Protocol):
 BLOCK_BYTES = 64 * 2**20
 
 
-def mapped(path: Path) -> bytes | mmap.mmap:
-    """The bytes of a file, read when they are looked at."""
-    if not path.stat().st_size:
-        return b""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def digest(content: bytes | mmap.mmap) -> str:
+def digest(content: Content | memoryview) -> str:
     """A hash of bytes, as 32 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def parsed_line(line: bytes, where: str) -> Row:
+def parsed_line(line: bytes, name: str, number: int) -> Row:
     """The row in one line of a JSONL file; a blank line is a row without keys.
 
     Raises:
         InputError: the line is not a JSON object.
     """
-    if not line.strip():
+    where, text = f"{name}:{number}", decoded(line, name, number)
+    if not text.strip():
         return {}
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"the line is not valid JSON: {error}", where=where) from None
+        row = parsed_json(text, "the line is")
+    except RowError as error:
+        raise InputError(error.what, where=where, fix=error.fix) from None
     if not isinstance(row, dict):
-        raise InputError(f"the line is not a JSON object: {line[:60].decode(errors='replace')!r}", where=where)
+        raise InputError(f"the line is not a JSON object: {text.strip()[:60]!r}", where=where)
     return row
 
 
 class JsonLines:
-    """A JSONL file, mapped into memory; a line is parsed when its row is asked for. Row i is line i + 1."""
+    """The bytes of a JSONL file; a line is parsed when its row is asked for. Row i is line i + 1."""
 
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
-        self._bytes = mapped(path)
+    def __init__(self, content: Content, name: str) -> None:
+        self.name, self._bytes = name, content
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -95,7 +91,7 @@ class JsonLines:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int, /) -> Row:
-        return parsed_line(self._bytes[self._starts[index] : self._starts[index + 1]], self.where(index))
+        return parsed_line(self._bytes[self._starts[index] : self._starts[index + 1]], self.name, index + 1)
 
     def read(self, begin: int, end: int) -> list[Row]:
         """Rows begin ... end."""
@@ -108,13 +104,14 @@ class JsonLines:
     @property
     def fingerprint(self) -> str:
         """Hash of the file."""
-        return digest(self._bytes)
+        return f"jsonl {digest(self._bytes)}"
 
 
 class RowList:
     """Rows in memory, from a JSON file, from text files or from Python; `places` names them in messages."""
 
-    def __init__(self, rows: Sequence[Row], name: str, places: Sequence[str] | None = None) -> None:
+    def __init__(self, rows: Sequence[Row | InputError], name: str, places: Sequence[str] | None = None) -> None:
+        """Rows, an error in the place of one that cannot be read; it is raised when that is asked for."""
         self._rows, self.name, self._places = rows, name, places
 
     def __len__(self) -> int:
@@ -122,6 +119,8 @@ class RowList:
 
     def __getitem__(self, index: int, /) -> Row:
         row = self._rows[index]
+        if isinstance(row, InputError):
+            raise row
         if not isinstance(row, Mapping):
             raise InputError(f"the row is not an object: {row!r:.60}", where=self.where(index))
         return row
@@ -136,50 +135,47 @@ class RowList:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the rows as JSON."""
-        return digest(json.dumps(list(self._rows), sort_keys=True, default=str).encode())
+        """Hash of the rows as JSON, keys in their order: templates write them so."""
+        return f"rows {digest(json.dumps(list(self._rows), default=as_json).encode())}"
 
 
-class DatasetRows:
-    """Rows of a `datasets` data set, loaded when the first row is asked for.
+class Chained:
+    """The rows of several files as those of one source."""
 
-    A table has every key in every row, filled up with None inside nested objects; those are left out again, as they
-    were never in the data (an argument of a tool call whose value really is null goes with them).
-    """
-
-    def __init__(self, load: Callable[[], Dataset], name: str, fingerprint: str | None = None) -> None:
-        """Rows of what `load` returns; `fingerprint` where it is known without loading."""
-        self._load, self.name, self._fingerprint = load, name, fingerprint
+    def __init__(self, files: Sequence[Rows], name: str) -> None:
+        self.name, self._files = name, list(files)
 
     @cached_property
-    def _dataset(self) -> Dataset:
-        return self._load()
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self._files)])
+
+    def _located(self, index: int) -> tuple[Rows, int]:
+        at = int(np.searchsorted(self._ends, index, side="right")) - 1
+        return self._files[at], index - int(self._ends[at])
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int, /) -> Row:
-        return {key: without_none(value) for key, value in self._dataset[index].items()}
+        file, at = self._located(index)
+        return file[at]
 
     def read(self, begin: int, end: int) -> list[Row]:
         """Rows begin ... end."""
-        columns = self._dataset[begin:end]
-        return [{key: without_none(column[at]) for key, column in columns.items()} for at in range(end - begin)]
+        rows: list[Row] = []
+        while begin < end:
+            file, at = self._located(begin)
+            count = min(end - begin, len(file) - at)
+            rows += file.read(at, at + count)
+            begin += count
+        return rows
 
     def where(self, index: int) -> str:
-        """Source and row number."""
-        return f"{self.name} row {index + 1}"
+        """The place in its own file."""
+        file, at = self._located(index)
+        return file.where(at)
 
     @property
     def fingerprint(self) -> str:
-        """The data set's own fingerprint, or the hash of the files it is read from."""
-        return self._fingerprint or self._dataset._fingerprint
-
-
-def without_none(value: Any) -> Any:
-    """The value without the None-valued keys of the objects inside it."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_none(item) for item in value]
-    return value
+        """Of all files."""
+        return digest("\n".join(file.fingerprint for file in self._files).encode())

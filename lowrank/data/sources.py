@@ -13,7 +13,8 @@ import numpy as np
 from lowrank.data.formats import FORMATS, detect, is_blank
 from lowrank.data.readers import open_rows
 from lowrank.data.rowerror import RowError
-from lowrank.data.rows import DatasetRows, Row, RowList, Rows, digest
+from lowrank.data.rows import Row, RowList, Rows, digest
+from lowrank.data.tables import dataset_rows
 from lowrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class Source:
     """One source of rows.
 
     Attributes:
-        path: A file (.jsonl, .json, .csv, .parquet, .txt), a folder of text files or one that `Dataset.save_to_disk`
-            wrote, or the name of a data set on a hub.
+        path: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, also compressed), a pattern such as
+            `data/*.jsonl`, a folder of such files or one that `Dataset.save_to_disk` wrote, or the name of a data set
+            on a hub.
         format: A key of `FORMATS`, or None to find it by looking at the first row.
         weight: This source's share of an epoch's examples relative to the other sources' weights; None: as it is.
         split: Which split of a data set that has several.
@@ -92,7 +94,7 @@ def open_sources(sources: Sources, form: str | None = None) -> list[Part]:
         InputError: a source is missing or of an unknown kind, a format is unknown, or weights are not right.
     """
     if hasattr(sources, "to_parquet"):  # a `datasets.Dataset`, told without importing `datasets`
-        return [Part(DatasetRows(lambda: cast("datasets.Dataset", sources), "data set"), checked_format(form), None)]
+        return [Part(dataset_rows(cast("datasets.Dataset", sources), "data set"), checked_format(form), None)]
     if isinstance(sources, Sequence) and not isinstance(sources, str) and _are_rows(sources):
         rows = RowList(cast("Sequence[Row]", sources), "rows")
         return [Part(rows, checked_format(form), None)]

@@ -25,7 +25,7 @@ from lowrank.data.tokenise import Options
 from lowrank.paths import expanded
 
 # Raised whenever the same rows give other tokens than before, or the files another layout.
-VERSION = 2
+VERSION = 3
 UNUSED_DAYS = 30
 
 DTYPES: dict[str, np.dtype] = {

@@ -17,7 +17,7 @@ from lowrank.data.example import TokenTable
 from lowrank.data.formats import is_blank, read_row
 from lowrank.data.report import Cut, Outcome
 from lowrank.data.rowerror import RowError
-from lowrank.data.rows import Row
+from lowrank.data.rows import Row, as_json
 from lowrank.data.sources import Joined
 from lowrank.data.template import ChatTemplate, special_pattern
 from lowrank.data.turns import TRAIN_ON, Rendered, plain_text, render_turns
@@ -165,7 +165,7 @@ class Tokeniser:
 
 
 def _canonical(row: Row) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=as_json)
 
 
 def _encoded(text: str) -> bytes:

@@ -96,10 +96,11 @@ class TestSources:
 
 def test_line_breaks_are_found_whatever_the_block(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
-    whole = [dict(row) for row in JsonLines(Path(path)).read(0, len(ROWS))]
+    content = Path(path).read_bytes()
+    whole = [dict(row) for row in JsonLines(content, path).read(0, len(ROWS))]
     monkeypatch.setattr("lowrank.data.rows.BLOCK_BYTES", 7)
-    assert len(JsonLines(Path(path))) == len(ROWS)
-    assert JsonLines(Path(path)).read(0, len(ROWS)) == whole == ROWS
+    assert len(JsonLines(content, path)) == len(ROWS)
+    assert JsonLines(content, path).read(0, len(ROWS)) == whole == ROWS
 
 
 class TestHub:
@@ -108,7 +109,8 @@ class TestHub:
 
         def load_dataset(path, subset, *, split, **more):
             asked.append((path, subset, split, more.get("streaming", False)))
-            return datasets.Dataset.from_list(ROWS)
+            rows = datasets.Dataset.from_list(ROWS)
+            return rows.to_iterable_dataset() if more.get("streaming") else rows
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         source = Source("someone/chats", split="dev", subset="small")
@@ -140,7 +142,7 @@ class TestFaults:
             load(tmp_path / "rows.xls")
 
     def test_an_empty_folder(self, tmp_path):
-        with pytest.raises(InputError, match="neither a saved data set nor text files"):
+        with pytest.raises(InputError, match="neither a saved data set nor files with rows"):
             load(tmp_path)
 
     @pytest.mark.parametrize("content", ["", "\n\n", "[]"])

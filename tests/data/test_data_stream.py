@@ -161,7 +161,7 @@ def test_a_sample_reads_no_more_than_it_shows(path, tmp_path):
 
 @pytest.mark.parametrize(
     ("damaged", "message"),
-    [(slice(-300, None), "cannot be read as parquet"), (slice(4, 300), "cannot be read on from row 1")],
+    [(slice(-300, None), "cannot be read as Parquet"), (slice(4, 300), "cannot be read on from row 1")],
     ids=["footer", "pages"],
 )
 def test_a_damaged_file_is_named(tmp_path, damaged, message):
