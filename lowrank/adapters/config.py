@@ -96,6 +96,9 @@ class LoraConfig(_Adapter):
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA)."""
 
+    lora_bias: bool = False
+    """Train a bias behind B as well, for each adapted module; it begins at zero and shares the scale s."""
+
     init_lora_weights: bool | InitName | PissaIterations = True
     """How A and B start. true: A uniform (Kaiming), B zero; "gaussian": A normal, B zero; false: both random (for
     tests: the model's outputs change); "orthogonal"; "pissa", "pissa_niter_N" and "olora": from the base weight's
@@ -125,6 +128,10 @@ class LoraConfig(_Adapter):
             raise ValueError("eva_config is set, and init_lora_weights is not eva")
         if self.loftq_config is not None and self.init_lora_weights != "loftq":
             raise ValueError("loftq_config is set, and init_lora_weights is not loftq")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias does not go with use_dora")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ValueError(f"lora_bias does not go with init_lora_weights: {self.init_lora_weights}")
         for pattern, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern gives {pattern!r} the rank {rank}; a rank is at least 1")

@@ -81,8 +81,10 @@ def _merge_several(path: str, module: HostModule, adapters: AdapterSet, layers: 
     for layer in low_rank:
         merged += merged_weight(weight, layer.term(module, kind)) - weight
     kind.write(module, merged)
-    if biases := [layer.bias - module.bias for layer in low_rank if layer.bias is not None]:
-        module.bias = nn.Parameter(module.bias + torch.stack(biases).sum(0).to(module.bias.dtype), requires_grad=False)
+    acting = [layer.acting_bias(module) for layer in low_rank]
+    if changes := [bias - module.bias for bias in acting if bias is not None and bias is not module.bias]:
+        total = torch.stack(changes).sum(0)
+        module.bias = nn.Parameter((module.bias + total).to(module.bias.dtype), requires_grad=False)
 
 
 def _untie(model: HostModule) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.kinds import HostModule, Kind, groups_of
+from lowrank.adapters.kinds import HostModule, Kind, groups_of, in_place_of_own
 from lowrank.adapters.targets import pattern_value
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
@@ -73,13 +73,19 @@ class LowRankLayer(nn.Module):
 
     def output(self, module: HostModule, kind: Kind, x: torch.Tensor) -> torch.Tensor:
         """See `Layer.output`."""
-        bias = getattr(module, "bias", None) if self.bias is None else self.bias
-        return kind.fused(module, x, self.term(module, kind), bias)
+        return kind.fused(module, x, self.term(module, kind), self.acting_bias(module))
+
+    def acting_bias(self, module: HostModule) -> torch.Tensor | None:
+        """What stands in the place of the module's bias; that itself, where the layer has none of its own."""
+        return getattr(module, "bias", None) if self.bias is None else self.bias
 
     def delta(self, module: HostModule, kind: Kind, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """See `Layer.delta`."""
         added = kind.delta(module, x, y, self.term(module, kind))
-        return added if self.bias is None else added + kind.spread(module, self.bias - module.bias).to(y.dtype)
+        bias = self.acting_bias(module)
+        if bias is None or bias is module.bias:
+            return added
+        return added + kind.spread(module, in_place_of_own(module, bias)).to(y.dtype)
 
     def in_file(self, module: HostModule, kind: Kind) -> dict[str, torch.Tensor]:
         """See `Layer.in_file`."""
@@ -95,8 +101,9 @@ class LowRankLayer(nn.Module):
     def merge_into(self, module: HostModule, kind: Kind) -> None:
         """See `Layer.merge_into`."""
         kind.write(module, merged_weight(kind.weight(module), self.term(module, kind)))
-        if self.bias is not None:
-            module.bias = nn.Parameter(self.bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)
+        bias = self.acting_bias(module)
+        if bias is not None and bias is not module.bias:
+            module.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)
 
     def extra_repr(self) -> str:
         """Scale and dropout."""

@@ -55,7 +55,6 @@ SYNONYMS: dict[str, str] = {
     "lora_modules_to_save": "adapter.modules_to_save",
     "additional_target": "adapter.modules_to_save",
     "lora_fan_in_fan_out": "adapter.fan_in_fan_out",
-    "lora_bias": "adapter.bias",
     "peft_use_dora": "adapter.method: dora",
     "peft_use_rslora": "adapter.use_rslora",
     "use_rs_lora": "adapter.use_rslora",

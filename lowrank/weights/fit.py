@@ -29,10 +29,12 @@ from lowrank.weights.updates import (
     Replacement,
     RowReplacement,
     Sequence,
+    Shift,
     Update,
 )
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+_BIAS = ".lora_B.bias"
 _NEEDED = {
     "lora": {"lora_A", "lora_B"},
     "dora": {"lora_A", "lora_B", "lora_magnitude_vector"},
@@ -69,6 +71,8 @@ class _Fit:
         for name in self.adapter.tensors:
             if match := FACTOR.fullmatch(name):
                 factors[match["path"]][match["name"].replace("lora_embedding_", "lora_")] = name
+            elif name.endswith(_BIAS):
+                pass  # after what may replace the bias that it is added to
             elif name.endswith(_TOKENS):
                 self._token_rows(name.removesuffix(_TOKENS), name)
             else:
@@ -76,6 +80,9 @@ class _Fit:
         self._experts(factors)
         for path, names in factors.items():
             self._low_rank(path, names)
+        for name in self.adapter.tensors:
+            if name.endswith(_BIAS):
+                self._shift(name.removesuffix(_BIAS), name)
         if self.problems:
             raise InputError(
                 f"The adapter does not fit the base {self.base.folder}: {shorten(self.problems, 20)}.",
@@ -109,6 +116,18 @@ class _Fit:
         transposed = isinstance(module, Conv1D | nn.Embedding)
         has_gain = "lora_magnitude_vector" in names
         self._add(f"{path}.weight", LowRankUpdate(self.config, path, load, transposed, has_gain))
+
+    def _shift(self, path: str, name: str) -> None:
+        """`lora_bias`: what B's bias adds to the module's own."""
+        key, shape = f"{path}.bias", self.adapter.tensors[name].shape
+        if not isinstance(self.config, LoraConfig) or not self.config.lora_bias:
+            self.problems.append(f"{name} is unexpected")
+        elif key not in self.parameters:
+            self.problems.append(f"{path} cannot be merged: lora_bias trained a bias, and it has none")
+        elif shape != self.parameters[key]:
+            self.problems.append(f"{name} is {list(shape)}, and the base's bias is {list(self.parameters[key])}")
+        else:
+            self._add(key, Shift(partial(self.adapter.read, name), rank_and_scale(self.config, path)[1]))
 
     def _read_factors(self, names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
         tensors = {bare: self.adapter.read(name).float() for bare, name in names}

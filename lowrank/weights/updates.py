@@ -106,6 +106,22 @@ class LowRankUpdate(Whole):
 
 
 @dataclass(frozen=True, slots=True)
+class Shift(Whole):
+    """Something added to a bias: what `lora_bias` trained, times the scale."""
+
+    load: Callable[[], Tensor]
+    scale: float
+    splits: bool = True
+    shape: None = None
+    before_tie: None = None
+    low_rank: bool = True
+
+    def apply(self, block: Tensor, first: int) -> None:
+        """See `Update.apply`."""
+        block += self.scale * self.load()[first : first + block.shape[0]]
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsUpdate:
     """Wₑ' = Wₑ + s·leftₑ·rightₑ for every expert of a parameter (experts, d1, d2), or for one of them.
 
