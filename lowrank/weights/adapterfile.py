@@ -25,6 +25,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PEFT_VERSION = "0.21.2"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 FACTOR = re.compile(r"(?P<path>.+)\.(?P<name>lora_(embedding_)?[AB]|lora_E|lora_magnitude_vector)(\.weight)?")
 BASE_KEY, QUANTIZATION_KEY, CONFIG_KEY = "lowrank.base", "lowrank.quantization", "adapter_config"
 

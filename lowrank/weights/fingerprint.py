@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from lowrank.errors import InputError
 
@@ -23,7 +23,8 @@ _NAMES = {
 class Fingerprint:
     """Sizes of a model, from its config; None where the config has no such size.
 
-    For a composite model (vision and language) the sizes are those of its text model.
+    For a composite model (vision and language) they are those of its text model: the text model that is taken out of
+    a checkpoint and the whole one have the same fingerprint.
     """
 
     model_type: str
@@ -35,8 +36,8 @@ class Fingerprint:
     @classmethod
     def of(cls, config: PretrainedConfig) -> Self:
         """The fingerprint of a model with this config."""
-        text = config.get_text_config()
-        return cls(config.model_type, **{ours: _first_int(text, theirs) for ours, theirs in _NAMES.items()})
+        text = text_config(config)
+        return cls(text.model_type, **{ours: _first_int(text, theirs) for ours, theirs in _NAMES.items()})
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: Path) -> Self:
@@ -54,9 +55,35 @@ class Fingerprint:
         return asdict(self)
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """What differs, as "vocab_size 32000 (here 32064)" with `other` as "here"."""
+        """What differs, as "vocab_size 32000 (here 32064)" with `other` as "here".
+
+        The name of the whole model's type in the place of its text model's, which files once had, is no difference.
+        """
         mine, theirs = asdict(self), asdict(other)
+        if (_text_type(self.model_type) or self.model_type) == (_text_type(other.model_type) or other.model_type):
+            mine["model_type"] = theirs["model_type"]
         return [f"{name} {mine[name]} (here {theirs[name]})" for name in mine if mine[name] != theirs[name]]
+
+    def differences_from(self, config: PretrainedConfig) -> list[str]:
+        """What differs in a model with this config."""
+        own = Fingerprint.of(config)
+        return self.differences(
+            replace(own, model_type=self.model_type) if config.model_type == self.model_type else own
+        )
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of a composite model's text model; any other model's is its own."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # several that could be meant
+        return config
+
+
+def _text_type(model_type: str) -> str | None:
+    """The type of the text model inside a whole model of that type."""
+    parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {}) if model_type in CONFIG_MAPPING else {}
+    return getattr(parts.get("text_config"), "model_type", None)
 
 
 def _first_int(config: PretrainedConfig, names: tuple[str, ...]) -> int | None:

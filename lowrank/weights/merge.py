@@ -16,11 +16,12 @@ from lowrank.errors import InputError, JobError
 from lowrank.weights.adapterfile import AdapterFile, open_adapter, refuse_taken_out, shorten
 from lowrank.weights.basemodel import INDEX, BaseModel, open_base
 from lowrank.weights.decoding import Onto, choose_decoding
-from lowrank.weights.fingerprint import Fingerprint
+from lowrank.weights.fingerprint import Fingerprint, text_config
 from lowrank.weights.fit import find_updates
 from lowrank.weights.folders import new_folder, refuse_inside, refuse_occupied, require_space, sync
 from lowrank.weights.mergereport import MergeReport, make_report, total_loss
 from lowrank.weights.plan import Plan, make_plan
+from lowrank.weights.relocation import named_as_in
 from lowrank.weights.rounding import Loss, Rounding, check_rounding
 from lowrank.weights.sidecars import copy_sidecars, write_config
 from lowrank.weights.stream import Progress, write_shard
@@ -73,6 +74,7 @@ def merge_checkpoint(
     source = open_adapter(adapter)
     refuse_taken_out(source)
     model = open_base(_base_of(source, base), source.config.task_type, trust_remote_code)
+    source = named_as_in(source, model.skeleton)
     for folder in (model.folder, source.path):
         refuse_inside(out, folder)
     check_fingerprint(source, model)
@@ -94,10 +96,10 @@ def check_fingerprint(adapter: AdapterFile, base: BaseModel) -> None:
     """InputError when the adapter's file says that it was trained on another base."""
     if adapter.fingerprint is None:
         return
-    own, trained_on = Fingerprint.of(base.config), adapter.fingerprint
+    trained_on = adapter.fingerprint
     if _rows_of_embedding(adapter, base) == trained_on.vocab_size:  # new tokens: their rows are the adapter's own
-        trained_on = replace(trained_on, vocab_size=own.vocab_size)
-    different = trained_on.differences(own)
+        trained_on = replace(trained_on, vocab_size=Fingerprint.of(base.config).vocab_size)
+    different = trained_on.differences_from(base.config)
     if different:
         raise InputError(
             f"The adapter was trained on another base: {', '.join(different)}.",
@@ -164,7 +166,7 @@ def _architecture(base: BaseModel) -> dict[str, Any]:
 
 def _text_key(base: BaseModel) -> str | None:
     """The key of config.json that holds the text model's config, where that is a part of it."""
-    text = base.config.get_text_config()
+    text = text_config(base.config)
     return next((name for name in base.config.sub_configs if getattr(base.config, name, None) is text), None)
 
 

@@ -10,6 +10,7 @@ import torch
 from lowrank.errors import InputError
 from lowrank.weights.basemodel import BaseModel
 from lowrank.weights.decoding import Decoding
+from lowrank.weights.fingerprint import text_config
 from lowrank.weights.names import Piece
 from lowrank.weights.quantized import Decoder
 from lowrank.weights.tensorfile import CODES, TORCH_DTYPES, Entry
@@ -233,4 +234,4 @@ def _vocabulary(base: BaseModel, updates: dict[str, Update]) -> dict[str, object
         for name, update in updates.items()
         if update.shape is not None and base.skeleton.get_submodule(name.rpartition(".")[0]) is embedding
     }
-    return {"vocab_size": rows.pop()} if rows - {base.config.get_text_config().vocab_size} else {}
+    return {"vocab_size": rows.pop()} if rows - {getattr(text_config(base.config), "vocab_size", None)} else {}

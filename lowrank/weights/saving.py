@@ -21,6 +21,7 @@ from lowrank.adapters.targets import matches_end
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
 from lowrank.weights.fingerprint import Fingerprint
+from lowrank.weights.relocation import named_as_in
 from lowrank.weights.targetnames import target_names
 from lowrank.weights.writing import write_adapter
 
@@ -90,7 +91,7 @@ def load(
         InputError: Missing, unexpected or misshapen tensors, NaN, another base, a config key that is not known, a
             pickle. The model is then as it was.
     """
-    file = open_adapter(path)
+    file = named_as_in(open_adapter(path), model)
     problems = _other_base(model, file)
     if problems and strict:
         _refuse(file, problems)
@@ -159,7 +160,7 @@ def _refuse(file: AdapterFile, problems: list[str]) -> None:
 def _other_base(model: nn.Module, file: AdapterFile) -> list[str]:
     if file.fingerprint is None or not isinstance(model, PreTrainedModel):
         return []
-    return [f"another base: {text}" for text in file.fingerprint.differences(Fingerprint.of(model.config))]
+    return [f"another base: {text}" for text in file.fingerprint.differences_from(model.config)]
 
 
 def _quantization(model: PreTrainedModel) -> dict[str, Any]:
