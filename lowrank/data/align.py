@@ -2,27 +2,51 @@
 
 Byte-level tokens may share a character (its bytes are split over several tokens, each with the character's offsets);
 all of them carry loss when the character does. A token that lies on both sides of a border belongs to the prompt if the
-prompt alone ends with that very token (tokens that swallow the white space behind them do); otherwise the row cannot be
-aligned.
+prompt alone ends with that very token (tokens that swallow the white space behind them do).
+
+A model that is asked sees the prompt's tokens and then those of its answer. Where a text as a whole is cut otherwise at
+a border, prompt and answer are encoded apart, as they are then:
+
+    whole    Answer :  yes          apart    Answer : ␣ | yes
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.rowerror import RowError
 from lowrank.data.template import special_tokens
-from lowrank.data.turns import Rendered, Span
+from lowrank.data.turns import Rendered
 from lowrank.errors import InputError
 
 # Endings of prompts whose tokens are remembered: a template has few, text without special tokens many.
 MOST_TAILS = 1000
+
+
+# Put before a piece from the middle of a text, and taken away again: tokenizers add a space before a text of its own.
+ANCHORS = ("\n", "a", ".")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text as tokens.
+
+    Attributes:
+        ids: Token ids, (n,) int32.
+        supervised: Which of them carry loss, (n,) bool.
+        apart: Whether a prompt and its answer had to be encoded apart.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    apart: bool
 
 
 class Encoder:
@@ -48,6 +72,7 @@ class Encoder:
         self._is_special = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
         self._is_special[list(special_tokens(tokenizer).values())] = True
         self._tails: dict[str, list[int]] = {}
+        self._adds_space = not np.array_equal(self.ids("\na")[-1:], self.ids("a"))
         self.prefix = np.array(text_prefix(tokenizer), dtype=np.int32)
 
     def ids(self, text: str) -> np.ndarray:
@@ -56,65 +81,89 @@ class Encoder:
 
     def batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids (n,) int32 and character offsets (n, 2) int32 of each text."""
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            (
-                np.array(encoding.ids, dtype=np.int32),
-                np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(encoding)).reshape(-1, 2),
-            )
-            for encoding in encodings
-        ]
+        return [_arrays(encoding) for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
-    def supervised(self, rendered: Rendered, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """Which tokens carry loss, (n,) bool.
+    def encoded(self, rendered: Rendered, ids: np.ndarray, offsets: np.ndarray) -> Encoded:
+        """A text's tokens and which of them carry loss.
 
         Args:
             rendered: The text and its spans.
-            ids: Its token ids, (n,).
+            ids: Its token ids as a whole, (n,).
             offsets: Their first and one-past-last character, (n, 2).
 
         Raises:
-            RowError: a token lies on both sides of a border.
+            RowError: a token lies on both sides of a border, and the two sides cannot be encoded apart.
         """
-        begins, ends = offsets[:, 0], offsets[:, 1]
+        cuts = self._cuts(rendered, ids, offsets)
+        if cuts:
+            ids, offsets = self._in_pieces(rendered.text, cuts)
+        begins = offsets[:, 0]
         mask = np.zeros(len(ids), dtype=bool)
         for span in rendered.spans:
-            inside = (begins >= span.begin) & (begins < span.end)
-            crossing = np.flatnonzero((begins < span.begin) & (ends > span.begin) | inside & (ends > span.limit))
-            for token in crossing:
-                self._settle(rendered.text, span, ids, int(token), offsets[token])
-            mask |= inside
-        return mask
+            mask |= (begins >= span.begin) & (begins < span.end)
+        return Encoded(ids, mask, apart=bool(cuts))
 
-    def is_uneven(self, rendered: Rendered, ids: np.ndarray, offsets: np.ndarray) -> bool:
+    def _cuts(self, rendered: Rendered, ids: np.ndarray, offsets: np.ndarray) -> list[int]:
+        """The characters at which a text has to be encoded apart; mostly none."""
+        begins, ends = offsets[:, 0], offsets[:, 1]
+        cuts: set[int] = set()
+        for span in rendered.spans:
+            crossing = np.flatnonzero((begins < span.begin) & (ends > span.begin))
+            if len(crossing):
+                whole = all(self._ends_with(rendered.text[: span.begin], ids[: token + 1]) for token in crossing)
+                cuts |= set() if whole else {span.begin}
+            elif self._is_uneven(rendered.text, span.begin, ids, offsets):
+                cuts.add(span.begin)
+            if ((begins >= span.begin) & (begins < span.end) & (ends > span.limit)).any():
+                cuts.add(span.end)
+        return sorted(cuts - {0, len(rendered.text)})
+
+    def _ends_with(self, prompt: str, ids: np.ndarray) -> bool:
+        return np.array_equal(self.ids(prompt), ids)
+
+    def _is_uneven(self, text: str, border: int, ids: np.ndarray, offsets: np.ndarray) -> bool:
         """Whether a prompt by itself is cut into other tokens than when its answer follows.
 
-        Some tokenizers look ahead: two line breaks at the end of a text are one token, before a word they are two. Then
-        the model is trained behind other tokens than it is asked with; a template whose header ends with a special
-        token or one line break avoids that. Only what stands behind the last special token can differ.
+        Some tokenizers look ahead: two line breaks at the end of a text are one token, before a word they are two. Only
+        what stands behind the last special token can differ.
         """
         special = np.flatnonzero(self._is_special[ids])
-        for span in rendered.spans:
-            first = int(np.searchsorted(offsets[:, 0], span.begin))
-            before = special[np.searchsorted(special, first) - 1] if len(special) and special[0] < first else -1
-            tail = rendered.text[offsets[before, 1] if before >= 0 else 0 : span.begin]
-            if tail not in self._tails:
-                self._tails = {} if len(self._tails) > MOST_TAILS else self._tails
-                self._tails[tail] = self.ids(tail).tolist()
-            if self._tails[tail] != ids[before + 1 : first].tolist():
-                return True
-        return False
+        first = int(np.searchsorted(offsets[:, 0], border))
+        before = int(special[np.searchsorted(special, first) - 1]) if len(special) and special[0] < first else 0
+        tail = text[offsets[before, 0] if before < len(ids) else 0 : border]
+        if tail not in self._tails:
+            self._tails = {} if len(self._tails) > MOST_TAILS else self._tails
+            self._tails[tail] = self.ids(tail).tolist()
+        return self._tails[tail] != ids[before:first].tolist()
 
-    def _settle(self, text: str, span: Span, ids: np.ndarray, token: int, offset: np.ndarray) -> None:
-        begin, end = int(offset[0]), int(offset[1])
-        if begin < span.begin and np.array_equal(self.ids(text[: span.begin]), ids[: token + 1]):
-            return
-        border = span.begin if begin < span.begin else span.limit
+    def _in_pieces(self, text: str, cuts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (n,) and offsets (n, 2) of a text that is encoded piece by piece."""
+        edges = [0, *cuts, len(text)]
+        parts = [_arrays(self._backend.encode(text[: cuts[0]], add_special_tokens=False))]
+        parts += [self._continued(text, begin, end) for begin, end in pairwise(edges[1:])]
+        shifts = zip(parts, edges, strict=False)
+        return np.concatenate([ids for ids, _ in parts]), np.concatenate([at + begin for (_, at), begin in shifts])
+
+    def _continued(self, text: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """A piece of a text as it is encoded in the middle of one."""
+        piece = text[begin:end]
+        if not self._adds_space:
+            return _arrays(self._backend.encode(piece, add_special_tokens=False))
+        for anchor in ANCHORS:
+            ids, offsets = _arrays(self._backend.encode(anchor + piece, add_special_tokens=False))
+            first = int(np.searchsorted(offsets[:, 0], len(anchor)))
+            if self._ends_with(anchor, ids[:first]) and (offsets[:first, 1] <= len(anchor)).all():
+                return ids[first:], offsets[first:] - len(anchor)
         raise RowError(
-            f"the token {text[begin:end]!r} lies on both sides of the border between "
-            f"{text[max(border - 20, 0) : border]!r} and {text[border : border + 20]!r}",
+            f"what stands on both sides of the border between {text[max(begin - 20, 0) : begin]!r} and "
+            f"{text[begin : begin + 20]!r} cannot be encoded apart",
             "Move white space away from where an answer begins or ends.",
         )
+
+
+def _arrays(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(encoding))
+    return np.array(encoding.ids, dtype=np.int32), offsets.reshape(-1, 2)
 
 
 def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -87,6 +87,14 @@ def conversation(messages: Any, tools: Any = None, completion_from: int | None =
     return Conversation(cleaned, _tools(tools), train, completion_from)
 
 
+class Arguments(dict[str, Any]):
+    """A tool call's arguments that a row gives as JSON text, which is kept for templates that want it so."""
+
+    def __init__(self, values: Mapping[str, Any], text: str) -> None:
+        super().__init__(values)
+        self.text = text
+
+
 def _message(value: Any, at: int) -> Message:
     if not isinstance(value, Mapping):
         raise RowError(f"message {at + 1} is {_kind(value)}, not an object", 'Expected {"role": ..., "content": ...}.')
@@ -138,7 +146,10 @@ def _tool_call(call: Any, at: int) -> dict[str, Any]:
     function = call["function"]
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError(f"message {at + 1}: a tool call without a function name")
-    arguments = _parsed(function.get("arguments", {}), f"message {at + 1}: the arguments of {function['name']}")
+    given = function.get("arguments", {})
+    arguments = _parsed(given, f"message {at + 1}: the arguments of {function['name']}")
+    if isinstance(given, str) and isinstance(arguments, dict):
+        arguments = Arguments(arguments, given or "{}")
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -48,7 +48,9 @@ class TokenTable:
         outcomes: An `Outcome` for each row, (R,) uint8.
         control_text: Rows whose own text holds a special token of the tokenizer, (R,) bool.
         row_lengths: The longest example each row gave before anything was cut, in tokens, (R,) int64.
-        uneven: Rows whose prompt by itself is cut into other tokens than before its answer, (R,) bool.
+        uneven: Rows in which a prompt and its answer are encoded apart: as one text they are other tokens, (R,) bool.
+        masked_turns: Turns of each row that were to carry loss and cannot be aligned, (R,) int64.
+        unasked: Rows with a turn that does not begin where the template's generation prompt ends, (R,) bool.
     """
 
     ids: np.ndarray
@@ -62,6 +64,8 @@ class TokenTable:
     control_text: np.ndarray
     row_lengths: np.ndarray
     uneven: np.ndarray
+    masked_turns: np.ndarray
+    unasked: np.ndarray
 
 
 class Examples(Sequence[Example]):
@@ -109,6 +113,8 @@ class Examples(Sequence[Example]):
             control_text=np.zeros(count, dtype=bool),
             row_lengths=np.diff(starts),
             uneven=np.zeros(count, dtype=bool),
+            masked_turns=np.zeros(count, dtype=np.int64),
+            unasked=np.zeros(count, dtype=bool),
         )
         rows = RowList([{"input_ids": e.input_ids, "supervised": e.supervised} for e in examples], "examples")
         return cls(table, rows, train_on=train_on)

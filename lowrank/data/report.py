@@ -57,7 +57,9 @@ class DataReport:
         empty: Rows left out because nothing stands in them.
         split: Rows that became several examples, because the chat template rewrites earlier turns.
         control_text: Rows whose own text holds a special token: often a chat template applied twice.
-        uneven: Rows whose prompt by itself is cut into other tokens than before its answer (see `Encoder.is_uneven`).
+        uneven: Rows in which a prompt and its answer are encoded apart, as a model that is asked sees them.
+        masked_turns: Turns that were to carry loss, and cannot be aligned.
+        unasked: Rows with a turn that does not begin where the template's generation prompt ends.
         lengths: Of the examples.
     """
 
@@ -72,6 +74,8 @@ class DataReport:
     split: int
     control_text: int
     uneven: int
+    masked_turns: int
+    unasked: int
     lengths: Lengths
 
     @property
@@ -150,5 +154,7 @@ def report_of(table: TokenTable, order: np.ndarray, row_mask: np.ndarray) -> Dat
         split=int((per_row > 1).sum()),
         control_text=int(table.control_text[row_mask].sum()),
         uneven=int(table.uneven[row_mask].sum()),
+        masked_turns=int(table.masked_turns[row_mask].sum()),
+        unasked=int(table.unasked[row_mask].sum()),
         lengths=lengths_of(lengths[order]),
     )

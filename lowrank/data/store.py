@@ -21,6 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.example import TokenTable
+from lowrank.data.template import writes_date
 from lowrank.data.tokenise import Options
 from lowrank.paths import expanded
 
@@ -40,6 +41,8 @@ DTYPES: dict[str, np.dtype] = {
     "control_text": np.dtype(np.bool_),
     "row_lengths": np.dtype(np.int64),
     "uneven": np.dtype(np.bool_),
+    "masked_turns": np.dtype(np.int64),
+    "unasked": np.dtype(np.bool_),
 }
 assert [field.name for field in fields(TokenTable)] == list(DTYPES)
 
@@ -59,8 +62,8 @@ def cache_key(rows_fingerprint: str, tokenizer: PreTrainedTokenizerBase, options
         json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
         str(tokenizer.split_special_tokens),
         template,
-        time.strftime("%Y-%m-%d") if "strftime_now" in template else "",
-        json.dumps(asdict(options)),
+        (options.today or time.strftime("%Y-%m-%d")) if writes_date(tokenizer) else "",
+        json.dumps({**asdict(options), "today": None}),
     ]
     return hashlib.blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.conversation import Message
 from lowrank.data.rowerror import RowError
+from lowrank.data.toolcalls import FORMS, CallForm, is_whole, probe_call
 
 # Two answers that share no beginning: what their renderings share is what stands before an answer.
 _PROBES = ("Yes", "No")
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(?P<format>[^'\"]*)\1\s*\)")
 
 
 def first_difference(a: str, b: str) -> int:
@@ -35,13 +38,27 @@ def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes today's date, as Llama 3.2's and gpt-oss' do."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 class ChatTemplate:
     """Renders conversations with the tokenizer's own chat template, the way `apply_chat_template` does."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: str | None = None) -> None:
+        """Take a tokenizer's template.
+
+        Args:
+            tokenizer: Its owner.
+            today: The date (2026-11-26) that a template writes which writes the day's; None: the day it is.
+        """
         self._tokenizer = tokenizer
+        self._today = date.today() if today is None else date.fromisoformat(today)
         self._special = special_pattern(tokenizer)
         self._headers: dict[tuple[str, bool], str] = {}
+        self._followers: dict[tuple[str, bool], str] = {}
+        self._dated_by_tools: dict[bool, str] = {}
 
     def render(self, conversations: Sequence[Sequence[Message]], tools: list[Any] | None) -> list[str]:
         """The text of each conversation.
@@ -79,8 +96,17 @@ class ChatTemplate:
 
         Mostly this is `prompt`; it differs where the template writes a question otherwise once it is answered.
         """
-        answered = self.render([[*messages, {"role": "assistant", "content": probe}] for probe in _PROBES], tools)
+        answered = self._probed(messages, tools)
         return answered[0][: first_difference(*answered)]
+
+    def with_answer(self, messages: Sequence[Message], tools: list[Any] | None, answer: str) -> str:
+        """The conversation with an answer in it that the template does not get to see, and so cannot change."""
+        text = self._probed(messages, tools)[0]
+        begin = len(self.before_answer(messages, tools))
+        return text[:begin] + answer + text[begin + len(_PROBES[0]) :]
+
+    def _probed(self, messages: Sequence[Message], tools: list[Any] | None) -> list[str]:
+        return self.render([[*messages, {"role": "assistant", "content": probe}] for probe in _PROBES], tools)
 
     @cached_property
     def suffix(self) -> str:
@@ -96,9 +122,31 @@ class ChatTemplate:
         shared = first_difference(ended, going_on)
         for text in (ended, going_on):
             shared = next((m.start() for m in self._special.finditer(text) if m.start() < shared < m.end()), shared)
-        closed = ended[:shared].rstrip()
-        has_end_token = any(match.end() == len(closed) for match in self._special.finditer(closed))
-        return ended[shared:] if has_end_token else ""
+        return ended[shared:] if self.has_end(ended[:shared]) else ""
+
+    def has_end(self, text: str) -> bool:
+        """Whether a text ends with a special token; white space behind it does not count."""
+        closed = text.rstrip()
+        return any(match.end() == len(closed) for match in self._special.finditer(closed))
+
+    def follower(self, role: str, *, after_call: bool) -> str:
+        """The special token that begins a message of `role` behind an answer (a tool call), if anything does at once.
+
+        GLM's templates close no turn: the mark of the next speaker is what ends an answer.
+        """
+        key = (role, after_call)
+        if key not in self._followers:
+            said = {"content": _PROBES[0]} if not after_call else {"tool_calls": [probe_call()]}
+            begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", **said}]
+            try:
+                closed, going_on = self.render([begun, [*begun, {"role": role, "content": "Hi"}]], None)
+            except RowError:
+                closed, going_on = "", ""
+            at_once = going_on.startswith(closed) and not closed[-1:].isspace()
+            follows = self._special.match(going_on, len(closed)) if at_once else None
+            known = follows is not None and follows.group() != self._tokenizer.bos_token
+            self._followers[key] = follows.group() if follows is not None and known else ""
+        return self._followers[key]
 
     def _missing_header(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
         """What `add_generation_prompt` leaves out of the header of an answer to such messages; mostly nothing."""
@@ -109,13 +157,40 @@ class ChatTemplate:
         header = shared[len(without) :] if shared.startswith(without) else ""
         return header if header.strip() else ""
 
+    @cached_property
+    def _call_form(self) -> CallForm:
+        """How this template wants tool calls: the first form that it writes whole, or else the first that it takes."""
+        taken = []
+        for form in FORMS:
+            called = form.written({"role": "assistant", "tool_calls": [probe_call()]})
+            try:
+                text = self._applied([[{"role": "user", "content": "Hi"}, called]], None, add_generation_prompt=False)[
+                    0
+                ]
+            except RowError:
+                continue
+            if is_whole(text):
+                return form
+            taken.append(form)
+        return (taken or FORMS)[0]
+
     def _apply(
+        self, conversations: Sequence[Sequence[Message]], tools: list[Any] | None, *, add_generation_prompt: bool
+    ) -> list[str]:
+        written = [
+            [self._call_form.written(message) if message.get("tool_calls") else message for message in messages]
+            for messages in conversations
+        ]
+        return self._applied(written, tools, add_generation_prompt=add_generation_prompt)
+
+    def _applied(
         self, conversations: Sequence[Sequence[Message]], tools: list[Any] | None, *, add_generation_prompt: bool
     ) -> list[str]:
         try:
             texts = self._tokenizer.apply_chat_template(
                 [list(messages) for messages in conversations],
                 tools=tools,
+                chat_template=self._dated(tools is not None),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -123,3 +198,12 @@ class ChatTemplate:
             raise RowError(f"the chat template refuses the conversation: {error}") from None
         assert isinstance(texts, list)
         return [str(text) for text in texts]
+
+    def _dated(self, with_tools: bool) -> str:
+        """The template with the date in the place of the calls that ask for it."""
+        if with_tools not in self._dated_by_tools:
+            template = self._tokenizer.get_chat_template(tools=[] if with_tools else None)
+            self._dated_by_tools[with_tools] = _TODAY.sub(
+                lambda call: repr(self._today.strftime(call["format"])), template
+            )
+        return self._dated_by_tools[with_tools]

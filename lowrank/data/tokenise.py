@@ -20,7 +20,7 @@ from lowrank.data.rowerror import RowError
 from lowrank.data.rows import Row, as_json
 from lowrank.data.sources import Joined
 from lowrank.data.template import ChatTemplate, special_pattern
-from lowrank.data.turns import TRAIN_ON, Rendered, plain_text, render_turns
+from lowrank.data.turns import TRAIN_ON, Rendered, RenderedRow, plain_text, render_turns
 from lowrank.errors import InputError
 
 TOO_LONG = ("error", "drop", "truncate", "split")
@@ -34,11 +34,13 @@ class Options:
         train_on: `assistant`, `last_assistant`, `completion` or `all`.
         max_length: The most tokens in an example.
         too_long: `error` (the caller raises), `drop`, `truncate`, or `split`, which cuts plain text into pieces.
+        today: The date (2026-11-26) for chat templates that write the day's; None: the day it is.
     """
 
     train_on: str
     max_length: int
     too_long: str
+    today: str | None = None
 
     def __post_init__(self) -> None:
         assert self.train_on in TRAIN_ON, f"train_on is {self.train_on!r}, not one of {', '.join(TRAIN_ON)}"
@@ -70,7 +72,7 @@ class Tokeniser:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
         self.options = options
         self._has_template = tokenizer.chat_template is not None
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, options.today)
         self._encoder = Encoder(tokenizer)
         self._end_token = tokenizer.eos_token
         self._offer = f"Set data.chat_template: {', '.join(fitting_templates(tokenizer))} fit, or name a .jinja file."
@@ -87,6 +89,7 @@ class Tokeniser:
         outcomes = np.full(count, Outcome.KEPT, dtype=np.uint8)
         texts: list[tuple[int, Rendered, bool]] = []
         keys, control = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=bool)
+        masked, unasked = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
         for at, row in enumerate(read):
             canonical = _canonical(row)
             control[at] = self._special.search(canonical) is not None
@@ -95,39 +98,64 @@ class Tokeniser:
                 rendered, is_chat = self._rendered(row, formats[at])
             except RowError as error:
                 raise InputError(error.what, where=rows.where(begin + at), fix=error.fix) from None
-            texts += [(at, text, is_chat) for text in rendered]
-            if not rendered:
+            texts += [(at, text, is_chat) for text in rendered.texts]
+            masked[at], unasked[at] = rendered.masked, any(text.unasked for text in rendered.texts)
+            if not rendered.texts:
                 outcomes[at] = Outcome.EMPTY
         lengths, uneven = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
         chunk = _Chunk()
         encoded = self._encoder.batch([text.text for _, text, _ in texts])
         for (at, text, is_chat), (ids, offsets) in zip(texts, encoded, strict=True):
             try:
-                mask = self._encoder.supervised(text, ids, offsets)
+                ids, mask, apart = self._masked(text, ids, offsets, is_chat=is_chat)
             except RowError as error:
                 raise InputError(error.what, where=rows.where(begin + at), fix=error.fix) from None
-            uneven[at] |= self._encoder.is_uneven(text, ids, offsets)
-            if not is_chat:
-                ids, mask = self._with_prefix(ids, mask)
-            mask[:1] = False
+            uneven[at] |= apart
             lengths[at] = max(lengths[at], len(ids))
             if not self._fit(chunk, begin + at, ids, mask, is_text=not is_chat and bool(mask[1:].all())):
                 outcomes[at] = Outcome.TOO_LONG
-        return _table(chunk, keys, outcomes, control, lengths, uneven)
+        return _table(chunk, keys, outcomes, control, lengths, uneven, masked, unasked)
 
-    def _rendered(self, row: Row, form: str) -> tuple[list[Rendered], bool]:
+    def last_turn(self, row: Row, form: str) -> tuple[list[int], list[int]]:
+        """The last turn that is trained, whole: the tokens before it, and its own through the end token.
+
+        Raises:
+            RowError: the row cannot be used, or holds nothing to learn.
+        """
+        rendered, is_chat = self._rendered(row, form)
+        if not rendered.texts:
+            raise RowError("the row is empty")
+        text = rendered.texts[-1]
+        last = Rendered(text.text[: text.spans[-1].end], text.spans[-1:])
+        ids, mask, _ = self._masked(last, *self._encoder.batch([last.text])[0], is_chat=is_chat)
+        begin = int(mask.argmax())
+        return ids[:begin].tolist(), ids[begin:].tolist()
+
+    def _masked(
+        self, text: Rendered, ids: np.ndarray, offsets: np.ndarray, *, is_chat: bool
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Ids and mask of a text as the model is given them, and whether prompt and answer are encoded apart."""
+        encoded = self._encoder.encoded(text, ids, offsets)
+        ids, mask = encoded.ids, encoded.supervised
+        if not is_chat:
+            ids, mask = self._with_prefix(ids, mask)
+        mask[:1] = False
+        return ids, mask, encoded.apart
+
+    def _rendered(self, row: Row, form: str) -> tuple[RenderedRow, bool]:
         """The texts of a row (none if it is empty), and whether a chat template wrote them."""
         if is_blank(row):
-            return [], False
+            return RenderedRow([]), False
         content = read_row(row, form, self._has_template)
         if content.is_empty:
-            return [], False
+            return RenderedRow([]), False
         if isinstance(content, Plain):
             if self._end_token is None:
                 raise RowError(
                     "the tokenizer has no eos_token to end an answer with", "Set one in the tokenizer's folder."
                 )
-            return [plain_text(content.prompt, content.completion, self._end_token, self.options.train_on)], False
+            text = plain_text(content.prompt, content.completion, self._end_token, self.options.train_on)
+            return RenderedRow([text]), False
         if not isinstance(content, Conversation):
             raise RowError(
                 "rows of the format preference cannot be trained on yet", "Train on prompt and completion rows."
@@ -189,6 +217,8 @@ def _table(
     control: np.ndarray,
     lengths: np.ndarray,
     uneven: np.ndarray,
+    masked: np.ndarray,
+    unasked: np.ndarray,
 ) -> TokenTable:
     sizes = [len(ids) for ids in chunk.ids]
     return TokenTable(
@@ -203,6 +233,8 @@ def _table(
         control_text=control,
         row_lengths=lengths,
         uneven=uneven,
+        masked_turns=masked,
+        unasked=unasked,
     )
 
 

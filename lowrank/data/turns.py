@@ -11,13 +11,14 @@ is what the model has to say. White space that the template writes behind the en
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank.data.conversation import Conversation, Message
+from lowrank.data.conversation import Conversation
 from lowrank.data.rowerror import RowError
-from lowrank.data.template import ChatTemplate, first_difference
+from lowrank.data.template import ChatTemplate
+from lowrank.data.turn import Turn, check_complete, closer_of, shortened, turn_of
 
 TRAIN_ON = ("assistant", "last_assistant", "completion", "all")
 
@@ -33,10 +34,25 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A text to tokenise as it stands, and the spans of it that carry loss, in order and apart."""
+    """A text to tokenise as it stands.
+
+    Attributes:
+        text: The text.
+        spans: Its stretches that carry loss, in order and apart.
+        unasked: How many of them do not begin where the template's generation prompt ends.
+    """
 
     text: str
     spans: list[Span]
+    unasked: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRow:
+    """The texts of a row, and how many of its turns are in none of them although they were to carry loss."""
+
+    texts: list[Rendered]
+    masked: int = 0
 
 
 def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
@@ -70,78 +86,47 @@ def _completion_from(conversation: Conversation) -> int:
     return users[-1] + 1 if users else 0
 
 
-def render_turns(conversation: Conversation, template: ChatTemplate, train_on: str) -> list[Rendered]:
+def render_turns(conversation: Conversation, template: ChatTemplate, train_on: str) -> RenderedRow:
     """The texts of a conversation that train every turn asked for, each in the context in which it would be generated.
 
     That is one text, unless the template rewrites earlier turns (drops their reasoning, moves the system message into
     the last question ...). Then the turns that a later rendering changes get a text of their own that ends with them.
+    A turn that the template asks for in one way and writes in another, so that there is no telling where it begins,
+    carries no loss.
 
     Raises:
-        RowError: no turn to learn from, or a turn does not begin with the template's own generation prompt.
+        RowError: no turn to learn from.
     """
     if train_on == "all":
-        return [_everything(conversation, template)]
+        return RenderedRow([_everything(conversation, template)])
     messages, tools = conversation.messages, conversation.tools
     asked = trained_turns(conversation, train_on)
     prompts = template.prompts([messages[:at] for at in asked], tools)
     *wholes, text = template.render([*(messages[: at + 1] for at in asked if at + 1 < len(messages)), messages], tools)
     _check_tools(tools, prompts[0])
-    todo = {
-        at: _turn(conversation, template, at, prompt, whole)
+    found = {
+        at: turn_of(conversation, template, at, prompt, whole)
         for at, prompt, whole in zip(asked, prompts, [*wholes, text], strict=False)
     }
+    todo = {at: turn for at, turn in found.items() if isinstance(turn, Turn)}
+    if not todo:
+        raise next(problem for problem in found.values() if isinstance(problem, RowError))
+    return RenderedRow(_texts(todo, text), masked=len(found) - len(todo))
+
+
+def _texts(todo: dict[int, Turn], text: str) -> list[Rendered]:
+    """As few texts as hold all turns, beginning with the whole conversation's."""
+    last = next(reversed(todo.values())).text
+    text = last if last.startswith(text.rstrip()) and len(last) > len(text.rstrip()) else text
     texts = []
     while todo:
         within = {at: turn for at, turn in todo.items() if text.startswith(turn.text)}
         if within:
             spans = [Span(turn.begin, len(turn.text), _end_of_white(text, len(turn.text))) for turn in within.values()]
-            texts.append(Rendered(text, spans))
+            texts.append(Rendered(text, spans, unasked=sum(not turn.asked for turn in within.values())))
         todo = {at: turn for at, turn in todo.items() if at not in within}
         text = next(reversed(todo.values())).text if todo else text
     return texts[::-1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """A conversation through the end token of one turn, and where in it that turn begins."""
-
-    text: str
-    begin: int
-
-
-def _turn(conversation: Conversation, template: ChatTemplate, at: int, prompt: str, whole: str) -> _Turn:
-    """What the model is given when it is asked for message `at`, and what it has to say then."""
-    begin = len(prompt)
-    if not whole.startswith(prompt):
-        before = conversation.messages[:at]
-        context = template.before_answer(before, conversation.tools)
-        context = context if prompt[-1:].isspace() else context.rstrip()
-        if not whole.startswith(context) or not _same_question(prompt, context, before):
-            raise _unaligned(prompt, whole, at)
-        begin = len(context)
-    answer = whole[begin:].removesuffix(template.suffix).rstrip()
-    _check_complete(conversation.messages[at], answer, at)
-    return _Turn(prompt + answer, len(prompt))
-
-
-def _same_question(prompt: str, context: str, before: Sequence[Message]) -> bool:
-    """Whether a prompt and the same context as it is written once it is answered agree from the last message on.
-
-    Mistral's templates write the system message into the last question only while that is unanswered.
-    """
-    shared = first_difference(prompt[::-1], context[::-1])
-    question = before[-1].get("content", "").strip() if before else ""
-    return bool(question) and question in prompt[len(prompt) - shared :]
-
-
-def _unaligned(prompt: str, whole: str, at: int) -> RowError:
-    shared = first_difference(prompt, whole)
-    begin = max(shared - 20, 0)
-    return RowError(
-        f"message {at + 1} cannot be aligned: the chat template asks for it with {_short(prompt[begin:])} "
-        f"but writes it as {_short(whole[begin : shared + 40])}",
-        "Give a chat template that writes an assistant's turn the way it asks for it.",
-    )
 
 
 def _check_tools(tools: list[Any] | None, prompt: str) -> None:
@@ -149,30 +134,12 @@ def _check_tools(tools: list[Any] | None, prompt: str) -> None:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str):
-            raise RowError(f"a tool without a function name: {_short(str(tool))}")
+            raise RowError(f"a tool without a function name: {shortened(str(tool))}")
         if name not in prompt:
             raise RowError(
                 f"the chat template does not tell the model about the tool {name!r}",
                 "Give a chat template with tools, or take the tools out of the rows.",
             )
-
-
-def _check_complete(message: Message, turn: str, at: int) -> None:
-    """Refuse a turn that the template writes only in part: the model would learn the rest away."""
-    wanted = [call["function"]["name"] for call in message.get("tool_calls", [])]
-    wanted += [message[key] for key in ("content", "reasoning_content") if message.get(key)]
-    for part in wanted:
-        if part.strip() not in turn and "".join(part.split()) not in "".join(turn.split()):
-            raise RowError(
-                f"the chat template leaves out part of message {at + 1}: of {_short(part)} it writes {_short(turn)}",
-                "Give a chat template that writes reasoning and tool calls, or take them out of the rows.",
-            )
-    if not turn.strip():
-        raise RowError(f"the chat template writes nothing for message {at + 1}, not even an end token")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}")
 
 
 def _end_of_white(text: str, at: int) -> int:
@@ -185,7 +152,10 @@ def _everything(conversation: Conversation, template: ChatTemplate) -> Rendered:
     text = template.render([messages], tools)[0]
     for at, message in enumerate(messages):
         if message["role"] == "assistant":
-            _check_complete(message, text, at)
+            check_complete(message, text, at)
+    if messages[-1]["role"] == "assistant":
+        closer = closer_of(conversation, template, len(messages) - 1, text)
+        text = text.rstrip() + closer if closer else text
     if all(conversation.train):
         return Rendered(text, [Span(0, len(text), len(text))])
     return Rendered(text, _marked_spans(conversation, template, text))

@@ -70,7 +70,9 @@ def _rows(plan: BatchPlan | BatchStream) -> str:
     counts = {"truncated": report.truncated, "split": report.split, "dropped": report.dropped}
     counts |= {"duplicates": report.duplicates, "empty": report.empty}
     counts |= {"with a special token in their own text": report.control_text}
-    counts |= {"whose prompt alone is cut into other tokens": report.uneven}
+    counts |= {"whose prompt and answer are encoded apart": report.uneven}
+    counts |= {"answered behind another header than the template asks with": report.unasked}
+    counts |= {"turns left out of the loss, as they cannot be aligned": report.masked_turns}
     return ", ".join([text, *(f"{count:,} {what}" for what, count in counts.items() if count)])
 
 

@@ -284,10 +284,28 @@ class TestRewriting:
         assert said(examples, tokenizer) == [" First.</s>"]
 
     def test_a_prompt_that_no_turn_begins_with_is_refused_with_its_row(self):
+        template = CHATML.replace("assistant\n' }}{% endif", "robot\n' }}{% endif")
+        tokenizer = Family("other", BY_NAME["chatml"].tokenizer, template, "<|im_end|>").make()
+        with pytest.raises(InputError, match=r"row 1: message 2 cannot be aligned.*robot"):
+            load(chat("Hi", "Hello"), tokenizer)
+
+    def test_one_turn_of_several_that_no_prompt_begins_is_left_out_of_the_loss_and_counted(self):
+        once = "{{ '<|im_start|>' + ('robot' if messages | length == 3 else 'assistant') + '\n' }}{% endif %}"
+        template = CHATML.replace("{{ '<|im_start|>assistant\n' }}{% endif %}", once)
+        tokenizer = Family("other", BY_NAME["chatml"].tokenizer, template, "<|im_end|>").make()
+        examples = load(chat("Hi", "Hello", "So?", "Yes."), tokenizer)
+        assert said(examples, tokenizer) == ["Hello<|im_end|>"]
+        assert examples.report.masked_turns == 1
+
+    def test_a_turn_that_does_not_open_the_reasoning_that_it_is_asked_with_begins_behind_the_header(self):
         template = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
         tokenizer = Family("thinks", BY_NAME["chatml"].tokenizer, template, "<|im_end|>").make()
-        with pytest.raises(InputError, match=r"row 1: message 2 cannot be aligned.*<think>"):
-            load(chat("Hi", "Hello"), tokenizer)
+        examples = load(chat("Hi", "Hello"), tokenizer)
+        assert said(examples, tokenizer) == ["Hello<|im_end|>"]
+        assert examples.report.unasked == 1
+        examples = load(chat("Hi", "<think>\nHm.\n</think>\nHello"), tokenizer)
+        assert said(examples, tokenizer) == ["Hm.\n</think>\nHello<|im_end|>"]
+        assert examples.report.unasked == 0
 
 
 class TestHeaders:
@@ -312,20 +330,6 @@ class TestHeaders:
 
 
 class TestRefusals:
-    def test_a_token_across_the_border(self):
-        """`Answer: ` and `Yes` meet inside the token ` Yes`."""
-        template = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-        template += "{% if add_generation_prompt %}assistant: {% endif %}"
-        tokenizer = Family("x", BY_NAME["chatml"].tokenizer, template, "<|im_end|>").make()
-        with pytest.raises(InputError, match=r"row 1: the token ' are' lies on both sides of the border"):
-            load(chat("Hi", "are"), tokenizer)
-
-    def test_a_completion_whose_first_token_takes_the_prompts_last_space(self):
-        tokenizer = BY_NAME["chatml"].make()
-        with pytest.raises(InputError, match=r"row 1: the token ' are' lies on both sides"):
-            load({"prompt": "you ", "completion": "are"}, tokenizer)
-        assert said(load({"prompt": "you", "completion": " are"}, tokenizer), tokenizer) == [" are<|im_end|>"]
-
     def test_a_turn_without_an_end_token(self):
         template = re.sub(re.escape("<|im_end|>"), "", CHATML)
         tokenizer = Family("x", BY_NAME["chatml"].tokenizer, template, "<|im_end|>").make()
@@ -357,11 +361,13 @@ def test_special_tokens_in_a_rows_own_text_are_counted():
     assert load_examples(rows, tokenizer, max_length=1000).report.control_text == 1
 
 
-def test_prompts_that_are_cut_into_other_tokens_by_themselves_are_counted():
+def test_prompts_that_are_cut_into_other_tokens_by_themselves_are_encoded_apart_and_counted():
     """With GPT-2's words, two line breaks before a letter are two tokens, at the end of a prompt one."""
     for words, uneven in ((GPT2_WORDS, 1), (LLAMA_WORDS, 0)):
         tokenizer = byte_level(HEADERS, "<s>", "<|eot_id|>", words=words)
         tokenizer.chat_template = LLAMA3
         examples = load(chat("Hi", "Hello"), tokenizer)
         assert examples.report.uneven == uneven
+        asked = tokens_of(chat("Hi"), tokenizer, add_generation_prompt=True)
+        assert examples[0].input_ids[: len(asked)] == asked
         assert said(examples, tokenizer) == ["Hello<|eot_id|>"]

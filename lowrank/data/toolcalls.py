@@ -1,0 +1,55 @@
+"""In which form a chat template wants an assistant's tool calls: found by letting it write one.
+
+Transformers documents arguments as objects and a message without content. Some templates put the arguments together
+as text, and some ask every message for its content.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank.data.conversation import Arguments, Message
+
+_NAME, _KEY, _VALUE = "get_weather", "city", "Paris"
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """One form.
+
+    Attributes:
+        with_content: A message without content gets an empty one.
+        as_text: Arguments are JSON text instead of objects.
+    """
+
+    with_content: bool
+    as_text: bool
+
+    def written(self, message: Message) -> Message:
+        """An assistant's message with tool calls, in this form."""
+        content = {"content": ""} if self.with_content and "content" not in message else {}
+        calls = [self._call(call) for call in message["tool_calls"]] if self.as_text else message["tool_calls"]
+        return {**message, **content, "tool_calls": calls}
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        arguments = function.get("arguments", {})
+        text = arguments.text if isinstance(arguments, Arguments) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+
+FORMS = [CallForm(with_content, as_text) for as_text in (False, True) for with_content in (False, True)]
+"""What transformers documents first."""
+
+
+def probe_call() -> dict[str, Any]:
+    """A tool call to try a template with; its id is one that Mistral's templates accept."""
+    return {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
+
+
+def is_whole(text: str) -> bool:
+    """Whether a template has written `probe_call` as the model is to say it: not as Python, nor as JSON in JSON."""
+    return all(part in text for part in (_NAME, _KEY, _VALUE)) and "{'" not in text and '\\"' not in text
