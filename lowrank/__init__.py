@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from lowrank.adapters import set_active as set_active
     from lowrank.adapters import unwrap as unwrap
     from lowrank.adapters import using as using
-    from lowrank.adapters import wrap as wrap
     from lowrank.attention import segments as segments
     from lowrank.attention import set_attention as set_attention
     from lowrank.recipes.train import train as train
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from lowrank.weights import load as load
     from lowrank.weights import merge_checkpoint as merge_checkpoint
     from lowrank.weights import save as save
+    from lowrank.weights import wrap as wrap
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _HOME = {
     "LoraConfig": "lowrank.adapters",
     "AdaLoraConfig": "lowrank.adapters",
     "describe": "lowrank.adapters",
-    "wrap": "lowrank.adapters",
+    "wrap": "lowrank.weights",
     "unwrap": "lowrank.adapters",
     "merge": "lowrank.adapters",
     "set_active": "lowrank.adapters",

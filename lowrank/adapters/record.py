@@ -22,12 +22,19 @@ class Record:
         configs: Each adapter's config.
         matched: For each adapter, how many modules each pattern matched.
         trained_before: The base parameters that required gradients before the first `wrap`, by name.
+        patched: The attributes that stand on the model before its class's, until its adapters are gone.
     """
 
     activity: Activity = field(default_factory=Activity)
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     matched: dict[str, dict[str, int]] = field(default_factory=dict)
     trained_before: set[str] = field(default_factory=set)
+    patched: set[str] = field(default_factory=set)
+
+    def patch(self, model: nn.Module, name: str, value: object) -> None:
+        """Puts an attribute before that of the model's class; it goes with the record."""
+        self.patched.add(name)
+        model.__dict__[name] = value
 
     def check_known(self, names: tuple[str, ...]) -> None:
         """Raises InputError for a name that is no adapter of this model."""
@@ -57,5 +64,7 @@ def attach(model: nn.Module, record: Record) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Takes it off."""
-    model.__dict__.pop(_ATTRIBUTE, None)
+    """Takes it off, and what it put before the class's own."""
+    record = model.__dict__.pop(_ATTRIBUTE, None)
+    for name in () if record is None else record.patched:
+        model.__dict__.pop(name, None)

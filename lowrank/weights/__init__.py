@@ -11,5 +11,6 @@ from lowrank.weights.extract import ExtractReport as ExtractReport
 from lowrank.weights.extract import extract as extract
 from lowrank.weights.merge import merge_checkpoint as merge_checkpoint
 from lowrank.weights.mergereport import MergeReport as MergeReport
-from lowrank.weights.saving import load as load
+from lowrank.weights.pretrained import load as load
+from lowrank.weights.pretrained import wrap as wrap
 from lowrank.weights.saving import save as save

@@ -1,0 +1,145 @@
+"""A wrapped transformers model under the loops that people have: what `save_pretrained` writes is its adapters.
+
+transformers' own would write the base with tensors that `from_pretrained` passes over. So Trainer's `save_model`, its
+checkpoints, resume, `load_best_model_at_end`, `push_to_hub` and TRL's trainers keep what was trained.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
+
+from lowrank.adapters import wrapping
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.host import AdapterSet
+from lowrank.adapters.initialisations.outside import Batches, Originals
+from lowrank.adapters.record import record_of
+from lowrank.errors import InputError
+from lowrank.weights import saving
+from lowrank.weights.tensorfile import save_tensors
+
+Model = TypeVar("Model", bound=nn.Module)
+
+STATE_NAME = "model.safetensors"
+"""The live adapters' own tensors, by their names in `state_dict`: what Trainer looks for when it resumes."""
+
+
+_MEANT_FOR_THE_BASE = {"max_shard_size", "safe_serialization", "save_original_format", "save_peft_format"}
+_MEANT_FOR_THE_HUB = {"repo_id", "token", "private", "commit_message", "create_pr"}
+
+
+def wrap(
+    model: Model,
+    config: AdapterConfig,
+    adapter: str = "default",
+    *,
+    trainable: bool = True,
+    batches: Batches | None = None,
+    originals: Originals | None = None,
+) -> Model:
+    """`lowrank.adapters.wrap`, after which transformers' own verbs keep the adapters."""
+    wrapping.wrap(model, config, adapter, trainable=trainable, batches=batches, originals=originals)
+    return _keeping_adapters(model)
+
+
+def load(
+    model: Model, path: str | Path, adapter: str = "default", strict: bool = True, trainable: bool = False
+) -> Model:
+    """`lowrank.weights.saving.load`, after which transformers' own verbs keep the adapters."""
+    return _keeping_adapters(saving.load(model, path, adapter, strict=strict, trainable=trainable))
+
+
+def _keeping_adapters(model: Model) -> Model:
+    if isinstance(model, PreTrainedModel):
+        record = record_of(model)
+        record.patch(model, "save_pretrained", functools.partial(save_pretrained, model))
+        record.patch(model, "load_state_dict", functools.partial(load_state_dict, model))
+        if getattr(model, "is_quantized", False):
+            record.patch(model, "_hf_peft_config_loaded", True)  # what Trainer asks of a base in few bits
+    return model
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """Writes every adapter of a wrapped model in peft's format, and what Trainer resumes from.
+
+    The adapter named "default", or the only one, stands in the folder itself, others in folders of their names, as
+    peft has it. `model.safetensors` beside them holds the live adapters' tensors.
+
+    Args:
+        model: A wrapped model.
+        save_directory: Made if it is not there; adapters that it holds are replaced.
+        is_main_process: Whether this process writes.
+        state_dict: As trainers pass it: the adapters' part of it must be what the model holds.
+        push_to_hub: Whether to upload the folder; `repo_id`, `token`, `private`, `commit_message` go with it.
+        options: transformers' others; those that speak of how the base is split into files have nothing to say here.
+
+    Raises:
+        InputError: `state_dict` holds other values than the model, an adapter's value is not finite, an option that
+            would be ignored.
+    """
+    if unknown := sorted(set(options) - _MEANT_FOR_THE_BASE - _MEANT_FOR_THE_HUB):
+        raise InputError(f"save_pretrained of a wrapped model does not know {unknown[0]}", fix="Leave it out.")
+    if not is_main_process:
+        return
+    folder, live = Path(save_directory), adapter_state(model)
+    _check_same(live, state_dict)
+    names = list(record_of(model).configs)
+    root = "default" if "default" in names or len(names) > 1 else names[0]
+    for name in names:
+        saving.save(model, folder if name == root else folder / name, name, overwrite=True)
+    save_tensors(folder / STATE_NAME, live, {"format": "pt"})
+    if push_to_hub:
+        _upload(folder, **options)
+
+
+def load_state_dict(
+    model: PreTrainedModel, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+) -> _IncompatibleKeys:
+    """`nn.Module.load_state_dict`, for which the adapters' tensors alone are a whole state too."""
+    keys = set(adapter_state(model))
+    if state_dict and set(state_dict) <= keys:
+        if missing := sorted(keys - set(state_dict)):
+            raise InputError(
+                f"the state holds only some of the model's adapters: {missing[0]} is not in it ({len(missing)} in all)",
+                fix="Wrap the model with the config that the checkpoint was made with.",
+            )
+        type(model).load_state_dict(model, state_dict, strict=False, assign=assign)
+        return _IncompatibleKeys([], [])
+    return type(model).load_state_dict(model, state_dict, strict=strict, assign=assign)
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The part of `state_dict` that is the adapters'; it shares storage with them."""
+    return {name: value for name, value in model.state_dict().items() if AdapterSet.CHILD in name.split(".")}
+
+
+def _check_same(live: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor] | None) -> None:
+    given = given or {}
+    for name, tensor in live.items():
+        if name in given and not torch.equal(given[name].to(tensor), tensor):
+            raise InputError(
+                f"save_pretrained was given another {name} than the model holds",
+                fix="Put the values into the model first; an adapter is written from there.",
+            )
+
+
+def _upload(folder: Path, repo_id: str | None = None, **options: Any) -> None:
+    api = HfApi(token=options.get("token"))
+    repo = api.create_repo(repo_id or folder.name, private=options.get("private"), exist_ok=True).repo_id
+    message = options.get("commit_message") or "Adapter"
+    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, create_pr=options.get("create_pr"))
