@@ -10,11 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.experts import is_transposed, name_in_file
+from lowrank.adapters.kinds import kind_of
 from lowrank.adapters.parameters import parameter_names
 from lowrank.errors import InputError
 from lowrank.weights.approximate import leading
 from lowrank.weights.factors import Product
-from lowrank.weights.stored import Stored
+from lowrank.weights.pairs import Pair
+
+
+def is_stack(module: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter holds one matrix for each expert, which the module's forward multiplies with.
+
+    Three dimensions alone do not say so: a convolution's kernel has them, a class token, a table of positions.
+    """
+    if len(shape) != 3 or kind_of(module) is not None or name not in module._parameters:
+        return False
+    return "expert" in type(module).__name__.lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +46,19 @@ class ExpertMatrices:
         return self.products[0].rank
 
 
-def differing_experts(
-    before: Stored, after: Stored, name: str, r: int | None, energy: float | None
-) -> ExpertMatrices | None:
+def differing_experts(pair: Pair, name: str, r: int | None, energy: float | None) -> ExpertMatrices | None:
     """The differences of one parameter (experts, d1, d2), None where there is none; one expert is read at a time."""
     products: list[Product] = []
     kept_of_all = whole = 0.0
-    experts, d1, d2 = before.shape(name)
+    experts, d1, d2 = pair.shapes(name)[0]
+    one, other = pair.places(name)
+    assert one is not None
+    assert other is not None
     for expert in range(experts):
-        difference = after.read(name, expert).float() - before.read(name, expert).float()
+        difference = pair.after.read(other, expert).float() - pair.before.read(one, expert).float()
         size = torch.linalg.vector_norm(difference, dtype=torch.float64).square().item()
         if not math.isfinite(size):
-            raise InputError(f"{name} holds NaN or infinity in one of the models.", where=str(after.model.folder))
+            raise InputError(f"{name} holds NaN or infinity in one of the models.", where=str(pair.tuned.folder))
         if size == 0.0:
             products.append(Product(torch.zeros(0, d2), torch.zeros(d1, 0)))
             continue

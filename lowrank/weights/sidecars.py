@@ -33,8 +33,7 @@ def copy_sidecars(base: Path, adapter: Path, out: Path) -> None:
         if not (own_tokenizer and any(file.match(pattern) for pattern in _TOKENIZER)):
             shutil.copyfile(file, out / file.name)
     if own_tokenizer:
-        for file in _matching(adapter, _TOKENIZER):
-            shutil.copyfile(file, out / file.name)
+        copy_tokenizer(adapter, out)
     for folder in (base, adapter) if own_tokenizer else (base,):
         if (folder / "additional_chat_templates").is_dir():
             shutil.copytree(folder / "additional_chat_templates", out / "additional_chat_templates", dirs_exist_ok=True)
@@ -42,7 +41,13 @@ def copy_sidecars(base: Path, adapter: Path, out: Path) -> None:
 
 def copy_model_notes(base: Path, out: Path) -> None:
     """Config and tokenizer of a model, without its weights."""
-    for file in [base / "config.json", *_matching(base, _TOKENIZER)]:
+    shutil.copyfile(base / "config.json", out / "config.json")
+    copy_tokenizer(base, out)
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """A model's tokenizer and chat template, where it has them."""
+    for file in _matching(source, _TOKENIZER):
         shutil.copyfile(file, out / file.name)
 
 

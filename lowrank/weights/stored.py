@@ -37,9 +37,13 @@ class Stored:
         file, name, piece = self._parts[parameter][0]
         return file.entries[name].shape if piece.whole else tuple(self.model.skeleton.state_dict()[parameter].shape)
 
-    def per_expert(self, parameter: str) -> bool:
-        """Whether the files hold one matrix for each expert."""
-        return self._parts[parameter][0][2].expert is not None
+    def obstacle(self, parameter: str) -> str | None:
+        """What transformers does to the files' tensors beyond placing rows; the parameter can then not be read."""
+        return next((piece.obstacle for _, _, piece in self._parts[parameter] if piece.obstacle), None)
+
+    def raw(self, parameter: str) -> dict[str, Tensor]:
+        """The files' tensors that it is made from, by their names there."""
+        return {name: file.read(name) for file, name, _ in self._parts[parameter]}
 
     def read(self, parameter: str, expert: int | None = None) -> Tensor:
         """The parameter, or one expert's matrix of it, in the files' dtype.
@@ -48,8 +52,11 @@ class Stored:
             InputError: transformers does more to the tensor than placing rows.
         """
         parts = [part for part in self._parts[parameter] if part[2].expert in (None, expert)]
-        if obstacle := next((piece.obstacle for _, _, piece in parts if piece.obstacle), None):
+        if obstacle := self.obstacle(parameter):
             raise InputError(f"{parameter} reaches the model through {obstacle}, and is not read from the files.")
+        experts = {part[2].expert for part in self._parts[parameter] if part[2].expert is not None}
+        if experts and expert is None:
+            return torch.stack([self.read(parameter, number) for number in sorted(experts)])
         if parts[0][2].whole:
             file, name, _ = parts[0]
             return file.read(name) if expert is None else file.read_rows(name, expert, expert + 1)[0]

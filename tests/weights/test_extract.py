@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama
+import transformers
+from tiny import build, tiny_gpt2, tiny_llama
 from weight_helpers import logits, randomise, reload, save_base, tiny_qwen3_moe, with_peft
 
 import lowrank
 from lowrank import LoraConfig
-from lowrank.errors import InputError
-from lowrank.weights import extract, merge_checkpoint
+from lowrank.errors import InputError, JobError
+from lowrank.weights import carriers, extract, merge_checkpoint
 from lowrank.weights.approximate import leading
+from lowrank.weights.factors import Product
 
 
 def full_tuned(make, folder: Path, scale: float = 0.02, only: str = "") -> tuple[Path, Path]:
@@ -136,3 +138,192 @@ def test_experts(rank: int | None, energy: float | None, tmp_path: Path) -> None
     torch.testing.assert_close(logits(lowrank.load(reload(base), tmp_path / "adapter")), wanted, atol=1e-4, rtol=0)
     merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
     torch.testing.assert_close(logits(reload(tmp_path / "merged")), wanted, atol=1e-4, rtol=0)
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def tiny_deepseek():
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    routed = {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.DeepseekV3Config(
+        **SIZES, **latent, **routed, num_attention_heads=4, first_k_dense_replace=1, moe_intermediate_size=16
+    )
+    return build(config)
+
+
+def tiny_jamba():
+    mamba = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    return build(transformers.JambaConfig(**SIZES, **HEADS, **mamba, **layers, num_experts=4, num_experts_per_tok=2))
+
+
+def tiny_gpt_oss():
+    return build(transformers.GptOssConfig(**SIZES, **HEADS, head_dim=8, num_local_experts=4, num_experts_per_tok=2))
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+
+
+def tiny_vit():
+    torch.manual_seed(0)
+    return transformers.ViTModel(transformers.ViTConfig(**VISION, image_size=16, patch_size=8)).eval()
+
+
+def tiny_resnet():
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    return transformers.ResNetForImageClassification(config).eval()
+
+
+def tiny_bert():
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(transformers.BertConfig(**VISION, vocab_size=96)).eval()
+
+
+def output(model) -> torch.Tensor:
+    ids = torch.arange(3, 15).view(2, 6)
+    inputs = {"input_ids": ids}
+    if hasattr(model.config, "num_channels"):
+        inputs = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)}
+    elif model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    with torch.no_grad():
+        out = model.eval()(**inputs)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def changed(make, name: str, folder: Path) -> tuple[Path, Path, torch.Tensor, torch.Tensor]:
+    """A base, the same with one tensor changed, and what both answer."""
+    model = make()
+    model.save_pretrained(folder / "base")
+    before = output(model)
+    tensor = model.state_dict()[name]
+    tensor += torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).abs() * 0.3
+    model.save_pretrained(folder / "tuned")
+    return folder / "base", folder / "tuned", before, output(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "whole"),
+    [
+        (tiny_llama, "model.norm.weight", "model.norm"),
+        (tiny_deepseek, "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.gate"),
+        (tiny_deepseek, "model.layers.1.mlp.gate.e_score_correction_bias", "model.layers.1.mlp.gate"),
+        (tiny_deepseek, "model.layers.1.mlp.experts.down_proj", None),
+        (tiny_jamba, "model.layers.0.mamba.D", "model.layers.0.mamba"),
+        (tiny_jamba, "model.layers.0.mamba.conv1d.weight", "model.layers.0.mamba"),
+        (tiny_jamba, "model.layers.1.feed_forward.router.weight", "model.layers.1.feed_forward.router"),
+        (tiny_gpt_oss, "model.layers.0.self_attn.sinks", "model.layers.0.self_attn"),
+        (tiny_gpt_oss, "model.layers.0.self_attn.q_proj.bias", None),
+        (tiny_gpt_oss, "model.layers.1.mlp.experts.gate_up_proj", None),
+        (tiny_gpt_oss, "model.layers.1.mlp.experts.down_proj_bias", "model.layers.1.mlp.experts"),
+        (tiny_t5, "shared.weight", None),
+        (tiny_t5, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", None),
+        (tiny_vit, "embeddings.cls_token", "embeddings"),
+        (tiny_vit, "embeddings.position_embeddings", "embeddings"),
+        (tiny_vit, "embeddings.patch_embeddings.projection.weight", None),
+        (tiny_resnet, "resnet.embedder.embedder.normalization.running_var", "resnet.embedder.embedder.normalization"),
+        (tiny_bert, "cls.predictions.bias", None),
+        (tiny_bert, "bert.embeddings.word_embeddings.weight", None),
+    ],
+)
+def test_whatever_differs_is_carried_and_acts(make, name: str, whole: str | None, tmp_path: Path) -> None:
+    base, tuned, before, wanted = changed(make, name, tmp_path)
+    assert not torch.allclose(before, wanted, atol=1e-4)
+    report = extract(base, tuned, r=96, out=tmp_path / "adapter")
+    assert report.whole == ([] if whole is None else [whole])
+    assert report.proved >= 1
+    loaded = lowrank.load(type(make()).from_pretrained(base), tmp_path / "adapter")
+    torch.testing.assert_close(output(loaded), wanted, atol=1e-4, rtol=0)
+
+
+def test_what_no_adapter_holds_is_refused_by_name(tmp_path: Path) -> None:
+    """A buffer of the whole model: no module smaller than that is called and holds it."""
+    sizes = {"vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    config = transformers.BartConfig(**sizes, encoder_attention_heads=4, decoder_attention_heads=4)
+    base, tuned, _, _ = changed(
+        lambda: transformers.BartForConditionalGeneration(config).eval(), "final_logits_bias", tmp_path
+    )
+    with pytest.raises(InputError, match="final_logits_bias differs, and neither"):
+        extract(base, tuned, r=4, out=tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_biases_beside_experts_with_biases(tmp_path: Path) -> None:
+    """A file has no place for single biases there; their modules go whole."""
+    model = tiny_gpt_oss()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj += 0.05
+        model.model.layers[1].self_attn.o_proj.bias += 0.2
+        model.model.layers[1].self_attn.o_proj.weight += 0.02
+    model.save_pretrained(tmp_path / "tuned")
+    report = extract(tmp_path / "base", tmp_path / "tuned", r=2, out=tmp_path / "adapter")
+    assert report.whole == ["model.layers.1.self_attn.o_proj"]
+    assert report.ranks.keys() == {"model.layers.0.mlp.experts.down_proj"}
+    loaded = lowrank.load(reload(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(output(loaded), output(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_was_untied(tied: bool, tmp_path: Path) -> None:
+    """In tuning, or the other way round."""
+    base = save_base(tiny_llama(tie_word_embeddings=tied), tmp_path / "base")
+    model = tiny_llama(tie_word_embeddings=not tied)
+    model.load_state_dict(reload(base).state_dict())
+    with torch.no_grad():
+        model.model.embed_tokens.weight += torch.randn(320, 32, generator=torch.Generator().manual_seed(1)) * 0.1
+        model.lm_head.weight += 0.05 if tied else 0.0
+    tuned = save_base(model, tmp_path / "tuned")
+    report = extract(base, tuned, r=32, out=tmp_path / "adapter")
+    assert report.ranks.keys() == {"lm_head", "model.embed_tokens"}
+    loaded = lowrank.load(reload(base), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=0)
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    torch.testing.assert_close(logits(reload(tmp_path / "merged")), logits(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_were_added(tied: bool, tmp_path: Path) -> None:
+    base = save_base(tiny_llama(tie_word_embeddings=tied), tmp_path / "base")
+    model = reload(base)
+    model.resize_token_embeddings(325)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[318:] += 0.3
+        model.model.layers[0].self_attn.q_proj.weight += 0.02
+    tuned = save_base(model, tmp_path / "tuned")
+    report = extract(base, tuned, r=2, out=tmp_path / "adapter")
+    assert sorted(report.whole) == ["lm_head", "model.embed_tokens"]
+    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
+    wanted = logits(model)
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    assert reload(tmp_path / "merged").config.vocab_size == 325
+    torch.testing.assert_close(logits(reload(tmp_path / "merged")), wanted, atol=1e-4, rtol=0)
+    fresh = reload(base)
+    fresh.resize_token_embeddings(325)
+    torch.testing.assert_close(logits(lowrank.load(fresh, tmp_path / "adapter")), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fault", ["scaled", "transposed", "left out"])
+def test_the_proof_finds_a_fault(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = full_tuned(tiny_llama, tmp_path, only="q_proj")
+    put = carriers.Carriers._put
+
+    def faulty(self, path: str, product) -> None:
+        if "layers.1" in path and fault == "left out":
+            del self.ranks[path]
+        elif "layers.1" in path:
+            put(self, path, product.times(1.05) if fault == "scaled" else Product(product.B.T, product.A.T))
+        else:
+            put(self, path, product)
+
+    monkeypatch.setattr(carriers.Carriers, "_put", faulty)
+    with pytest.raises(JobError, match=r"layers\.1\.self_attn\.q_proj"):
+        extract(base, tuned, r=8, out=tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
