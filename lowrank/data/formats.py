@@ -5,12 +5,12 @@ A new format is one function here and one line in `FORMATS`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from lowrank.data.conversation import Conversation, Message, Plain, Preference, conversation
+from lowrank.data.conversation import Conversation, Plain, Preference, conversation
+from lowrank.data.messages import Message, kind, parsed
 from lowrank.data.rowerror import RowError
 
 Row = Mapping[str, Any]
@@ -25,22 +25,8 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
+SYSTEM = ("system", "system_prompt")
+"""The columns that say what the system turn is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,54 +37,35 @@ class Format:
         expects: What a row looks like, for error messages.
         needs: The keys that a row must have to be of this format.
         read: From a row to what it says; the flag tells whether there is a chat template.
+        names: For keys that other data sets call otherwise, their names; the key's own is among them.
     """
 
     expects: str
     needs: tuple[str, ...]
     read: Callable[[Row, bool], Content]
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _messages(row: Row, has_template: bool) -> Content:
-    return conversation(row["messages"], row.get("tools"))
+    return conversation(row["messages"], tools_of(row), system=system_of(row))
 
 
 def _sharegpt(row: Row, has_template: bool) -> Content:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise RowError("the conversations are not a list of objects", f"Expected {FORMATS['sharegpt'].expects}.")
-    if turns and "role" in turns[0]:
-        return conversation(turns, row.get("tools"))
-    messages = [_sharegpt_turn(turn, at) for at, turn in enumerate(turns)]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return conversation(messages, row.get("tools"))
-
-
-def _sharegpt_turn(turn: Mapping[str, Any], at: int) -> Message:
-    speaker, value = turn.get("from"), turn.get("value")
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise RowError(f'turn {at + 1} is "from" {speaker!r}', f"Known are {', '.join(SHAREGPT_ROLES)}.")
-    train = {"train": turn["train"]} if "train" in turn else {}
-    if speaker != "function_call":
-        return {"role": SHAREGPT_ROLES[speaker], "content": value, **train}
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
-        raise RowError(f"the function call in turn {at + 1} is not valid JSON: {error}") from None
-    return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **train}
+    return conversation(row["conversations"], tools_of(row), system=system_of(row))
 
 
 def _alpaca(row: Row, has_template: bool) -> Content:
     instruction, extra, output = (_text(row, key) for key in ("instruction", "input", "output"))
     if not has_template:
+        _refuse_context(row)
         form = ALPACA_WITH_INPUT if extra.strip() else ALPACA_WITHOUT_INPUT
         return Plain(form.format(instruction=instruction, input=extra), output)
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages: list[Message] = []
     for asked, answered in _history(row):
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    return conversation(messages, row.get("tools"), completion_from=len(messages) - 1)
+    return conversation(messages, tools_of(row), system=system_of(row), completion_from=len(messages) - 1)
 
 
 def _history(row: Row) -> list[Any]:
@@ -109,27 +76,80 @@ def _history(row: Row) -> list[Any]:
 
 
 def _prompt_completion(row: Row, has_template: bool) -> Content:
-    return _continued(row, "completion")
+    return _continued(row, "completion", has_template)
 
 
-def _continued(row: Row, key: str) -> Conversation | Plain:
-    """A prompt and what follows it, both texts or both lists of messages."""
-    prompt, completion = row["prompt"], row[key]
+def _continued(row: Row, key: str, has_template: bool) -> Conversation | Plain:
+    """A prompt and what follows it, both texts or both lists of messages.
+
+    Texts stand as they are, without a chat template, unless the row has a column for a system turn or for tools: those
+    have no place but in one.
+    """
+    prompt, completion, tools, system = row["prompt"], row[key], tools_of(row), system_of(row)
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Plain(prompt, completion)
+        if not has_template:
+            _refuse_context(row)
+        if not has_template or (system is None and not tools):
+            return Plain(prompt, completion)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return conversation(turns, tools, system=system, completion_from=1)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return conversation([*prompt, *completion], row.get("tools"), completion_from=len(prompt))
-    raise RowError(f"prompt and {key} are neither both text nor both lists of messages")
+        return conversation([*prompt, *completion], tools, system=system, completion_from=len(prompt))
+    kinds = f"the prompt is {kind(prompt)}, the {key} {kind(completion)}"
+    raise RowError(f"prompt and {key} are neither both text nor both lists of messages: {kinds}", AS_TEXT)
 
 
 def _plain_text(row: Row, has_template: bool) -> Content:
+    _refuse_context(row)
     return Plain("", _text(row, "text"))
 
 
 def _preference(row: Row, has_template: bool) -> Content:
     if "prompt" not in row:
-        return Preference(conversation(row["chosen"]), conversation(row["rejected"]))
-    return Preference(_continued(row, "chosen"), _continued(row, "rejected"))
+        tools, system = tools_of(row), system_of(row)
+        chosen, rejected = (conversation(row[key], tools, system=system) for key in ("chosen", "rejected"))
+        return Preference(chosen, rejected)
+    return Preference(_continued(row, "chosen", has_template), _continued(row, "rejected", has_template))
+
+
+def system_of(row: Row) -> str | None:
+    """What a column of its own says the system turn is; None without such a column.
+
+    Raises:
+        RowError: it is no text, or two columns differ.
+    """
+    found = {key: _text(row, key) for key in SYSTEM if row.get(key) is not None}
+    said = {text.strip(): text for text in found.values() if text.strip()}
+    if len(said) > 1:
+        raise RowError(f"the columns {' and '.join(map(repr, found))} say different things", "Leave one of them out.")
+    return next(iter(said.values()), "") if found else None
+
+
+def tools_of(row: Row) -> Any:
+    """The tools of a row, which the older API calls functions.
+
+    Raises:
+        RowError: it has both.
+    """
+    tools, functions = (parsed(row.get(key) or None, f"the {key}") for key in ("tools", "functions"))
+    if tools and functions:
+        raise RowError("the row has both 'tools' and 'functions'", "Leave the older one out.")
+    if isinstance(functions, list):
+        return [{"type": "function", "function": function} for function in functions]
+    return tools or functions
+
+
+def _refuse_context(row: Row) -> None:
+    """Refuse what has a place only in a chat template."""
+    for what, said in (("a system turn", system_of(row)), ("tools", tools_of(row))):
+        if said:
+            raise RowError(
+                f"the row has {what}, and no chat template goes around it",
+                "Write the row as messages, with a tokenizer or data.chat_template that knows them.",
+            )
+
+
+AS_TEXT = 'Write it as text, in quotes: "3" and not 3.'
 
 
 def _text(row: Row, key: str) -> str:
@@ -137,7 +157,7 @@ def _text(row: Row, key: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise RowError(f"{key!r} is not text but {value!r:.60}")
+        raise RowError(f"{key!r} is not text but {value!r:.60}", AS_TEXT)
     return value
 
 
@@ -145,10 +165,40 @@ FORMATS: dict[str, Format] = {
     "messages": Format('{"messages": [{"role": ..., "content": ...}, ...]}', ("messages",), _messages),
     "sharegpt": Format('{"conversations": [{"from": "human", "value": ...}, ...]}', ("conversations",), _sharegpt),
     "preference": Format('{"prompt": ..., "chosen": ..., "rejected": ...}', ("chosen", "rejected"), _preference),
-    "prompt_completion": Format('{"prompt": ..., "completion": ...}', ("prompt", "completion"), _prompt_completion),
-    "alpaca": Format('{"instruction": ..., "input": ..., "output": ...}', ("instruction", "output"), _alpaca),
+    "prompt_completion": Format(
+        '{"prompt": ..., "completion": ...}',
+        ("prompt", "completion"),
+        _prompt_completion,
+        {
+            "prompt": ("prompt", "question", "query", "input"),
+            "completion": ("completion", "answer", "response", "output"),
+        },
+    ),
+    "alpaca": Format(
+        '{"instruction": ..., "input": ..., "output": ...}',
+        ("instruction", "output"),
+        _alpaca,
+        {
+            "instruction": ("instruction",),
+            "input": ("input", "context"),
+            "output": ("output", "response", "answer", "completion"),
+        },
+    ),
     "text": Format('{"text": ...}', ("text",), _plain_text),
 }
+
+
+# Keys that change what a row teaches and that nothing here reads, and what to do about each.
+UNREAD = {
+    "chat_template_kwargs": "Give data.chat_template a template that does so by itself.",
+    "documents": "Write them into a message.",
+    **dict.fromkeys(
+        ("weight", "weights", "loss_weight", "loss_mask", "sample_weight"),
+        'Leave it out, or say by message what carries loss: "train": true or false. A source as a whole has a weight.',
+    ),
+}
+# Keys that say something beside a question and its answer.
+BESIDE = ("context", "history", "reasoning")
 
 
 def detect(row: Row) -> str:
@@ -160,9 +210,45 @@ def detect(row: Row) -> str:
     for name, form in FORMATS.items():
         if all(row.get(key) is not None for key in form.needs):
             return name
+    for name in ("alpaca", "prompt_completion"):
+        found = _called(row, FORMATS[name])
+        if all(found.get(key) for key in FORMATS[name].needs):
+            _renamed(row, FORMATS[name])
+            return name
     keys = ", ".join(map(repr, row)) or "no keys at all"
     expected = "\n".join(f"  {name}: {form.expects}" for name, form in FORMATS.items())
-    raise RowError(f"the row has {keys}, which fits none of the known formats", f"Expected one of\n{expected}")
+    raise RowError(
+        f"the row has {keys}, which fits none of the known formats",
+        f"Say which is which by data.columns, such as {{prompt: question, completion: answer}}. Known are\n{expected}",
+    )
+
+
+def _called(row: Row, form: Format) -> dict[str, list[str]]:
+    """For each key that data sets call otherwise, the keys of the row that can be meant; its own if it is there."""
+    there = {key: [name for name in names if row.get(name) is not None] for key, names in form.names.items()}
+    return {key: [key] if key in names else names for key, names in there.items()}
+
+
+def _renamed(row: Row, form: Format) -> Row:
+    """The row with the format's own keys.
+
+    Raises:
+        RowError: it is not clear which of its keys are meant.
+    """
+    found = _called(row, form)
+    taken = {name for names in found.values() for name in names}
+    if any(row.get(key) is None for key in form.needs):
+        doubled = next((names for names in found.values() if len(names) > 1), None)
+        known = {name for each in FORMATS.values() for names in each.names.values() for name in names}
+        left = [name for name in (*sorted(known), *BESIDE) if name not in taken and row.get(name) not in (None, "", [])]
+        if doubled or left:
+            both = " and ".join(map(repr, doubled or [next(iter(found.values()))[0], left[0]]))
+            raise RowError(
+                f"the row has {both}, and it is not clear what they are",
+                "Say which is which by data.columns, such as {prompt: question, completion: answer}.",
+            )
+    others = {key: value for key, value in row.items() if key not in taken}
+    return {**{key: row[names[0]] for key, names in found.items() if names}, **others}
 
 
 def read_row(row: Row, form: str, has_template: bool) -> Content:
@@ -178,10 +264,14 @@ def read_row(row: Row, form: str, has_template: bool) -> Content:
         RowError: the row is not of that format.
     """
     wanted = FORMATS[form]
+    row = _renamed(row, wanted) if wanted.names else row
     missing = [key for key in wanted.needs if row.get(key) is None]
     if missing:
         keys = ", ".join(map(repr, row)) or "no keys at all"
         raise RowError(f"the row has {keys}, but lacks {', '.join(map(repr, missing))}", f"Expected {wanted.expects}.")
+    for key, fix in UNREAD.items():
+        if row.get(key) not in (None, "", 1, [], {}):
+            raise RowError(f"the row has the key {key!r}, which is not read", fix)
     return wanted.read(row, has_template)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lowrank.data.conversation import Message
+from lowrank.data.messages import REASONING, Message
 from lowrank.data.rowerror import RowError
 from lowrank.data.toolcalls import FORMS, CallForm, is_whole, probe_call
 
 # Two answers that share no beginning: what their renderings share is what stands before an answer.
 _PROBES = ("Yes", "No")
+# What a template reads of a message: message.content, message["content"], message.get("content").
+_ATTRIBUTE = re.compile(r"(?:\.(?!get\b)|\[\s*['\"]|get\(\s*['\"])(\w+)")
 _TODAY = re.compile(r"strftime_now\(\s*(['\"])(?P<format>[^'\"]*)\1\s*\)")
 
 
@@ -177,11 +179,17 @@ class ChatTemplate:
     def _apply(
         self, conversations: Sequence[Sequence[Message]], tools: list[Any] | None, *, add_generation_prompt: bool
     ) -> list[str]:
-        written = [
-            [self._call_form.written(message) if message.get("tool_calls") else message for message in messages]
-            for messages in conversations
-        ]
+        written = [[self._as_read(message, tools) for message in messages] for messages in conversations]
         return self._applied(written, tools, add_generation_prompt=add_generation_prompt)
+
+    def _as_read(self, message: Message, tools: list[Any] | None) -> Message:
+        """A message with its calls in the form, and its reasoning under the name, that the template reads."""
+        message = self._call_form.written(message) if message.get("tool_calls") else message
+        if "reasoning_content" not in message:
+            return message
+        read = set(_ATTRIBUTE.findall(self._dated(tools is not None)))
+        name = next((name for name in REASONING if name in read), "reasoning_content")
+        return {(name if key == "reasoning_content" else key): value for key, value in message.items()}
 
     def _applied(
         self, conversations: Sequence[Sequence[Message]], tools: list[Any] | None, *, add_generation_prompt: bool

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank.data.conversation import Arguments, Message
+from lowrank.data.messages import Arguments, Message
 
 _NAME, _KEY, _VALUE = "get_weather", "city", "Paris"
 

@@ -17,7 +17,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank.data.conversation import Conversation, Message
+from lowrank.data.conversation import Conversation
+from lowrank.data.messages import Message
 from lowrank.data.rowerror import RowError
 from lowrank.data.template import ChatTemplate, first_difference
 

@@ -125,7 +125,7 @@ def test_preferences_are_read_but_not_trained_on():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "Hi", "answer": "Hello"}, r"row 1: the row has 'question', 'answer', which fits none"),
+        ({"asked": "Hi", "said": "Hello"}, r"row 1: the row has 'asked', 'said', which fits none"),
         ({"messages": "Hi"}, r"row 1: the messages are not valid JSON"),
         ({"messages": {"role": "user"}}, r"row 1: the messages are an object, not a list"),
         ({"messages": ["Hi"]}, r"row 1: message 1 is a string, not an object"),

@@ -185,7 +185,7 @@ class TestTrainOn:
             self.said("assistant", marked)
 
     def test_train_true_on_a_question_is_refused(self):
-        with pytest.raises(InputError, match='"train": true on a user message'):
+        with pytest.raises(InputError, match='"train" asks for loss on a user message'):
             self.said("assistant", [{**user("Hi"), "train": True}, answer("Hello")])
 
 
