@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
 from lowrank.adapters.kinds import HostModule, Kind
-from lowrank.adapters.method import Layer, rank_and_scale
+from lowrank.adapters.method import JointLayer, Layer, rank_and_scale
 from lowrank.adapters.parameters import find_parameters, parameter_names, quantised_names
 from lowrank.errors import InputError
 from lowrank.ops.adapted_weight import AdaptedWeight, teach_compiler
@@ -99,7 +99,7 @@ class ExpertFactors(nn.Module):
         return f"experts={self.experts}, scale={self.scale:g}"
 
 
-class ExpertsLayer(nn.ModuleDict):
+class ExpertsLayer(JointLayer, nn.ModuleDict):
     """What one adapter puts on the parameters of one module: `ExpertFactors` by the parameter's name."""
 
     def __init__(self) -> None:
@@ -110,13 +110,21 @@ class ExpertsLayer(nn.ModuleDict):
         super().__setstate__(state)
         teach_compiler()
 
-    def output(self, module: HostModule, kind: Kind | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See `Layer.output`."""
-        return output_together(module, [self], *args, **kwargs)
+    def output_together(self, module: HostModule, layers: Sequence[Layer], *args: Any, **kwargs: Any) -> Any:
+        """See `JointLayer.output_together`: the terms add on each parameter."""
+        twin = _twin(module, _adapted_weights(module, layers))
+        return type(twin).forward(twin, *args, **kwargs)
 
-    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """An activation stands between the experts' products: there is no delta that adds to their output."""
-        raise InputError(f"a {type(module).__name__} carries an adapter on its parameters, which cannot be routed")
+    @torch.no_grad()
+    def merge_together(self, module: HostModule, layers: Sequence[Layer]) -> None:
+        """W + Σ s·B·A for each expert, summed in float32 and rounded once; the parameters are dense by now."""
+        for name, weight in _adapted_weights(module, layers).items():
+            merged = torch.empty_like(weight.base)
+            tensors = (merged, weight.base, weight.left, weight.right)
+            stacks = (tensor if tensor.ndim == 3 else tensor[None] for tensor in tensors)
+            for target, W, B, A in zip(*stacks, strict=True):
+                target.copy_(merged_weight(W, LowRank(A, B, weight.scale)))
+            setattr(module, name, nn.Parameter(merged, requires_grad=weight.base.requires_grad))
 
     def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
         """lora_A.weight (experts · r, in) and lora_B.weight (out, r · experts), nested where there are several."""
@@ -127,10 +135,6 @@ class ExpertsLayer(nn.ModuleDict):
             tensors[f"{prefix}lora_A.weight"] = factors.lora_A
             tensors[f"{prefix}lora_B.weight"] = factors.lora_B.t()
         return tensors
-
-    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """See `Layer.merge_into`."""
-        merge_together(module, [self])
 
 
 def experts_layers(model: nn.Module, config: AdapterConfig) -> dict[str, ExpertsLayer]:
@@ -148,23 +152,6 @@ def experts_layers(model: nn.Module, config: AdapterConfig) -> dict[str, Experts
             factors.initialise(config.init_lora_weights, r)
             layers[path][name] = factors
     return layers
-
-
-def output_together(module: HostModule, layers: Sequence[Layer], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The module's output with some adapters acting at once: their terms add on each parameter."""
-    twin = _twin(module, _adapted_weights(module, layers))
-    return type(twin).forward(twin, *args, **kwargs)
-
-
-@torch.no_grad()
-def merge_together(module: HostModule, layers: Sequence[Layer]) -> None:
-    """Writes W + Σ s·B·A for each expert, summed in float32 and rounded once; the parameters are dense by now."""
-    for name, weight in _adapted_weights(module, layers).items():
-        merged = torch.empty_like(weight.base)
-        tensors = (merged, weight.base, weight.left, weight.right)
-        for target, W, B, A in zip(*(tensor if tensor.ndim == 3 else tensor[None] for tensor in tensors), strict=True):
-            target.copy_(merged_weight(W, LowRank(A, B, weight.scale)))
-        setattr(module, name, nn.Parameter(merged, requires_grad=weight.base.requires_grad))
 
 
 def _adapted_weights(module: HostModule, layers: Sequence[Layer]) -> dict[str, AdaptedWeight]:

@@ -15,9 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lowrank.adapters.experts import ExpertsLayer, output_together
 from lowrank.adapters.kinds import HostModule, Kind
-from lowrank.adapters.method import Layer
+from lowrank.adapters.method import JointLayer, Layer
 from lowrank.errors import InputError
 
 
@@ -42,6 +41,9 @@ class AdapterSet(nn.ModuleDict):
     def __init__(self, kind: Kind | None, activity: Activity) -> None:
         super().__init__()
         self.kind, self.activity = kind, activity
+        # In evaluation torch's TransformerEncoderLayer reads the weights of all its modules and calls none of them,
+        # unless one of them carries a hook.
+        self.register_forward_pre_hook(_never_called)
 
     def layers(self) -> dict[str, Layer]:
         """All of them."""
@@ -51,6 +53,10 @@ class AdapterSet(nn.ModuleDict):
         """Those that are active, in the order of activation."""
         layers = self.layers()
         return [layers[name] for name in self.activity.names if name in layers]
+
+
+def _never_called(adapters: nn.Module, args: Any) -> None:
+    raise AssertionError("an adapter set is not called")
 
 
 def install(module: nn.Module, kind: Kind | None, activity: Activity) -> AdapterSet:
@@ -121,8 +127,8 @@ def adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
     layers = adapters.acting()
     if len(layers) == 1:
         return layers[0].output(module, adapters.kind, *args, **kwargs)
-    if any(isinstance(layer, ExpertsLayer) for layer in layers):
-        return output_together(module, layers, *args, **kwargs)
+    if (joint := next((layer for layer in layers if isinstance(layer, JointLayer)), None)) is not None:
+        return joint.output_together(module, layers, *args, **kwargs)
     y = type(module).forward(module, *args, **kwargs)
     for_each = [layer.delta(module, adapters.kind, args[0], y) for layer in layers]
     return sum(for_each, start=y)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank.ops.low_rank import LowRank
@@ -65,6 +66,11 @@ def kind_of(module: HostModule) -> Kind | None:
     from lowrank.adapters.registry import KINDS
 
     return next((kind for kind in KINDS if kind.fits(module)), None)
+
+
+def is_multihead(module: HostModule) -> bool:
+    """Whether it is torch's `nn.MultiheadAttention`, run by its own forward: it has a layer of its own."""
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
 def groups_of(module: HostModule) -> int:

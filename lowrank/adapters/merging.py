@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from lowrank.adapters.dequantise import is_quantised, make_dense
-from lowrank.adapters.experts import ExpertsLayer, merge_together
 from lowrank.adapters.host import AdapterSet, hosts
 from lowrank.adapters.kinds import HostModule
-from lowrank.adapters.method import Layer, LowRankLayer
+from lowrank.adapters.method import JointLayer, Layer, LowRankLayer
 from lowrank.adapters.record import record_of
 from lowrank.adapters.wrapping import unwrap
 from lowrank.errors import InputError, JobError
@@ -61,8 +60,8 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
 def _merge_layers(path: str, module: HostModule, adapters: AdapterSet, layers: list[Layer]) -> None:
     if len(layers) == 1:
         layers[0].merge_into(module, adapters.kind)
-    elif any(isinstance(layer, ExpertsLayer) for layer in layers):
-        merge_together(module, layers)
+    elif (joint := next((layer for layer in layers if isinstance(layer, JointLayer)), None)) is not None:
+        joint.merge_together(module, layers)
     elif layers:
         _merge_several(path, module, adapters, layers)
     for parameter in module.parameters(recurse=False):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from collections.abc import Sequence
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import nn
@@ -33,6 +34,30 @@ class Layer(Protocol):
     def merge_into(self, module: HostModule, kind: Kind | None) -> None:
         """Writes what the layer stands for into the module's own parameters."""
         ...
+
+
+class JointLayer:
+    """A layer whose effect does not add to the module's output: what several adapters do is worked out together."""
+
+    def output_together(self, module: HostModule, layers: Sequence[Layer], *args: Any, **kwargs: Any) -> Any:
+        """The module's output with all of `layers` acting, this one among them."""
+        raise NotImplementedError
+
+    def merge_together(self, module: HostModule, layers: Sequence[Layer]) -> None:
+        """Writes what all of `layers` stand for into the module's own parameters."""
+        raise NotImplementedError
+
+    def output(self, module: HostModule, kind: Kind | None, *args: Any, **kwargs: Any) -> Any:
+        """See `Layer.output`."""
+        return self.output_together(module, [cast("Layer", self)], *args, **kwargs)
+
+    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """There is none."""
+        raise InputError(f"a {type(module).__name__} carries an adapter on its parameters, which cannot be routed")
+
+    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
+        """See `Layer.merge_into`."""
+        self.merge_together(module, [cast("Layer", self)])
 
 
 class LowRankLayer(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.kinds import HostModule, kind_of
+from lowrank.adapters.kinds import HostModule, is_multihead, kind_of
 from lowrank.adapters.uncalled import check_called, reader_of
 from lowrank.errors import InputError
 
@@ -41,7 +41,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.
             "layers_to_transform leave none of them"
         )
     for path, module in kept.items():
-        if kind_of(module) is None:
+        if kind_of(module) is None and not is_multihead(module):
             raise InputError(
                 f"{path} is a {type(module).__name__}, and no adapter fits that",
                 fix="Name linear layers, embeddings or convolutions; name the layers inside a block, not the block.",

@@ -13,10 +13,12 @@ from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.copies import BiasCopy, WholeCopy
 from lowrank.adapters.dequantise import is_quantised
 from lowrank.adapters.experts import experts_layers
+from lowrank.adapters.fastpath import give_back, take_dense
 from lowrank.adapters.host import Activity, AdapterSet, hosts, install, remove
 from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
-from lowrank.adapters.kinds import Kind, kind_of
+from lowrank.adapters.kinds import Kind, is_multihead, kind_of
 from lowrank.adapters.lora import LoraLayer
+from lowrank.adapters.multihead import MultiheadLayer, biases
 from lowrank.adapters.parameters import find_parameters
 from lowrank.adapters.record import Record, attach, detach, find_record, record_of
 from lowrank.adapters.registry import METHODS
@@ -76,6 +78,7 @@ def wrap(
     for _, _, adapters in hosts(model):
         if adapter in adapters and not trainable:
             adapters[adapter].requires_grad_(False)
+    take_dense(model)
     record.activity.names = (adapter,)
     return model
 
@@ -87,6 +90,7 @@ def unwrap(model: Model) -> Model:
         remove(module)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.trained_before)
+    give_back(model)
     detach(model)
     return model
 
@@ -125,7 +129,9 @@ def _put_in(model: nn.Module, outside: Outside, adapter: str, record: Record, ta
     method = METHODS[config.method_name]
     for path, module in targets.items():
         kind = kind_of(module)
-        assert kind is not None, "find_targets lets nothing else through"
+        if kind is None:  # the one module with two matrices that find_targets lets through
+            _place(path, module, None, MultiheadLayer.build(config, path, module), adapter, record)
+            continue
         layer = method.build(config, path, module, kind)
         if isinstance(layer, LoraLayer):
             outside.fill(path, module, layer)
@@ -198,7 +204,9 @@ def _with_bias(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
         InputError: a bias that is not simply added to its module's output.
     """
     ours = {id(parameter) for _, _, adapters in hosts(model) for parameter in adapters.parameters()}
-    held = {id(module.bias) for _, module, adapters in hosts(model) if adapter in adapters and hasattr(module, "bias")}
+    ours_too = [module for _, module, adapters in hosts(model) if adapter in adapters]
+    held = {id(module.bias) for module in ours_too if hasattr(module, "bias")}
+    held |= {id(bias) for module in ours_too if is_multihead(module) for bias in biases(module)}
     whole = _saved_whole(model, adapter)
     found = {}
     for name, parameter in model.named_parameters():

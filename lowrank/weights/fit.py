@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.config import LoraConfig
 from lowrank.adapters.experts import expert_factors, is_transposed, name_in_file
-from lowrank.adapters.kinds import kind_of
+from lowrank.adapters.kinds import HostModule, is_multihead, kind_of
 from lowrank.adapters.method import merge_obstacle, rank_and_scale
+from lowrank.adapters.multihead import OUT_PROJ, OUT_PROJ_TWICE
 from lowrank.adapters.parameters import find_parameters
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, shorten
@@ -91,6 +92,9 @@ class _Fit:
         return self.updates
 
     def _low_rank(self, path: str, names: dict[str, str]) -> None:
+        if path.endswith(f".{OUT_PROJ}") or is_multihead(self.modules.get(path, nn.Identity())):
+            self._attention(path, names)
+            return
         module, stored = self.modules.get(path), self.stored.get(f"{path}.weight", ())
         kind = None if module is None else kind_of(module)
         single = module is None and len(stored) == 2
@@ -117,6 +121,28 @@ class _Fit:
         has_gain = "lora_magnitude_vector" in names
         self._add(f"{path}.weight", LowRankUpdate(self.config, path, load, transposed, has_gain))
 
+    def _attention(self, path: str, names: dict[str, str]) -> None:
+        """One of the two matrices of torch's attention."""
+        whole, outer = path.removesuffix(f".{OUT_PROJ}"), path.endswith(f".{OUT_PROJ}")
+        module: HostModule = self.modules.get(whole)
+        shapes = {bare: self.adapter.tensors[name].shape for bare, name in names.items()}
+        if (
+            module is None
+            or not is_multihead(module)
+            or module.in_proj_weight is None
+            or names.keys() != _NEEDED["lora"]
+        ):
+            self.problems.append(f"{path} is no attention of the base with one width, or has not {_NEEDED['lora']}")
+            return
+        out, into = (1 if outer else 3) * module.embed_dim, module.embed_dim
+        r = shapes["lora_A"][0] if shapes["lora_A"] else 0
+        if shapes != {"lora_A": (r, into), "lora_B": (out, r)}:
+            self.problems.append(f"{path} has W ({out}, {into}), which does not go with {shapes}")
+            return
+        load = partial(self.read_factors, tuple(sorted(names.items())), OUT_PROJ_TWICE if outer else 1.0)
+        key = f"{whole}.out_proj.weight" if outer else f"{whole}.in_proj_weight"
+        self._add(key, LowRankUpdate(self.config, whole, load, transposed=False, has_gain=False))
+
     def _shift(self, path: str, name: str) -> None:
         """`lora_bias`: what B's bias adds to the module's own."""
         key, shape = f"{path}.bias", self.adapter.tensors[name].shape
@@ -129,9 +155,10 @@ class _Fit:
         else:
             self._add(key, Shift(partial(self.adapter.read, name), rank_and_scale(self.config, path)[1]))
 
-    def _read_factors(self, names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
+    def _read_factors(self, names: tuple[tuple[str, str], ...], times: float = 1.0) -> dict[str, Tensor]:
         tensors = {bare: self.adapter.read(name).float() for bare, name in names}
         tensors |= {bare: tensors[bare].flatten(1) for bare in ("lora_A", "lora_B")}
+        tensors["lora_B"] *= times
         if "lora_magnitude_vector" in tensors:
             tensors["lora_magnitude_vector"] = tensors["lora_magnitude_vector"].flatten()
         return tensors

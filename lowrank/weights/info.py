@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
+from lowrank.adapters.multihead import OUT_PROJ, OUT_PROJ_TWICE
 from lowrank.adapters.registry import METHODS
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter
 from lowrank.weights.factors import Product, norm
@@ -97,10 +98,12 @@ def _measure(adapter: AdapterFile, module: str, names: dict[str, str], fused: bo
     if "lora_E" in names:
         tensors["lora_E"] = adapter.read(names["lora_E"]).float()
     method = "lora" if adapter.config.method_name == "dora" else adapter.config.method_name
-    term = METHODS[method].from_file(adapter.config, module, tensors, torch.empty(0))
+    whole = module.removesuffix(f".{OUT_PROJ}")
+    term = METHODS[method].from_file(adapter.config, whole, tensors, torch.empty(0))
     groups = max(1, A.shape[0] // max(1, B.shape[1]))  # of a convolution: each group's outputs have ranks of their own
     sizes = [norm(Product(*pair)) for pair in zip(term.A.chunk(groups), term.B.chunk(groups), strict=True)]
-    return A.shape[0], abs(term.scale) * math.hypot(*sizes)
+    times = OUT_PROJ_TWICE if whole != module else 1.0
+    return A.shape[0], times * abs(term.scale) * math.hypot(*sizes)
 
 
 def _none_last(item: tuple[int | None, float]) -> tuple[bool, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lowrank.adapters.multihead import OUT_PROJ
 from lowrank.adapters.registry import METHODS
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, refuse_taken_out, shorten
@@ -73,7 +74,7 @@ def read_factors(adapter: AdapterFile, skip: frozenset[str] = frozenset()) -> di
     others = []
     for name in (name for name in adapter.tensors if name not in skip):
         match = FACTOR.fullmatch(name)
-        if match is None or match["name"] == "lora_magnitude_vector":
+        if match is None or match["name"] == "lora_magnitude_vector" or match["path"].endswith(f".{OUT_PROJ}"):
             others.append(name)
         else:
             found[match["path"]][match["name"]] = name

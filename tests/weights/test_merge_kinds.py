@@ -7,13 +7,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_llama, tiny_qwen2
+import transformers
+from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_qwen2
 from weight_helpers import IDS, logits, peft_adapter, randomise, reload, save_base
 
 import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError
 from lowrank.weights import merge_checkpoint
+from lowrank.weights.info import summarise
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
@@ -34,3 +36,36 @@ def test_a_base_without_that_bias_is_not_merged_on_disk(tmp_path: Path):
     lowrank.save(model, tmp_path / "adapter")
     with pytest.raises(InputError, match="q_proj cannot be merged: lora_bias trained a bias, and it has none"):
         merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def tiny_siglip(folder: Path) -> transformers.PreTrainedModel:
+    """A vision tower beside a text tower; its pooling head is torch's attention."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": VOCAB, "projection_size": 16, "max_position_embeddings": 16}
+    config = transformers.SiglipConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8})
+    model = transformers.SiglipModel(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_torchs_attention_is_merged_on_disk(bias, tmp_path: Path):
+    model = tiny_siglip(tmp_path / "base")
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 16), "input_ids": IDS}
+    targets = ["head.attention", "q_proj", "patch_embedding"]
+    config = peft.LoraConfig(r=2, bias=bias, target_modules=targets, init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config).eval()
+    randomise(theirs)
+    expected = theirs(**inputs).image_embeds
+    theirs.save_pretrained(tmp_path / "adapter")
+    fresh = transformers.SiglipModel.from_pretrained(tmp_path / "base")
+    loaded = lowrank.load(fresh, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(**inputs).image_embeds, expected, atol=1e-5, rtol=0)
+    lowrank.save(loaded, tmp_path / "again")
+    merge_checkpoint(tmp_path / "base", tmp_path / "again", tmp_path / "merged")
+    merged = transformers.SiglipModel.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(**inputs).image_embeds, expected, atol=1e-5, rtol=0)
+    assert set(summarise(tmp_path / "again").ranks) == {2}
+    with pytest.raises(InputError, match="more than a low-rank sum"):
+        lowrank.compose([tmp_path / "again"], out=tmp_path / "composed")
