@@ -46,7 +46,7 @@ def describe(model: nn.Module) -> dict[str, AdapterInfo]:
 def _info(model: nn.Module, name: str) -> AdapterInfo:
     record = record_of(model)
     layers = {path: adapters[name] for path, _, adapters in hosts(model) if name in adapters}
-    parameters = [p for layer in layers.values() for p in layer.parameters()]
+    parameters = {id(p): p for layer in layers.values() for p in layer.parameters()}.values()  # tied layers share
     return AdapterInfo(
         name=name,
         config=record.configs[name],

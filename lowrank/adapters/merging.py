@@ -13,6 +13,7 @@ from lowrank.adapters.host import AdapterSet, hosts
 from lowrank.adapters.kinds import HostModule
 from lowrank.adapters.method import JointLayer, Layer, LowRankLayer
 from lowrank.adapters.record import record_of
+from lowrank.adapters.tokens import TokenRows
 from lowrank.adapters.wrapping import unwrap
 from lowrank.errors import InputError, JobError
 from lowrank.ops.merging import merged_weight
@@ -43,7 +44,7 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
     record.check_known(names)
     for path, module, present in hosts(model):
         for name, layer in present.layers().items():
-            if name in names and isinstance(layer, LowRankLayer):
+            if name in names and isinstance(layer, LowRankLayer | TokenRows):
                 layer.check_mergeable(path, module)
     if any(is_quantised(module) for module in model.modules()):
         make_dense(model)

@@ -1,19 +1,29 @@
-"""Single rows of an embedding that train (`trainable_token_indices`), for new tokens without a new table."""
+"""Single rows of an embedding or a head that train (`trainable_token_indices`), for new tokens without a new table."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import precise
+from lowrank.adapters.targets import matches_end
 from lowrank.adapters.uncalled import check_called
 from lowrank.errors import InputError
 
 
 class TokenRows(nn.Module):
-    """Trained rows (tokens, dim) in the place of an embedding's own."""
+    """Trained rows (tokens, dim) in the place of a module's own.
+
+    Attributes:
+        alone: Whether another module has the same weight and does not follow: merging parts the two.
+        obstacle: Why the rows cannot be merged; None where they can.
+    """
 
     tokens: torch.Tensor
     ascending: torch.Tensor
@@ -23,21 +33,33 @@ class TokenRows(nn.Module):
         super().__init__()
         given = torch.tensor(tokens, device=module.weight.device)
         ascending, order = given.sort()
+        self._places = {token: place for place, token in enumerate(sorted(tokens))}
         self.register_buffer("tokens", given, persistent=False)
         self.register_buffer("ascending", ascending, persistent=False)
         self.register_buffer("order", order, persistent=False)
         weight = module.weight.detach()[given]
         self.rows = nn.Parameter(weight.to(precise(weight.dtype)))
+        self.alone = False
+        self.obstacle: str | None = None
 
-    def output(self, module: HostModule, kind: Kind | None, ids: torch.Tensor) -> torch.Tensor:
+    def output(self, module: HostModule, kind: Kind | None, x: torch.Tensor) -> torch.Tensor:
         """See `Layer.output`."""
-        y = type(module).forward(module, ids)
+        y = type(module).forward(module, x)
+        return self._looked_up(module, x, y) if isinstance(module, nn.Embedding) else self._logits(module, x, y)
+
+    def _looked_up(self, module: HostModule, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         place = torch.searchsorted(self.ascending, ids).clamp_(max=len(self.tokens) - 1)
-        rows = self.rows[self.order[place]].to(y.dtype)
-        scale = getattr(module, "embed_scale", None)
+        padding = self._places.get(module.padding_idx)  # torch gives it no gradient
+        rows = F.embedding(place, self.rows[self.order], padding, scale_grad_by_freq=module.scale_grad_by_freq)
+        rows, scale = rows.to(y.dtype), getattr(module, "embed_scale", None)
         if scale is not None:
             rows = rows * (scale.to(y.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where((self.ascending[place] == ids)[..., None], rows, y)
+
+    def _logits(self, module: HostModule, hidden: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        bias = None if module.bias is None else module.bias[self.tokens]
+        logits = F.linear(hidden, self.rows.to(hidden.dtype), bias)
+        return y.index_copy(-1, self.tokens, logits.to(y.dtype))
 
     def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """See `Layer.delta`."""
@@ -47,90 +69,152 @@ class TokenRows(nn.Module):
         """peft's name; rows in the order that the config names their tokens in."""
         return {"token_adapter.trainable_tokens_delta": self.rows}
 
+    def check_mergeable(self, path: str, module: HostModule) -> None:
+        """Raises InputError where other modules would have to be parted from this one."""
+        if self.obstacle is not None:
+            raise InputError(f"{path} cannot be merged: {self.obstacle}", fix="Use the adapter without merging it.")
+
     @torch.no_grad()
     def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """In place, so that a tied head follows."""
+        """In place, so that what is tied follows; into a weight of its own where another module keeps the old one."""
+        if self.alone:
+            module.weight = nn.Parameter(module.weight.clone(), requires_grad=module.weight.requires_grad)
         module.weight.data[self.tokens] = self.rows.to(module.weight.dtype)
 
 
-class TokenColumns(nn.Module):
-    """The same rows as a tied head sees them: the logits of their tokens."""
+class SharedTokens(nn.Module):
+    """The rows of another module, on one that is tied to it."""
 
     def __init__(self, rows: TokenRows) -> None:
         super().__init__()
         self.rows = rows
 
-    def output(self, module: HostModule, kind: Kind | None, hidden: torch.Tensor) -> torch.Tensor:
+    def output(self, module: HostModule, kind: Kind | None, x: torch.Tensor) -> torch.Tensor:
         """See `Layer.output`."""
-        y = type(module).forward(module, hidden)
-        bias = None if module.bias is None else module.bias[self.rows.tokens]
-        logits = nn.functional.linear(hidden, self.rows.rows.to(hidden.dtype), bias)
-        return y.index_copy(-1, self.rows.tokens, logits)
+        return self.rows.output(module, kind, x)
 
     def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """See `Layer.delta`."""
-        return self.output(module, kind, x) - y
+        return self.rows.delta(module, kind, x, y)
 
     def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
-        """Nothing: the embedding's layer holds the rows."""
+        """Nothing: the other module's layer holds the rows."""
         return {}
 
     def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """Nothing: the weight is the embedding's, which its own layer writes."""
+        """Nothing: the weight is the other module's, whose own layer writes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPlace:
+    """What `trainable_token_indices` means for one module.
+
+    Attributes:
+        tokens: The rows that train, in the config's order.
+        followers: The paths of modules with the same weight that act with these rows too.
+        alone: Whether another module has the same weight and does not follow.
+        obstacle: Why such rows cannot be merged; None where they can.
+    """
+
+    tokens: list[int]
+    followers: frozenset[str]
+    alone: bool
+    obstacle: str | None
+
+
+def find_token_places(model: HostModule, config: AdapterConfig) -> dict[str, TokenPlace]:
+    """The modules whose rows train, by path.
+
+    What is tied to the input embedding follows it, unless the config gives it tokens of its own (peft's rule).
+
+    Raises:
+        InputError: a name that is no embedding or head.
+    """
+    asked = _asked(model, config)
+    modules = dict(model.named_modules())
+    first = find_input_embedding(model)
+    places: dict[str, TokenPlace] = {}
+    for path, tokens in asked.items():
+        tied = set(tied_to(modules, path))
+        same = {other for other in tied if asked.get(other) == tokens}
+        if first in same:
+            continue  # it follows the input embedding
+        followers = same | (tied - asked.keys()) if path == first else set()
+        apart = sorted(tied - followers)
+        obstacle = f"its weight is that of {', '.join(apart)} too, which would have to be parted from it"
+        refused = bool(apart) and len(tied) > 1
+        places[path] = TokenPlace(tokens, frozenset(followers), bool(apart), obstacle if refused else None)
+    return places
 
 
 def token_layers(model: HostModule, config: AdapterConfig) -> dict[str, nn.Module]:
     """The layers that `trainable_token_indices` asks for, by module path.
 
     Raises:
-        InputError: a name that is no embedding, or a token beyond the table.
+        InputError: a name that is no embedding or head, a token beyond the table, a module that nothing calls.
     """
-    wanted = getattr(config, "trainable_token_indices", None)
-    if not wanted:
-        return {}
-    paths = {id(module): path for path, module in model.named_modules()}
-    embedding = model.get_input_embeddings()
-    by_name = wanted if isinstance(wanted, dict) else {paths[id(embedding)]: wanted}
+    modules = dict(model.named_modules())
     layers: dict[str, nn.Module] = {}
-    for name, indices in by_name.items():
-        path, module = _find_embedding(model, name)
-        _check_tied(model, path, module)
-        if outside := [index for index in indices if not 0 <= index < module.num_embeddings]:
-            raise InputError(
-                f"trainable_token_indices: {path} has no tokens {outside}; it holds {module.num_embeddings}"
-            )
-        if len(set(indices)) < len(indices):
-            raise InputError(f"trainable_token_indices: a token of {path} is named twice")
-        layers[path] = rows = TokenRows(module, indices)
-        if (head := _tied_head(model, module)) is not None:
-            layers[paths[id(head)]] = TokenColumns(rows)
+    for path, place in find_token_places(model, config).items():
+        module: HostModule = modules[path]
+        _check_indices(path, module, place.tokens)
+        if not place.followers:
+            check_called(path, modules)
+        layers[path] = rows = TokenRows(module, place.tokens)
+        rows.alone, rows.obstacle = place.alone, place.obstacle
+        layers |= {other: _follower(path, other, modules[other], rows) for other in place.followers}
     return layers
 
 
-def _tied_head(model: HostModule, embedding: HostModule) -> nn.Module | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head if getattr(head, "weight", None) is embedding.weight else None
+def find_input_embedding(model: HostModule) -> str | None:
+    """The path of the model's input embedding; None for a model that does not say which that is."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((path for path, module in model.named_modules() if module is embedding), None)
 
 
-def _check_tied(model: nn.Module, path: str, embedding: HostModule) -> None:
-    """Its rows are the embedding's and a tied head's; a third module with the same weight would not see them."""
-    modules = dict(model.named_modules())
-    check_called(path, modules)
-    known = (embedding, _tied_head(model, embedding))
-    for other, module in modules.items():
-        if module._parameters.get("weight") is embedding.weight and not any(module is one for one in known):
-            raise InputError(
-                f"trainable_token_indices: {path} is tied to {other}, which would not see the trained rows",
-                fix="Untie the two, or train the embeddings whole (modules_to_save).",
-            )
+def tied_to(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """The paths of the other modules that have the same weight."""
+    weight = modules[path]._parameters["weight"]
+    return [other for other, module in modules.items() if other != path and module._parameters.get("weight") is weight]
 
 
-def _find_embedding(model: nn.Module, name: str) -> tuple[str, nn.Embedding]:
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if (path == name or path.endswith(f".{name}")) and isinstance(module, nn.Embedding)
-    ]
-    if len(found) != 1:
-        raise InputError(f"trainable_token_indices: {name!r} names {len(found)} embeddings; it must name one")
-    return found[0]
+def _asked(model: HostModule, config: AdapterConfig) -> dict[str, list[int]]:
+    """Which tokens of which modules; a name stands for every module that it ends the path of."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return {}
+    if not isinstance(wanted, dict):
+        wanted = {find_input_embedding(model) or "embed_tokens": wanted}
+    asked: dict[str, list[int]] = {}
+    for name, indices in wanted.items():
+        found = [
+            path
+            for path, module in model.named_modules()
+            if matches_end(path, name) and isinstance(module, nn.Embedding | nn.Linear)
+        ]
+        if not found:
+            raise InputError(f"trainable_token_indices: {name!r} names no embedding and no head")
+        if twice := [path for path in found if path in asked]:
+            raise InputError(f"trainable_token_indices: {twice[0]} is named twice")
+        asked |= dict.fromkeys(found, indices)
+    return asked
+
+
+def _check_indices(path: str, module: HostModule, indices: list[int]) -> None:
+    held = module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features
+    if outside := [index for index in indices if not 0 <= index < held]:
+        raise InputError(f"trainable_token_indices: {path} has no tokens {outside}; it holds {held}")
+    if len(set(indices)) < len(indices):
+        raise InputError(f"trainable_token_indices: a token of {path} is named twice")
+
+
+def _follower(path: str, other: str, module: nn.Module, rows: TokenRows) -> SharedTokens:
+    if not isinstance(module, nn.Embedding | nn.Linear):
+        raise InputError(
+            f"trainable_token_indices: {path} is tied to {other}, which would not see the trained rows",
+            fix="Untie the two, or train the embeddings whole (modules_to_save).",
+        )
+    return SharedTokens(rows)

@@ -21,6 +21,7 @@ from lowrank.adapters.kinds import HostModule, is_multihead, kind_of
 from lowrank.adapters.method import merge_obstacle, rank_and_scale
 from lowrank.adapters.multihead import OUT_PROJ, OUT_PROJ_TWICE
 from lowrank.adapters.parameters import find_parameters
+from lowrank.adapters.tokens import find_token_places
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, shorten
 from lowrank.weights.basemodel import BaseModel
@@ -223,18 +224,21 @@ class _Fit:
         return {f"{path}.weight" for path, module in self.modules.items() if any(module is end for end in ends)}
 
     def _token_rows(self, path: str, name: str) -> None:
-        indices = self.config.trainable_token_indices if isinstance(self.config, LoraConfig) else None
-        if isinstance(indices, dict):
-            indices = next((ids for module, ids in indices.items() if path.endswith(module)), None)
-        key = f"{path}.weight"
-        if indices is None or key not in self.parameters:
-            self.problems.append(f"{name} is unexpected")
+        key, place = f"{path}.weight", find_token_places(self.base.skeleton, self.config).get(path)
+        if place is None or place.obstacle is not None:
+            self.problems.append(
+                f"{name} is unexpected" if place is None else f"{path} cannot be merged: {place.obstacle}"
+            )
             return
+        indices = place.tokens
         rows, width = self.parameters[key]
         if self.adapter.tensors[name].shape != (len(indices), width) or not all(0 <= i < rows for i in indices):
             self.problems.append(f"{name} is not ({len(indices)}, {width}), or its tokens are not below {rows}")
             return
-        self._add(key, RowReplacement(torch.tensor(indices), self.adapter.read(name)))
+        update = RowReplacement(torch.tensor(indices), self.adapter.read(name), tied=not place.alone)
+        stored = {piece.parameter for pieces in self.base.pieces.values() for piece in pieces}
+        for tied in {key, *(f"{other}.weight" for other in place.followers)} & (stored | {key}):
+            self._add(tied, update)  # files may hold a tied weight more than once
 
     def _add(self, key: str, update: Update) -> None:
         """An embedding's whole weight comes before the low-rank update on top of it."""

@@ -182,18 +182,25 @@ class Replacement(Whole):
 
 @dataclass(frozen=True, slots=True)
 class RowReplacement(Whole):
-    """Single rows of an embedding; a tied head follows."""
+    """Single rows of an embedding or a head.
+
+    Attributes:
+        rows: Their numbers.
+        values: (rows, dim).
+        tied: Whether what is tied to it follows, as it does to an input embedding.
+    """
 
     rows: Tensor
     values: Tensor
+    tied: bool = True
     splits: bool = True
     shape: None = None
     low_rank: bool = False
 
     @property
-    def before_tie(self) -> Update:
-        """All of it."""
-        return self
+    def before_tie(self) -> Update | None:
+        """All of it or nothing."""
+        return self if self.tied else None
 
     def apply(self, block: Tensor, first: int) -> None:
         """See `Update.apply`."""
