@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from lowrank.adapters import disabled as disabled
     from lowrank.adapters import merge as merge
     from lowrank.adapters import routed as routed
+    from lowrank.adapters import scaled as scaled
     from lowrank.adapters import set_active as set_active
+    from lowrank.adapters import set_scale as set_scale
     from lowrank.adapters import unwrap as unwrap
     from lowrank.adapters import using as using
     from lowrank.attention import segments as segments
@@ -38,7 +40,9 @@ _HOME = {
     "wrap": "lowrank.weights",
     "unwrap": "lowrank.adapters",
     "merge": "lowrank.adapters",
+    "scaled": "lowrank.adapters",
     "set_active": "lowrank.adapters",
+    "set_scale": "lowrank.adapters",
     "using": "lowrank.adapters",
     "disabled": "lowrank.adapters",
     "routed": "lowrank.adapters",

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowrank.adapters.activation import disabled as disabled
     from lowrank.adapters.activation import routed as routed
+    from lowrank.adapters.activation import scaled as scaled
     from lowrank.adapters.activation import set_active as set_active
+    from lowrank.adapters.activation import set_scale as set_scale
     from lowrank.adapters.activation import using as using
     from lowrank.adapters.adalora_budget import RankBudget as RankBudget
     from lowrank.adapters.adalora_budget import orthogonality as orthogonality
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from lowrank.ops.low_rank import LowRank as LowRank
 
 _HOME = {
-    "lowrank.adapters.activation": ("disabled", "routed", "set_active", "using"),
+    "lowrank.adapters.activation": ("disabled", "routed", "scaled", "set_active", "set_scale", "using"),
     "lowrank.adapters.adalora_budget": ("RankBudget", "orthogonality"),
     "lowrank.adapters.config": ("AdaLoraConfig", "AdapterConfig", "LoraConfig"),
     "lowrank.adapters.conversion": ("as_lora", "portable"),

@@ -12,20 +12,41 @@ from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
 from lowrank.adapters.host import hosts
 from lowrank.adapters.inspection import adapter_tensors, config_of
 from lowrank.adapters.lora import LoraLayer
+from lowrank.adapters.record import record_of
+from lowrank.errors import InputError
 
 
 def portable(model: nn.Module, adapter: str) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """The config and tensors to save: what any reader of peft's format makes the same model of.
 
     PiSSA and OLoRA become an ordinary LoRA of twice the rank, s·(B·A - B₀·A₀), since the base that they are added to is
-    the untouched one. AdaLoRA's pruned ranks are cut off, and its `rank_pattern` says which were kept.
+    the untouched one. AdaLoRA's pruned ranks are cut off, and its `rank_pattern` says which were kept. What `set_scale`
+    says is multiplied into `lora_alpha`.
+
+    Raises:
+        InputError: the adapter is scaled to 0 or below, which no file can say.
     """
-    config, tensors = config_of(model, adapter), adapter_tensors(model, adapter)
+    config, tensors = _as_strong(model, adapter), adapter_tensors(model, adapter)
     if isinstance(config, AdaLoraConfig):
         return _without_pruned(model, adapter, config, tensors)
     if isinstance(config, LoraConfig) and config.init_lora_weights is not True:
         return _with_start(model, adapter, config, tensors)
     return config, tensors
+
+
+def _as_strong(model: nn.Module, adapter: str) -> AdapterConfig:
+    config, factor = config_of(model, adapter), record_of(model).strengths[adapter].now
+    if factor == 1.0:
+        return config
+    if factor <= 0:
+        raise InputError(
+            f"the adapter {adapter!r} is scaled by {factor:g}, and a file says scales above 0",
+            fix="Set its scale to 1 before it is saved.",
+        )
+    update: dict[str, object] = {"lora_alpha": config.lora_alpha * factor}
+    if isinstance(config, LoraConfig):
+        update["alpha_pattern"] = {pattern: alpha * factor for pattern, alpha in config.alpha_pattern.items()}
+    return config.model_copy(update=update)
 
 
 def _with_start(

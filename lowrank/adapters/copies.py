@@ -16,6 +16,8 @@ from lowrank.adapters.method import precise
 class WholeCopy(nn.Module):
     """A trained copy of a module that stands in its place (`modules_to_save`)."""
 
+    replaces = True
+
     def __init__(self, module: HostModule) -> None:
         super().__init__()
         self.module = copy.deepcopy(module)
@@ -55,6 +57,8 @@ class WholeCopy(nn.Module):
 
 class BiasCopy(nn.Module):
     """A trained bias in the place of a module's own, where the module is not adapted otherwise (`bias: all`)."""
+
+    replaces = False
 
     def __init__(self, module: HostModule) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from lowrank.adapters.config import AdapterConfig, LoraConfig
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import JointLayer, Layer, rank_and_scale
 from lowrank.adapters.parameters import find_parameters, parameter_names, quantised_names
+from lowrank.adapters.setting import Setting
 from lowrank.errors import InputError
 from lowrank.ops.adapted_weight import AdaptedWeight, teach_compiler
 from lowrank.ops.low_rank import LowRank
@@ -64,18 +65,25 @@ class ExpertFactors(nn.Module):
     Attributes:
         lora_A: (experts · r, in), as in the file.
         lora_B: (r · experts, out), the file's transposed: so an expert's B is rows of it.
+        strength: What the scale that was trained is multiplied with; one object for all layers of an adapter.
     """
 
     def __init__(self, shape: torch.Size, transposed: bool, r: int, scale: float, beside: torch.Tensor) -> None:
         super().__init__()
         self.experts, d1, d2 = (1, *shape) if len(shape) == 2 else shape
         self.stacked = len(shape) == 3
-        self.transposed, self.scale = transposed and self.stacked, scale
+        self.transposed, self.trained_scale = transposed and self.stacked, scale
+        self.strength = Setting(1.0)
         out_features, in_features = (d2, d1) if self.transposed else (d1, d2)
         dtype = torch.float64 if beside.dtype == torch.float64 else torch.float32
         rows = self.experts * r
         self.lora_A = nn.Parameter(torch.empty(rows, in_features, device=beside.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(rows, out_features, device=beside.device, dtype=dtype))
+
+    @property
+    def scale(self) -> float:
+        """s of s · L · R as it acts now."""
+        return self.trained_scale * self.strength.now
 
     @torch.no_grad()
     def initialise(self, how: bool | str, r: int) -> None:

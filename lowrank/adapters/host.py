@@ -12,25 +12,51 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import JointLayer, Layer
+from lowrank.adapters.recomputation import pin_recomputation
+from lowrank.adapters.routing import Routing
+from lowrank.adapters.setting import Setting
 from lowrank.errors import InputError
 
 
 @dataclass
-class Activity:
-    """Which adapters act; one object, shared by all modules of a model.
+class Choice:
+    """Which adapters act.
 
     Attributes:
-        names: The active adapters; their deltas add.
-        rows: While `routed`: an adapter (or None) for each row of the batch, instead of `names`.
+        names: Their deltas add.
+        routing: While `routed`: which adapter acts on which row of the batch, instead of `names`.
+        silent: While `disabled`: no block inside changes that the base runs alone.
     """
 
     names: tuple[str, ...] = ()
-    rows: tuple[str | None, ...] | None = None
+    routing: Routing | None = None
+    silent: bool = False
+
+
+class Activity(Setting[Choice]):
+    """Which adapters of a model act; one object, shared by all its modules."""
+
+    def __init__(self, value: Choice | None = None) -> None:
+        super().__init__(value or Choice())
+        pin_recomputation()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The active adapters, blocks aside."""
+        return self.value.names
+
+    @names.setter
+    def names(self, names: tuple[str, ...]) -> None:
+        self.value = Choice(names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model goes on as the model is now, but not row by row: that is over with the block."""
+        now = self.now
+        return type(self), (self.value if now.routing is not None else Choice(now.names),)
 
 
 class AdapterSet(nn.ModuleDict):
@@ -49,10 +75,10 @@ class AdapterSet(nn.ModuleDict):
         """All of them."""
         return cast("dict[str, Layer]", dict(self.items()))
 
-    def acting(self) -> list[Layer]:
-        """Those that are active, in the order of activation."""
+    def acting(self, names: tuple[str, ...]) -> list[Layer]:
+        """Those of that name, in the order of the names."""
         layers = self.layers()
-        return [layers[name] for name in self.activity.names if name in layers]
+        return [layers[name] for name in names if name in layers]
 
 
 def _never_called(adapters: nn.Module, args: Any) -> None:
@@ -122,9 +148,11 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSet]]:
 def adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
     """Stands in the place of the module's own forward."""
     adapters: AdapterSet = module.adapters
-    if adapters.activity.rows is not None:
-        return _routed(module, adapters, adapters.activity.rows, *args, **kwargs)
-    layers = adapters.acting()
+    choice = adapters.activity.now
+    if choice.routing is not None:
+        y = type(module).forward(module, *args, **kwargs)
+        return choice.routing.add(module, adapters.kind, adapters.layers(), y, args, kwargs)
+    layers = adapters.acting(choice.names)
     if len(layers) == 1:
         return layers[0].output(module, adapters.kind, *args, **kwargs)
     if (joint := next((layer for layer in layers if isinstance(layer, JointLayer)), None)) is not None:
@@ -132,23 +160,3 @@ def adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
     y = type(module).forward(module, *args, **kwargs)
     for_each = [layer.delta(module, adapters.kind, args[0], y) for layer in layers]
     return sum(for_each, start=y)
-
-
-def _routed(module: nn.Module, adapters: AdapterSet, rows: tuple[str | None, ...], *args: Any, **kwargs: Any) -> Any:
-    """The base for the whole batch at once, then each adapter that is present in it for its rows alone."""
-    y = type(module).forward(module, *args, **kwargs)
-    layers = adapters.layers()
-    if not any(name in layers for name in rows):
-        return y
-    x = args[0]
-    if x.shape[0] != len(rows):
-        raise InputError(
-            f"routed() was given {len(rows)} rows, and a {type(module).__name__} sees a batch of {x.shape[0]}",
-            fix="Give one adapter (or None) for each row. Layers that mix rows cannot be routed.",
-        )
-    for name in dict.fromkeys(rows):
-        if name is not None and name in layers:
-            index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
-            delta = layers[name].delta(module, adapters.kind, x[index], y[index])
-            y = y.index_add(0, index, delta.to(y.dtype))
-    return y

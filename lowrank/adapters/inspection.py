@@ -20,6 +20,7 @@ class AdapterInfo:
         name: Its name.
         config: As it was given.
         active: Whether it acts now.
+        scale: What its trained scale is multiplied with now.
         matched: How many modules each pattern of `target_modules` matched.
         modules: The paths of the modules that carry it.
         parameters: How many values it holds.
@@ -29,6 +30,7 @@ class AdapterInfo:
     name: str
     config: AdapterConfig
     active: bool
+    scale: float
     matched: dict[str, int]
     modules: tuple[str, ...]
     parameters: int
@@ -50,7 +52,8 @@ def _info(model: nn.Module, name: str) -> AdapterInfo:
     return AdapterInfo(
         name=name,
         config=record.configs[name],
-        active=name in record.activity.names,
+        active=name in record.activity.now.names,
+        scale=record.strengths[name].now,
         matched=record.matched[name],
         modules=tuple(layers),
         parameters=sum(p.numel() for p in parameters),

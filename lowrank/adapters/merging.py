@@ -12,7 +12,8 @@ from lowrank.adapters.dequantise import is_quantised, make_dense
 from lowrank.adapters.host import AdapterSet, hosts
 from lowrank.adapters.kinds import HostModule
 from lowrank.adapters.method import JointLayer, Layer, LowRankLayer
-from lowrank.adapters.record import record_of
+from lowrank.adapters.record import Record, record_of
+from lowrank.adapters.together import check_together
 from lowrank.adapters.tokens import TokenRows
 from lowrank.adapters.wrapping import unwrap
 from lowrank.errors import InputError, JobError
@@ -40,8 +41,8 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
         JobError: a merged weight is not finite; the base's weights are then still as they were, up to that module.
     """
     record = record_of(model)
-    names = record.activity.names if adapters is None else (adapters,) if isinstance(adapters, str) else tuple(adapters)
-    record.check_known(names)
+    names = _names(record, adapters)
+    check_together(model, names)
     for path, module, present in hosts(model):
         for name, layer in present.layers().items():
             if name in names and isinstance(layer, LowRankLayer | TokenRows):
@@ -56,6 +57,15 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
     if tied and not _is_tied(model):
         _untie(model)
     return model
+
+
+def _names(record: Record, adapters: str | Sequence[str] | None) -> tuple[str, ...]:
+    choice = record.activity.now
+    if adapters is None and choice.routing is not None:
+        raise InputError("which adapters to merge cannot be told inside of routed()", fix="Name them.")
+    names = choice.names if adapters is None else (adapters,) if isinstance(adapters, str) else tuple(adapters)
+    record.check_known(names)
+    return names
 
 
 def _merge_layers(path: str, module: HostModule, adapters: AdapterSet, layers: list[Layer]) -> None:

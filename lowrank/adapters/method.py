@@ -10,6 +10,7 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
 from lowrank.adapters.kinds import HostModule, Kind, groups_of, in_place_of_own
+from lowrank.adapters.setting import Setting
 from lowrank.adapters.targets import pattern_value
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
@@ -18,6 +19,9 @@ from lowrank.ops.merging import merged_weight
 
 class Layer(Protocol):
     """What one adapter puts on one module: an `nn.Module` whose parameters are the adapter's."""
+
+    replaces: bool
+    """Whether its output stands in the place of the module's own, instead of adding to it."""
 
     def output(self, module: HostModule, kind: Kind | None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's output with this layer alone acting."""
@@ -38,6 +42,8 @@ class Layer(Protocol):
 
 class JointLayer:
     """A layer whose effect does not add to the module's output: what several adapters do is worked out together."""
+
+    replaces = False
 
     def output_together(self, module: HostModule, layers: Sequence[Layer], *args: Any, **kwargs: Any) -> Any:
         """The module's output with all of `layers` acting, this one among them."""
@@ -64,12 +70,23 @@ class LowRankLayer(nn.Module):
     """A layer whose whole effect is a `LowRank` term on the module's matrix, and perhaps a bias of its own.
 
     A new method is a subclass with `build`, `from_file`, `term` and `factors`, and one entry in `registry.METHODS`.
+
+    Attributes:
+        strength: What the scale that was trained is multiplied with; one object for all layers of an adapter.
     """
+
+    replaces = False
 
     def __init__(self, scale: float, dropout: float, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.scale, self.dropout = scale, dropout
+        self.trained_scale, self.dropout = scale, dropout
+        self.strength = Setting(1.0)
         self.bias = bias
+
+    @property
+    def scale(self) -> float:
+        """s of s · B · A as it acts now."""
+        return self.trained_scale * self.strength.now
 
     @classmethod
     def build(cls, config: Any, path: str, module: HostModule, kind: Kind) -> Self:

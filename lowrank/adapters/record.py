@@ -8,6 +8,7 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.host import Activity
+from lowrank.adapters.setting import Setting
 from lowrank.errors import InputError
 
 _ATTRIBUTE = "_lowrank"
@@ -20,6 +21,7 @@ class Record:
     Attributes:
         activity: Shared with every adapted module.
         configs: Each adapter's config.
+        strengths: For each adapter, what its trained scale is multiplied with; shared with its layers.
         matched: For each adapter, how many modules each pattern matched.
         trained_before: The base parameters that required gradients before the first `wrap`, by name.
         patched: The attributes that stand on the model before its class's, until its adapters are gone.
@@ -27,6 +29,7 @@ class Record:
 
     activity: Activity = field(default_factory=Activity)
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
+    strengths: dict[str, Setting[float]] = field(default_factory=dict)
     matched: dict[str, dict[str, int]] = field(default_factory=dict)
     trained_before: set[str] = field(default_factory=set)
     patched: set[str] = field(default_factory=set)

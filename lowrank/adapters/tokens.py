@@ -25,6 +25,7 @@ class TokenRows(nn.Module):
         obstacle: Why the rows cannot be merged; None where they can.
     """
 
+    replaces = True
     tokens: torch.Tensor
     ascending: torch.Tensor
     order: torch.Tensor
@@ -84,6 +85,8 @@ class TokenRows(nn.Module):
 
 class SharedTokens(nn.Module):
     """The rows of another module, on one that is tied to it."""
+
+    replaces = True
 
     def __init__(self, rows: TokenRows) -> None:
         super().__init__()

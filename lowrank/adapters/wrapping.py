@@ -12,16 +12,18 @@ from transformers.pytorch_utils import Conv1D
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.copies import BiasCopy, WholeCopy
 from lowrank.adapters.dequantise import is_quantised
-from lowrank.adapters.experts import experts_layers
+from lowrank.adapters.experts import ExpertFactors, experts_layers
 from lowrank.adapters.fastpath import give_back, take_dense
 from lowrank.adapters.host import Activity, AdapterSet, hosts, install, remove
 from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
 from lowrank.adapters.kinds import Kind, is_multihead, kind_of
 from lowrank.adapters.lora import LoraLayer
+from lowrank.adapters.method import LowRankLayer
 from lowrank.adapters.multihead import MultiheadLayer, biases
 from lowrank.adapters.parameters import find_parameters
 from lowrank.adapters.record import Record, attach, detach, find_record, record_of
 from lowrank.adapters.registry import METHODS
+from lowrank.adapters.setting import Setting
 from lowrank.adapters.targets import find_targets, matches_end
 from lowrank.adapters.tokens import token_layers
 from lowrank.errors import InputError
@@ -70,6 +72,7 @@ def wrap(
         model.requires_grad_(False)
         attach(model, record)
     record.configs[adapter], record.matched[adapter] = outside.config, counts
+    record.strengths[adapter] = Setting(1.0)
     try:
         _put_in(model, outside, adapter, record, targets)
     except BaseException:
@@ -102,7 +105,8 @@ def delete(model: nn.Module, adapter: str) -> None:
     if len(record.configs) == 1:
         unwrap(model)
         return
-    del record.configs[adapter], record.matched[adapter]
+    _check_free(record, adapter)
+    del record.configs[adapter], record.matched[adapter], record.strengths[adapter]
     record.activity.names = tuple(name for name in record.activity.names if name != adapter)
     for _, module, adapters in list(hosts(model)):
         if adapter in adapters:
@@ -112,12 +116,14 @@ def delete(model: nn.Module, adapter: str) -> None:
 
 
 def rename(model: nn.Module, adapter: str, to: str) -> None:
-    """Gives an adapter another name."""
+    """Gives an adapter another name, outside of blocks that know it by the old one."""
     record = record_of(model)
     record.check_known((adapter,))
+    _check_free(record, adapter)
     _check_name(to, record)
     record.configs[to] = record.configs.pop(adapter)
     record.matched[to] = record.matched.pop(adapter)
+    record.strengths[to] = record.strengths.pop(adapter)
     record.activity.names = tuple(to if name == adapter else name for name in record.activity.names)
     for _, _, adapters in hosts(model):
         if adapter in adapters:
@@ -162,6 +168,9 @@ def _place(path: str, module: nn.Module, kind: Kind | None, layer: nn.Module, ad
         layer.training = module.training
     else:
         layer.train(module.training)
+    for part in layer.modules():
+        if isinstance(part, (LowRankLayer, ExpertFactors)):
+            part.strength = record.strengths[adapter]
     adapters[adapter] = layer
 
 
@@ -228,6 +237,13 @@ def _check_name(adapter: str, record: Record | None) -> None:
         raise InputError(f"{adapter!r} is no name for an adapter", fix="Take letters, digits, _ and -.")
     if record is not None and adapter in record.configs:
         raise InputError(f"the model has an adapter {adapter!r} already", fix="Take another name, or delete that one.")
+
+
+def _check_free(record: Record, adapter: str) -> None:
+    now = record.activity.now
+    routed = () if now.routing is None else now.routing.rows
+    if now is not record.activity.value and adapter in (*now.names, *routed):
+        raise InputError(f"the adapter {adapter!r} acts in a block that is open here", fix="Do this after the block.")
 
 
 def _check_level(model: nn.Module, record: Record | None) -> None:
