@@ -56,7 +56,8 @@ _LOCK = threading.Lock()
 class _Traced(threading.local):
     """The same values where compiled code can see them: torch.compile cannot read a context variable."""
 
-    held: Mapping[Setting[Any], Any] = {}
+    def __init__(self) -> None:
+        self.held: Mapping[Setting[Any], Any] = {}  # on the instance: a class's attribute is not guarded
 
 
 _TRACED = _Traced()

@@ -208,9 +208,15 @@ def test_torchs_own_checkpoint_nested_and_run_backward_by_another_thread(reentra
         torch.testing.assert_close(grads(lambda y: checkpoint(outer, y, use_reentrant=reentrant), backward), right)
 
 
-def test_compiled_code_obeys_blocks(known):
-    model, x, each = known
+@pytest.fixture
+def fresh_compiler():
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_compiled_code_obeys_blocks(known, fresh_compiler):
+    model, x, each = known
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), each["b"])
     with lowrank.using(model, "a"):
