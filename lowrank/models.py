@@ -44,7 +44,7 @@ def load_model(
         InputError: there is no such model, it has no safetensors files or lacks weights, or bitsandbytes is asked for
             and missing.
     """
-    _check_folder(name_or_path)
+    check_folder(name_or_path)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
@@ -60,7 +60,7 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise _cannot_load(name_or_path, error) from error
+        raise cannot_load(name_or_path, error) from error
     if info["missing_keys"]:  # transformers fills these with random numbers and goes on
         missing = sorted(info["missing_keys"])
         raise InputError(
@@ -83,13 +83,13 @@ def load_tokenizer(
     Raises:
         InputError: there is none, or it has neither padding nor end token.
     """
-    _check_folder(name_or_path)
+    check_folder(name_or_path)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise _cannot_load(f"the tokenizer of {name_or_path}", error) from error
+        raise cannot_load(f"the tokenizer of {name_or_path}", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {name_or_path} has neither a padding nor an end token")
@@ -97,7 +97,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def _check_folder(name_or_path: str) -> None:
+def check_folder(name_or_path: str) -> None:
+    """Raises InputError for what looks like a model's folder and is none."""
     path = Path(name_or_path)
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not path.is_dir():
@@ -117,7 +118,8 @@ def _check_folder(name_or_path: str) -> None:
         )
 
 
-def _cannot_load(what: str, error: Exception) -> InputError:
+def cannot_load(what: str, error: Exception) -> InputError:
+    """What a person is told where transformers could not load."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "trust_remote_code" in str(error):
         return InputError(

@@ -19,3 +19,4 @@ if os.environ.get("CI"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--keep-losses", action="store_true", help="write tests/invariants/loss_curve.json anew")
+    parser.addoption("--keep-configs", action="store_true", help="write tests/recipes/init/*.yaml anew")

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-EXAMPLE = "Example: lowrank init run.yaml --template qlora"
+from lowrank.cli.options import Overrides
+from lowrank.errors import InputError
+
+EXAMPLE = "Example: lowrank init data.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-class Template(StrEnum):
-    """The configs that can be begun from."""
+class Goal(StrEnum):
+    """What comes first where two things cannot both be had."""
 
-    quickstart = "quickstart"
-    lora = "lora"
-    qlora = "qlora"
-    dora = "dora"
+    quality = "quality"
+    memory = "memory"
+    speed = "speed"
 
 
 def init(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where the config goes.")] = Path("run.yaml"),
-    template: Annotated[Template, typer.Option(help="What to begin from.")] = Template.lora,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help="The rows: a file, a folder, a pattern.")] = None,
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Where the config goes.")] = Path("run.yaml"),
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A folder with a saved model, or a name on the hub.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option("--eval", metavar="DATA", help="Rows to evaluate on; by default a share of DATA.")
+    ] = None,
+    goal: Annotated[Goal, typer.Option(help="What comes first where two things cannot both be had.")] = Goal.quality,
+    overrides: Overrides = [],  # noqa: B006  (typer reads it)
+    checked: Annotated[bool, typer.Option("--check/--no-check", help="Try the config at the end.")] = True,
 ) -> None:
-    """Write a commented config to begin from, and the schema that editors check it with."""
-    from lowrank.recipes.init import write_config
+    """Look at the rows, the model and this machine, and write a config that runs, every value with its reason."""
+    data = data or _asked("DATA", "the rows to train on (a file or a folder)")
+    model = model or _asked("--model", "the model (a folder, or a name on the hub)")
 
-    write_config(path, template.value)
+    from lowrank.recipes.init import init as run
+
+    run(data, model, path, held_out=held_out, goal=goal.value, overrides=overrides, checked=checked)
+
+
+def _asked(name: str, what: str) -> str:
+    if not sys.stdin.isatty():
+        raise InputError(f"{name} is missing: {what}", fix=EXAMPLE)
+    return typer.prompt(what, err=True)

@@ -1,37 +1,120 @@
-"""A config to begin from."""
+"""A config that runs: from rows, a model's name and the machine at hand, every value with its reason."""
 
 from __future__ import annotations
 
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
 
+from lowrank.config import load_config
+from lowrank.config.assignments import override
+from lowrank.config.document import read_document
 from lowrank.config.schema import json_schema
 from lowrank.errors import InputError
-from lowrank.paths import expanded
+from lowrank.models import load_tokenizer
+from lowrank.paths import as_written, expanded
+from lowrank.recipes.check import check
+from lowrank.recipes.proposal.base import base_of
+from lowrank.recipes.proposal.machine import Machine, machine_at_hand
+from lowrank.recipes.proposal.page import as_yaml
+from lowrank.recipes.proposal.rows import rows_of
+from lowrank.recipes.proposal.rules import Goal, Setting, propose
 
 SCHEMA = "lowrank.schema.json"
 
 
-def write_config(path: str | Path, template: str) -> Path:
-    """Writes a commented config, and beside it the schema that its first line points editors to (no network needed).
+def init(
+    data: str | Path,
+    model: str | Path,
+    out: str | Path = "run.yaml",
+    *,
+    held_out: str | Path | None = None,
+    goal: Goal = "quality",
+    overrides: Sequence[str] = (),
+    machine: Machine | None = None,
+    checked: bool = True,
+) -> Path:
+    """Looks at the rows, at the model's config (not its weights) and at the machine, and writes a config that runs.
 
     Args:
-        path: The config's file; it must not exist.
-        template: The name of a file in `lowrank/config/templates`.
+        data: The training rows: a file, a folder, a pattern, or a name on the hub.
+        model: A folder with a saved model, or a name on the hub.
+        out: The config's file; it must not exist. The schema that editors check it with goes beside it.
+        held_out: Rows to evaluate on; by default a share of the training rows.
+        goal: "quality", "memory" or "speed": what comes first where two cannot both be had.
+        overrides: `section.key=value`, for what is decided already.
+        machine: Where it shall run; by default this one.
+        checked: Whether `lowrank check` is run on it at the end.
+
+    Returns:
+        The config's path.
 
     Raises:
-        InputError: the file exists, or cannot be written.
+        InputError: the rows or the model cannot be used, the model does not fit the machine, the file exists.
     """
-    path = Path(expanded(path))
-    text = (files("lowrank.config") / "templates" / f"{template}.yaml").read_text(encoding="utf-8")
-    text = text.replace("$schema=schema.json", f"$schema={SCHEMA}").replace(f"configs/{template}.yaml", str(path))
+    path, data, model = Path(expanded(out)), expanded(data), expanded(model)
+    held_out = None if held_out is None else expanded(held_out)
+    if path.exists():
+        raise InputError(f"{path} exists already", fix="Give another path: `lowrank init DATA PATH`.")
+    base = base_of(model)
+    rows = rows_of(data, load_tokenizer(model))
+    machine = machine or machine_at_hand()
+    settings = propose(
+        base,
+        rows,
+        machine,
+        held_out=held_out,
+        goal=goal,
+        output=_unused(Path(data).name.partition(".")[0] or "run"),
+    )
+    head = [
+        f"yaml-language-server: $schema={SCHEMA}",
+        f"{rows.path} on {base.name}, for {machine}; what comes first: {goal}.",
+        "",
+        f"  lowrank train {path}",
+    ]
+    _write(path, settings, head, overrides)
+    print(f"wrote {path}, each value with its reason, and {path.parent / SCHEMA} for editors")
+    if checked:
+        check(path)
+    print(f"next: lowrank train {path}")
+    return path
+
+
+def _unused(name: str) -> str:
+    """A folder below runs/ that no run has taken yet."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists() or Path(f"{folder}-merged").exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return as_written(str(folder))
+
+
+def _write(path: Path, settings: list[Setting], head: list[str], overrides: Sequence[str]) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.write(as_yaml(settings, head))
         (path.parent / SCHEMA).write_text(json_schema(), encoding="utf-8")
-    except FileExistsError:
-        raise InputError(f"{path} exists already", fix="Give another path: `lowrank init PATH`.") from None
     except OSError as error:
         raise InputError(f"cannot write {error.filename}: {error.strerror}") from None
-    print(f"wrote {path} ({template}) and {path.parent / SCHEMA}: set model and data, then `lowrank train {path}`")
-    return path
+    try:
+        if overrides:
+            path.write_text(as_yaml(_with(settings, path, overrides), head), encoding="utf-8")
+        load_config(path)
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _with(settings: list[Setting], path: Path, overrides: Sequence[str]) -> list[Setting]:
+    """The settings with what was asked for in their place, or at the end of their section."""
+    document = read_document(path)
+    for assignment in overrides:
+        override(document, assignment)
+        if document.problems:
+            raise InputError("\n".join(map(str, document.problems)))
+        section, _, key = assignment.partition("=")[0].partition(".")
+        asked = Setting(section, key.partition(".")[0], document.values[section][key.partition(".")[0]], "as asked")
+        places = [at for at, one in enumerate(settings) if (one.section, one.key) == asked[:2]]
+        last = max((at + 1 for at, one in enumerate(settings) if one.section == section), default=len(settings))
+        at, end = (places[0], places[0] + 1) if places else (last, last)
+        settings = [*settings[:at], asked, *settings[end:]]
+    return settings

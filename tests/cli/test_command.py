@@ -26,10 +26,10 @@ def failing(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def failing(error: BaseException) -> None:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("lowrank.recipes.init.write_config", fail)
+        monkeypatch.setattr("lowrank.recipes.init.init", fail)
 
     return failing
 
@@ -85,7 +85,7 @@ def test_help_answers_at_once():
         ["trian"],
         ["train"],
         ["train", "a.yaml", "--nope"],
-        ["init", "--template", "x"],
+        ["init", "--goal", "x"],
         ["chat", "m", "--max-new-tokens", "0"],
     ],
     ids=" ".join,
@@ -115,20 +115,20 @@ def test_a_missing_config(capsys):
 
 def test_a_wrong_input_exits_with_2(failing, capsys):
     failing(InputError("the rows are empty", where="rows.jsonl", fix="Add some."))
-    assert run("init") == 2
+    assert run("init", "rows.jsonl", "--model", "m") == 2
     assert capsys.readouterr().err == "error: rows.jsonl: the rows are empty\n       Add some.\n"
 
 
 def test_a_failed_job_exits_with_1(failing, capsys):
     failing(JobError("the disk is full"))
-    assert run("init") == 1
+    assert run("init", "rows.jsonl", "--model", "m") == 1
     assert capsys.readouterr().err == "error: the disk is full\n"
 
 
 def test_an_unforeseen_error_exits_with_1_and_keeps_its_traceback(failing, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     failing(RuntimeError("no kernel image\nand a long explanation"))
-    assert run("init") == 1
+    assert run("init", "rows.jsonl", "--model", "m") == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == "error: RuntimeError: no kernel image"
     [kept] = tmp_path.glob("lowrank-*.txt")
@@ -138,7 +138,9 @@ def test_an_unforeseen_error_exits_with_1_and_keeps_its_traceback(failing, capsy
 
 
 @pytest.mark.parametrize("error", [InputError("x"), RuntimeError("x")])
-@pytest.mark.parametrize("arguments", [["--debug", "init"], ["init", "--debug"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--debug", "init", "d", "--model", "m"], ["init", "d", "--model", "m", "--debug"]], ids=" ".join
+)
 def test_debug_shows_where_an_error_comes_from(failing, error, arguments):
     failing(error)
     with pytest.raises(type(error)):
@@ -147,18 +149,8 @@ def test_debug_shows_where_an_error_comes_from(failing, error, arguments):
 
 def test_an_interruption_exits_with_130(failing, capsys):
     failing(KeyboardInterrupt())
-    assert run("init") == 130
+    assert run("init", "rows.jsonl", "--model", "m") == 130
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_init(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run("init") == 0
-    assert "method: lora" in (tmp_path / "run.yaml").read_text()
-    assert run("init", "mine.yaml", "--template", "dora") == 0
-    assert "method: dora" in (tmp_path / "mine.yaml").read_text()
-    assert run("init", "mine.yaml") == 2
-    assert "mine.yaml exists already" in capsys.readouterr().err
 
 
 def test_train_hands_on_the_config_with_its_overrides(called, config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tiny import tiny_llama, tiny_tokenizer
 
 from lowrank.cli import main
 
@@ -13,7 +14,8 @@ NOPE = "$NOPE_NOT_SET/x"
     "arguments",
     [
         *(["check", NOPE], ["preview", NOPE], ["train", NOPE], ["eval", NOPE], ["chat", NOPE], ["info", NOPE]),
-        *(["init", NOPE], ["merge", NOPE, "out"], ["merge", "a", NOPE], ["merge", "a", "out", "--base", NOPE]),
+        *(["init", NOPE, "--model", "m"], ["init", "d", "--model", NOPE], ["init", "d", NOPE, "--model", "m"]),
+        *(["merge", NOPE, "out"], ["merge", "a", NOPE], ["merge", "a", "out", "--base", NOPE]),
         *(["compose", "a", NOPE, "--out", "b"], ["compose", "a", "--out", NOPE], ["resize", NOPE, "b"]),
         *(["resize", "a", NOPE], ["extract", NOPE, "b", "c"], ["extract", "a", NOPE, "c"], ["extract", "a", "b", NOPE]),
         *(["export", NOPE, "b", "--to", "vllm"], ["export", "a", NOPE, "--to", "vllm"]),
@@ -38,8 +40,11 @@ def test_home_is_home(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained(tmp_path / "home" / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "home" / "base")
+    (tmp_path / "home" / "rows.csv").write_text("prompt,completion\n1+1,2\n")
     with pytest.raises(SystemExit):
-        main(["init", "~/run.yaml"])
+        main(["init", "~/rows.csv", "~/run.yaml", "--model", "~/base", "--no-check"])
     assert (tmp_path / "home" / "run.yaml").is_file()
     assert not (tmp_path / "~").exists()
 
