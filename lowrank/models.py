@@ -83,7 +83,7 @@ def load_tokenizer(
     Raises:
         InputError: there is none, or it has neither padding nor end token.
     """
-    check_folder(name_or_path)
+    check_folder(name_or_path, holds_model=False)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -97,8 +97,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_folder(name_or_path: str) -> None:
-    """Raises InputError for what looks like a model's folder and is none."""
+def check_folder(name_or_path: str, *, holds_model: bool = True) -> None:
+    """Raises InputError for what looks like a folder and is none; with `holds_model`, for one that holds no model."""
     path = Path(name_or_path)
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not path.is_dir():
@@ -106,7 +106,7 @@ def check_folder(name_or_path: str) -> None:
             f"there is no model folder {name_or_path}",
             fix="Give the folder of a saved model, or a name on the hub such as HuggingFaceTB/SmolLM2-135M-Instruct.",
         )
-    if not path.is_dir():
+    if not path.is_dir() or not holds_model:
         return
     if not (path / "config.json").exists():
         raise InputError(f"{name_or_path} is no model folder: it holds no config.json")
@@ -124,7 +124,7 @@ def cannot_load(what: str, error: Exception) -> InputError:
     if "trust_remote_code" in str(error):
         return InputError(
             f"{what} brings Python code of its own, which is not run unasked",
-            fix="Read that code; if you trust it, set model.trust_remote_code: true.",
+            fix="Read that code; if you trust it, set model.trust_remote_code: true (or --trust-remote-code).",
         )
     if "connect" in lines[0]:
         return InputError(

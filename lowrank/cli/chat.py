@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from lowrank.cli.options import TrustRemoteCode
+from lowrank.errors import InputError
+
 EXAMPLE = 'Example: lowrank chat runs/quickstart --prompt "Wake me at 7"'
 
 
@@ -21,12 +24,43 @@ def chat(
     prompts: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A text file; each line is a prompt of its own.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The adapter's base; by default the one that the adapter names.")
+    ] = None,
+    use_adapter: Annotated[
+        bool, typer.Option("--adapter/--no-adapter", help="Without: the adapter's base alone, asked as the adapter is.")
+    ] = True,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model, with an adapter or without."""
     from lowrank.recipes.chat import chat as run
 
-    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts is not None else []
-    asked = [*(prompt or []), *filter(str.strip, lines)]
-    run(path, prompts=asked, system=system, max_new_tokens=max_new_tokens)
+    asked = [*(prompt or []), *(lines_of(prompts) if prompts is not None else [])]
+    run(
+        path,
+        prompts=asked,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        base=base,
+        use_adapter=use_adapter,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a text file that are not blank, as they are: only a line feed ends one.
+
+    Raises:
+        InputError: the file is not UTF-8.
+    """
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"the byte 0x{content[error.start]:02x} is not UTF-8", where=f"{file}, line {line}", fix="Save it as UTF-8."
+        ) from None
+    return [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]

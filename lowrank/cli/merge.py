@@ -8,6 +8,8 @@ from typing import Annotated, cast
 
 import typer
 
+from lowrank.cli.options import TrustRemoteCode
+
 EXAMPLE = "Example: lowrank merge runs/quickstart runs/quickstart-merged"
 
 
@@ -57,6 +59,7 @@ def merge(
     verify: Annotated[
         bool | None, typer.Option(help="Compare with base and adapter; by default where both fit in memory.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Add an adapter to its base: a plain model folder that transformers loads without lowrank."""
     from lowrank.recipes.merge import Onto, Scheme, merge_adapter
@@ -70,4 +73,5 @@ def merge(
         onto=cast("Onto", onto),  # checked there, with a reason that a list of choices could not give
         quantization=cast("Scheme | None", trained_over and trained_over.value),
         verify=verify,
+        trust_remote_code=trust_remote_code,
     )

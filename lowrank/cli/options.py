@@ -18,3 +18,7 @@ Overrides = Annotated[
         "it), unless it begins with a bracket, a brace or a quote: then it is YAML.",
     ),
 ]
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Whether Python code that comes with the model may run.")
+]

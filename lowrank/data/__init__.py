@@ -2,9 +2,10 @@
 
 from lowrank.data.batch import Batch, packed_batch, padded_batch
 from lowrank.data.check import check_supervision
-from lowrank.data.choose import TEMPLATES, use_template
+from lowrank.data.choose import TEMPLATES, complete_template, use_template
+from lowrank.data.ends import end_tokens
 from lowrank.data.example import Example, Examples
-from lowrank.data.generation import answer_of, prompt_of
+from lowrank.data.generation import Question, answer_of, prompt_of, questions_of
 from lowrank.data.load import load_examples, load_train_eval
 from lowrank.data.plan import BatchPlan, plan_batches
 from lowrank.data.preferences import read_preferences
@@ -26,9 +27,12 @@ __all__ = [
     "Examples",
     "Prefetched",
     "Preview",
+    "Question",
     "Source",
     "answer_of",
     "check_supervision",
+    "complete_template",
+    "end_tokens",
     "load_examples",
     "load_train_eval",
     "packed_batch",
@@ -38,6 +42,7 @@ __all__ = [
     "preview_of",
     "preview_text",
     "prompt_of",
+    "questions_of",
     "read_preferences",
     "stream_batches",
     "use_template",

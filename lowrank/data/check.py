@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.example import Examples
 from lowrank.data.report import Cut
+from lowrank.data.template import special_tokens
 from lowrank.errors import InputError
 
 
@@ -22,21 +23,30 @@ def check_supervision(examples: Examples, tokenizer: PreTrainedTokenizerBase) ->
     table = examples.table
     learns = np.add.reduceat(table.supervised, table.starts[:-1], dtype=np.int64) > 0
     _refuse(examples, np.flatnonzero(~learns), "has no supervised token", "Look at it with `lowrank preview --row N`.")
-    last = _last_of_runs(table.supervised, table.starts)
-    owner = np.searchsorted(table.starts, last, side="right") - 1
-    cut = (table.cuts[owner] != Cut.WHOLE) & (last == table.starts[owner + 1] - 1)
-    ends = set(tokenizer.all_special_ids) | {
-        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    last = _before_white_space(table.ids, last, tokenizer) if examples.train_on == "all" else last
-    ended = np.isin(table.ids[last], list(ends))
-    failing = np.unique(owner[~ended & ~cut])
+    last, owner = _whole_turns(examples, tokenizer)
+    ended = np.isin(table.ids[last], list(special_tokens(tokenizer).values()))
+    failing = np.unique(owner[~ended])
     _refuse(
         examples,
         failing,
         "has a trained turn that does not end in a supervised end token, so the model would not learn to stop",
         "The chat template must write a special token (mostly eos_token) after an assistant's message.",
     )
+
+
+def ends_of_turns(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The last token of every trained turn that is not cut, (n,) int32."""
+    return examples.table.ids[_whole_turns(examples, tokenizer)[0]]
+
+
+def _whole_turns(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Where every trained turn ends that is not cut at `max_length`, and the example that it is in."""
+    table = examples.table
+    last = _last_of_runs(table.supervised, table.starts)
+    owner = np.searchsorted(table.starts, last, side="right") - 1
+    cut = (table.cuts[owner] != Cut.WHOLE) & (last == table.starts[owner + 1] - 1)
+    last, owner = last[~cut], owner[~cut]
+    return (_before_white_space(table.ids, last, tokenizer) if examples.train_on == "all" else last), owner
 
 
 def _last_of_runs(supervised: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lowrank.data.template import special_tokens
+from lowrank.data.rowerror import RowError
+from lowrank.data.template import ChatTemplate, special_tokens
 from lowrank.errors import InputError
 
 # What a tokenizer must know as special tokens for a template to make sense: its markers, and the end of a turn.
@@ -19,6 +21,10 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "mistral": ("[INST]", "[/INST]"),
     "plain": (),
 }
+
+
+_PROMPT = "{{%- if add_generation_prompt %}}{{{{- {} }}}}{{%- endif %}}"
+_QUESTION = {"role": "user", "content": "Hi"}
 
 
 def fitting_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -57,3 +63,46 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
             where="data.chat_template",
             fix=f"Give one of {', '.join(TEMPLATES)}, a .jinja file, or the template itself.",
         )
+
+
+def complete_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Makes a chat template write the generation prompt that it leaves out, in place: servers add none by themselves.
+
+    Returns:
+        What it writes now and did not before; empty where nothing is missing, or it cannot be made to.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        return ""
+    was, header = tokenizer.chat_template, missing_prompt(tokenizer)
+    if not header:
+        return ""
+    before = _rendered(tokenizer)
+    tokenizer.chat_template = was + _PROMPT.format(json.dumps(header, ensure_ascii=False))
+    if _rendered(tokenizer) != before or missing_prompt(tokenizer):
+        tokenizer.chat_template = was
+        return ""
+    return header
+
+
+def added_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What `complete_template` has made a chat template write; empty where that was nothing."""
+    before, _, behind = _PROMPT.format("\0").partition("\0")
+    _, found, tail = str(tokenizer.chat_template).rpartition(before)
+    return json.loads(tail.removesuffix(behind)) if found and tail.endswith(behind) and tail[:1] == '"' else ""
+
+
+def missing_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before an answer and a chat template does not write when it is asked for one; mostly nothing."""
+    if tokenizer.chat_template is None:
+        return ""
+    try:
+        return ChatTemplate(tokenizer).missing_header([_QUESTION], None)
+    except RowError:
+        return ""
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A prompt, and conversations that no prompt ends, as the template writes them."""
+    template, answer = ChatTemplate(tokenizer), {"role": "assistant", "content": "Yes"}
+    ended = template.render([[_QUESTION], [_QUESTION, answer], [_QUESTION, answer, _QUESTION]], None)
+    return template.prompts([[_QUESTION], [_QUESTION, answer, _QUESTION]], None) + ended

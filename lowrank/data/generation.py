@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lowrank.data.align import text_prefix
 from lowrank.data.conversation import Conversation, Plain, Preference
+from lowrank.data.example import Examples
 from lowrank.data.formats import detect, read_row
 from lowrank.data.rowerror import RowError
-from lowrank.data.template import ChatTemplate
+from lowrank.data.tokenise import Options, Tokeniser
 from lowrank.errors import InputError
+
+_NO_LIMIT = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The last trained turn of a row, as it is trained.
+
+    Attributes:
+        prompt: Token ids of all that stands before it, the assistant's header included.
+        answer: Its own token ids, through the one that ends it.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def questions_of(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, format: str | None = None, today: str | None = None
+) -> list[Question]:
+    """One question for each row of a set, whole, however many examples the row gave and however often it is repeated.
+
+    Args:
+        examples: The set, of rows that can be trained on.
+        tokenizer: With the chat template that they were made with.
+        format: A key of `FORMATS`, or None to find it for each row.
+        today: The date (2026-11-26) for chat templates that write the day's; None: the day it is.
+    """
+    tokeniser = _tokeniser(tokenizer, examples.train_on, today)
+    rows = dict.fromkeys(examples.table.example_rows[examples.order].tolist())
+    return [_question(tokeniser, examples.rows[row], format, examples.rows.where(row)) for row in rows]
 
 
 def prompt_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, format: str | None = None) -> list[int]:
@@ -21,25 +53,18 @@ def prompt_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, format
     Raises:
         InputError: the row fits no format or has no answer.
     """
-    try:
-        content = _content(row, tokenizer, format)
-        if isinstance(content, Plain):
-            ids, prefix = _ids(content.prompt, tokenizer), text_prefix(tokenizer)
-            return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
-        before = content.messages[: _last_answer(content)]
-        return _ids(ChatTemplate(tokenizer).prompts([before], content.tools)[0], tokenizer)
-    except RowError as error:
-        raise InputError(error.what, fix=error.fix) from None
+    return _question(_tokeniser(tokenizer, "assistant", None), row, format, None).prompt
 
 
 def answer_of(row: Mapping[str, Any], format: str | None = None) -> str:
-    """The text of a row's last answer: what the model should have said after `prompt_of`.
+    """The text of a row's last answer, without what a chat template adds to it.
 
     Raises:
         InputError: the row fits no format or has no answer.
     """
     try:
-        content = _content(row, None, format)
+        content = read_row(row, format or detect(row), True)
+        content = content.chosen if isinstance(content, Preference) else content
         if isinstance(content, Plain):
             return content.completion
         return content.messages[_last_answer(content)].get("content", "")
@@ -47,16 +72,16 @@ def answer_of(row: Mapping[str, Any], format: str | None = None) -> str:
         raise InputError(error.what, fix=error.fix) from None
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _tokeniser(tokenizer: PreTrainedTokenizerBase, train_on: str, today: str | None) -> Tokeniser:
+    asked = "assistant" if train_on == "all" else train_on  # under all, a conversation is one stretch
+    return Tokeniser(tokenizer, Options(asked, _NO_LIMIT, "error", today))
 
 
-def _content(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None, format: str | None
-) -> Conversation | Plain:
-    has_template = tokenizer is None or tokenizer.chat_template is not None
-    content = read_row(row, format or detect(row), has_template)
-    return content.chosen if isinstance(content, Preference) else content
+def _question(tokeniser: Tokeniser, row: Mapping[str, Any], format: str | None, where: str | None) -> Question:
+    try:
+        return Question(*tokeniser.last_turn(row, format or detect(row)))
+    except RowError as error:
+        raise InputError(error.what, where=where, fix=error.fix) from None
 
 
 def _last_answer(content: Conversation) -> int:

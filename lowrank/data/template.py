@@ -83,14 +83,14 @@ class ChatTemplate:
         begun = [messages for messages in conversations if messages]
         texts = iter(self._apply(begun, tools, add_generation_prompt=True) if begun else [])
         return [
-            next(texts) + self._header(messages, tools) if messages else self._missing_header(messages, tools)
+            next(texts) + self._header(messages, tools) if messages else self.missing_header(messages, tools)
             for messages in conversations
         ]
 
     def _header(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
         key = (messages[-1]["role"], tools is not None)
         if key not in self._headers:
-            self._headers[key] = self._missing_header(messages, tools)
+            self._headers[key] = self.missing_header(messages, tools)
         return self._headers[key]
 
     def before_answer(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
@@ -131,6 +131,18 @@ class ChatTemplate:
         closed = text.rstrip()
         return any(match.end() == len(closed) for match in self._special.finditer(closed))
 
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The special token that closes an answer, or that begins what follows it; empty where there is none.
+
+        Raises:
+            RowError: the template refuses a question and its answer.
+        """
+        question = [{"role": "user", "content": "Hi"}]
+        behind = self.with_answer(question, None, "")[len(self.before_answer(question, None)) :]
+        mark = self._special.match(behind.lstrip())
+        return mark.group() if mark is not None else self.follower("user", after_call=False)
+
     def follower(self, role: str, *, after_call: bool) -> str:
         """The special token that begins a message of `role` behind an answer (a tool call), if anything does at once.
 
@@ -150,7 +162,7 @@ class ChatTemplate:
             self._followers[key] = follows.group() if follows is not None and known else ""
         return self._followers[key]
 
-    def _missing_header(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+    def missing_header(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
         """What `add_generation_prompt` leaves out of the header of an answer to such messages; mostly nothing."""
         without = self.render([messages], tools)[0] if messages else ""
         if messages and self._apply([messages], tools, add_generation_prompt=True) != [without]:

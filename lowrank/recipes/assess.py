@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.config import RunConfig
-from lowrank.data import Examples, answer_of, prompt_of
+from lowrank.data import Examples, Question, questions_of
 from lowrank.errors import InputError
 from lowrank.recipes.prepare import batch_plan
-from lowrank.training.answers import MATCHES, answer_all
+from lowrank.training.answers import MATCHES, answer_all, answer_text, is_json
 from lowrank.training.evaluate import Evaluation, Sample, mean_loss
 from lowrank.training.loss import Loss
 from lowrank.training.memory import freed_blocks_kept
@@ -32,6 +32,8 @@ def assess(
 ) -> Evaluation:
     """Loss per supervised token, and with `generate` the answer to every row; processes share the work.
 
+    A row is asked what was trained as its last answer, behind the tokens that stood before it then.
+
     Raises:
         InputError: answers are to be compared as JSON, and a row's own answer is not JSON.
     """
@@ -40,8 +42,9 @@ def assess(
         value, supervised = mean_loss(model, plan.batches(0), loss, advance, ranks)
     if not generate:
         return Evaluation(value, supervised)
-    expected = expected_answers(examples, config)
-    prompts = [prompt_of(examples.row(i), tokenizer, config.data.format) for i in range(len(examples))]
+    questions = questions_of(examples, tokenizer, config.data.format)
+    prompts = [question.prompt for question in questions]
+    expected = expected_answers(questions, tokenizer, config)
     sharers = ALONE if config.training.fsdp else ranks  # a sharded base takes all processes for every token
     mine = prompts[sharers.index :: sharers.count]
     with task("answering", len(mine)) as advance, freed_blocks_kept(False):
@@ -63,17 +66,19 @@ def assess(
     return Evaluation(value, supervised, sum(sample.correct for sample in samples) / len(samples), samples)
 
 
-def expected_answers(examples: Examples, config: RunConfig) -> list[str]:
-    """Each row's own answer."""
-    answers = [answer_of(examples.row(i), config.data.format) for i in range(len(examples))]
+def expected_answers(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> list[str]:
+    """What was trained as the last answer of each row, read as generated answers are.
+
+    Raises:
+        InputError: answers are to be compared as JSON, and one is not JSON.
+    """
+    answers = [answer_text(tokenizer, question.answer[:-1]) for question in questions]
     if config.training.exact_match == "json":
         for i, answer in enumerate(answers):
-            try:
-                json.loads(answer)
-            except ValueError:
+            if not is_json(answer):
                 raise InputError(
                     f"the answer of example {i + 1} is not JSON: {answer[:60]!r}",
                     where=str(config.data.eval),
                     fix="Set training.exact_match: text, or mend the row.",
-                ) from None
+                )
     return answers

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import TextStreamer
 
 from lowrank.attention import set_attention
+from lowrank.data.rowerror import RowError
+from lowrank.data.template import ChatTemplate
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer
 from lowrank.paths import expanded
 from lowrank.recipes.show import open_console
-from lowrank.training.answers import answer_all, greedy
+from lowrank.training.answers import answer_all, answer_text, greedy, up_to_end
 from lowrank.training.progress import Screen
 from lowrank.weights import load
 from lowrank.weights.adapterfile import open_adapter
+from lowrank.weights.notes import noted_ends, stop_at
 
 Messages = list[dict[str, str]]
 
 _QUANTIZATION = ("load_in_", "bnb_4bit_")
+_FINAL = re.compile(r"\s*(?:analysis.*?assistant)?final(.*)", re.DOTALL)
 _AT_A_TIME = 16  # prompts
 
 
-def chat(path: str, *, prompts: Sequence[str] = (), system: str | None = None, max_new_tokens: int = 256) -> list[str]:
+def chat(
+    path: str,
+    *,
+    prompts: Sequence[str] = (),
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    base: str | None = None,
+    use_adapter: bool = True,
+    trust_remote_code: bool = False,
+) -> list[str]:
     """Answers to `prompts`, or a conversation until an empty line; answers are greedy.
 
     Args:
@@ -33,12 +48,17 @@ def chat(path: str, *, prompts: Sequence[str] = (), system: str | None = None, m
         prompts: Questions, each a conversation of its own; several are answered together.
         system: The system message.
         max_new_tokens: Longest answer.
+        base: The adapter's base, where it is not the one that the adapter names.
+        use_adapter: False: the adapter's base alone, asked as the adapter is.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Returns:
         The answers to `prompts`.
+
+    Raises:
+        InputError: model or adapter cannot be used, or the chat template refuses the conversation.
     """
-    path = expanded(path)
-    model, tokenizer = open_model(path)
+    model, tokenizer = open_model(path, base=base, use_adapter=use_adapter, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; the model was not made to be talked to")
     begun: Messages = [] if system is None else [{"role": "system", "content": system}]
@@ -47,53 +67,91 @@ def chat(path: str, *, prompts: Sequence[str] = (), system: str | None = None, m
         return answers(model, tokenizer, asked, max_new_tokens)
     if asked:
         return [answer(model, tokenizer, asked[0], max_new_tokens)]
+    prompt_ids(tokenizer, [[*begun, {"role": "user", "content": "Hi"}]])  # refuses before somebody has typed
     console = open_console()
-    console.print(f"{path}: an empty line ends the conversation", style="dim")
+    console.print(f"{path}: an empty line ends the conversation", style="dim", markup=False, emoji=False)
     while text := _asked(console):
         begun.append({"role": "user", "content": text})
-        begun.append({"role": "assistant", "content": answer(model, tokenizer, begun, max_new_tokens)})
+        begun.append(
+            {"role": "assistant", "content": _said(tokenizer, answer(model, tokenizer, begun, max_new_tokens))}
+        )
     return []
 
 
-def open_model(path: str) -> tuple[Any, Any]:
-    """The model of a folder or name, or an adapter on its base, quantised as it was while the adapter was trained."""
+def open_model(
+    path: str, *, base: str | None = None, use_adapter: bool = True, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """The model of a folder or name, or an adapter on its base, quantised as it was while the adapter was trained.
+
+    An adapter's tokenizer, and with it the chat template, is the one beside it; its answers end where it says so. The
+    arguments are those of `chat`.
+    """
+    path = expanded(path)
     if not (Path(path) / "adapter_config.json").exists():
-        return load_model(path), load_tokenizer(path)
+        if base is not None or not use_adapter:
+            raise InputError(f"{path} is no adapter's folder, and only an adapter has another base")
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        return load_model(path, **options), load_tokenizer(path, **options)
     adapter = open_adapter(path)
-    if adapter.base is None:
-        raise InputError("the adapter does not say which base it belongs to", where=path)
+    if base is None and adapter.base is None:
+        raise InputError("the adapter does not say which base it belongs to", where=path, fix="Give it: --base.")
+    named = str(base or adapter.base)
+    options = {"revision": adapter.revision_of(base), "trust_remote_code": trust_remote_code}
     trained_over = {key: value for key, value in (adapter.quantization or {}).items() if key.startswith(_QUANTIZATION)}
-    model = load(load_model(adapter.base, quantization=trained_over or None), path)
+    model = load_model(named, quantization=trained_over or None, **options)
     own_tokenizer = (Path(path) / "tokenizer_config.json").exists()
-    return model, load_tokenizer(path if own_tokenizer else adapter.base)
+    tokenizer = (
+        load_tokenizer(path, trust_remote_code=trust_remote_code) if own_tokenizer else load_tokenizer(named, **options)
+    )
+    if use_adapter:
+        load(model, path)
+    stop_at(model, tokenizer, noted_ends(Path(path)))
+    return model, tokenizer
+
+
+def prompt_ids(tokenizer: Any, asked: Sequence[Messages]) -> list[list[int]]:
+    """What the model is given for each conversation, as in training: up to where its answer begins.
+
+    Raises:
+        InputError: the chat template refuses a conversation.
+    """
+    try:
+        texts = ChatTemplate(tokenizer).prompts(asked, None)
+    except RowError as error:
+        raise InputError(error.what, fix="Without --system, if it is the system message that it refuses.") from None
+    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
 def answer(model: Any, tokenizer: Any, messages: Messages, max_new_tokens: int) -> str:
     """The answer to a conversation, printed as it comes."""
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = ids.to(model.device)
+    ids = torch.tensor(prompt_ids(tokenizer, [messages]), device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with greedy(model, tokenizer, max_new_tokens) as config:
-        output = model.generate(**ids, generation_config=config, streamer=streamer)
-    return str(tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+        mask = torch.ones_like(ids)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+        return answer_text(tokenizer, up_to_end(output[0, ids.shape[1] :].tolist(), config.eos_token_id))
 
 
 def answers(model: Any, tokenizer: Any, asked: Sequence[Messages], max_new_tokens: int) -> list[str]:
     """The answers to several conversations at once, each printed beneath its question when all are there."""
-    prompts = [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) for messages in asked
-    ]
+    prompts = prompt_ids(tokenizer, asked)
     set_attention(model, "auto")
     with Screen(Console(stderr=True)) as screen, screen.task("answering", len(prompts)) as advance:
         found = answer_all(
             model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=_AT_A_TIME, on_batch=advance
         )
-    found = [text.strip() for text in found]
     console = open_console()
     for messages, text in zip(asked, found, strict=True):
-        console.print(messages[-1]["content"], style="dim", markup=False)
-        console.print(text, markup=False)
+        console.out(messages[-1]["content"], style="dim", highlight=False)  # as they are: no markup, no wrapping
+        console.out(text, highlight=False)
     return found
+
+
+def _said(tokenizer: Any, text: str) -> str:
+    """An answer as a conversation remembers it: of harmony's channels, whose marks are not in the text, the final."""
+    channels = "<|channel|>" in str(tokenizer.chat_template)
+    final = _FINAL.match(text) if channels else None
+    return text if final is None else final[1]
 
 
 def _asked(console: Any) -> str:

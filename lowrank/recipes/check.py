@@ -10,6 +10,7 @@ from pathlib import Path
 from lowrank.adapters import describe
 from lowrank.config import RunConfig, load_config
 from lowrank.config.sections import TrainingSection
+from lowrank.data import questions_of
 from lowrank.errors import InputError, JobError
 from lowrank.recipes.assess import expected_answers
 from lowrank.recipes.budget import rank_budget
@@ -59,7 +60,7 @@ def check(config: RunConfig | str | Path, overrides: Sequence[str] = ()) -> Memo
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     written = written_bytes(config.training, trained, setup.length.steps, with_adapter=bool(describe(model)))
     free = refuse_a_full_disk(output, written + SPARE_DISK)
-    plan = plan_of(config, model, setup.attention, setup.loss, setup.plan, setup.size, setup.length)
+    plan = plan_of(config, model, setup.attention, setup.loss, setup.plan, setup.size, setup.length, setup.asking)
     with _refused_when_short(config, "trying the longest batch", advice(config)):
         memory = estimate_memory(whole, setup, program)
     show_plan(console, {**plan, **_needs(memory, written, free)})
@@ -82,7 +83,8 @@ def refuse_what_would_stop_it_later(config: RunConfig, setup: Setup) -> None:
     run = new_run(config, setup)
     rank_budget(setup.model, run.total_steps)
     if setup.held_out is not None and config.training.predict_with_generate:
-        expected_answers(setup.held_out, config)
+        questions = questions_of(setup.held_out, setup.tokenizer, config.data.format)
+        expected_answers(questions, setup.tokenizer, config)
 
 
 def written_bytes(training: TrainingSection, trained: int, steps: int, *, with_adapter: bool) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from lowrank.adapters import describe
 from lowrank.config import RunConfig
@@ -30,6 +33,7 @@ from lowrank.training.report import FILE as REPORT
 from lowrank.training.report import ReportWriter
 from lowrank.training.trackers import Trackers
 from lowrank.weights import save
+from lowrank.weights.notes import write_notes
 
 Evaluate = Callable[[], Evaluation]
 Told = Callable[[str], object]
@@ -76,7 +80,7 @@ def crew_of(
     evaluate = evaluation_of(config, setup, screen, ranks)
     budget = rank_budget(setup.model, run.total_steps)
     best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
-    checkpoints = checkpoints_of(config, run, told, best, ranks)
+    checkpoints = checkpoints_of(config, run, setup.tokenizer, told, best, ranks)
     callbacks = [
         *(writers if ranks.main else []),
         *budget,
@@ -116,11 +120,24 @@ def periodic_evaluation(config: RunConfig, evaluate: Evaluate | None) -> list[Ca
     return found
 
 
-def checkpoints_of(config: RunConfig, run: Run, told: Told, best: Best | None, ranks: Ranks) -> Checkpoints:
+def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the adapter, and what it is asked and answers with: tokenizer, chat template, tokens that end answers."""
+    write_notes(folder, model, tokenizer)
+    save(model, folder, overwrite=True)
+
+
+def checkpoints_of(
+    config: RunConfig,
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    told: Told,
+    best: Best | None,
+    ranks: Ranks,
+) -> Checkpoints:
     """Writes the run's checkpoints."""
     training = config.training
     return Checkpoints(
-        partial(save, run.model) if describe(run.model) else lambda folder: None,
+        partial(save_adapter, run.model, tokenizer) if describe(run.model) else lambda folder: None,
         told,
         steps=training.save_steps,
         minutes=training.save_minutes,

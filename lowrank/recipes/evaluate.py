@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank.config import RunConfig, load_config
+from lowrank.data import end_tokens
 from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.recipes.assess import assess
@@ -15,12 +16,17 @@ from lowrank.training.evaluate import Evaluation
 from lowrank.training.loss import supervised_loss
 from lowrank.training.progress import Screen
 from lowrank.weights import load
+from lowrank.weights.adapterfile import AdapterFile, open_adapter
+from lowrank.weights.notes import noted_ends, stop_at
 
 
 def evaluate(
     config: RunConfig | str | Path, adapter: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> Evaluation:
     """Evaluates, and prints the figures.
+
+    An adapter is asked as it was trained: with the tokenizer and the chat template beside it, unless the config gives
+    a template, and on the revision of the base that it names.
 
     Args:
         config: A config, or the path of one.
@@ -36,12 +42,16 @@ def evaluate(
     if config.data.eval is None:
         raise InputError("there is nothing to evaluate on", where="data.eval", fix="Name the evaluation data.")
     console = open_console()
-    tokenizer = base_tokenizer(config)
+    file = None if adapter is None else open_adapter(adapter)
+    config = config if file is None else at_its_revision(config, file)
+    tokenizer = base_tokenizer(config, None if file is None else file.path)
     _, examples = read_examples(config, tokenizer)
     assert examples is not None, "data.eval is set"
     model = base_model(config)
-    if adapter is not None:
-        load(model, adapter)
+    if file is not None:
+        load(model, file.path)
+    noted = [] if file is None else noted_ends(file.path)
+    stop_at(model, tokenizer, list(dict.fromkeys([*noted, *end_tokens(examples, tokenizer)])))
     swap_attention(model, config)
     loss = supervised_loss(model)
     with Screen(console) as screen:
@@ -49,3 +59,21 @@ def evaluate(
         result = assess(model, tokenizer, examples, config, loss, screen.task, generate=generate)
     console.print(f"{adapter or config.model.name_or_path} on {len(examples)} examples of {config.data.eval}: {result}")
     return result
+
+
+def at_its_revision(config: RunConfig, adapter: AdapterFile) -> RunConfig:
+    """The config with the revision of the base that an adapter was trained on.
+
+    Raises:
+        InputError: the config names another one.
+    """
+    revision, named = adapter.revision_of(config.model.name_or_path), config.model.revision
+    if revision is None or revision == named:
+        return config
+    if named is not None and adapter.fingerprint is None:
+        raise InputError(
+            f"the adapter was trained on revision {revision} of its base, not on {named}", where="model.revision"
+        )
+    if named is not None:
+        return config  # a branch or a tag, perhaps of the same commit: loading compares commits
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from lowrank.data import (
     BatchStream,
     Examples,
     check_supervision,
+    complete_template,
+    end_tokens,
     load_examples,
     load_train_eval,
     plan_batches,
@@ -29,14 +32,21 @@ from lowrank.models import load_model, load_tokenizer
 EVA_BATCHES = 8
 
 
-def base_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the chat template that the config gives it."""
+def base_tokenizer(config: RunConfig, adapter: Path | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, or the one beside an adapter; with the chat template that the config gives it.
+
+    A template that writes no generation prompt is made to write one.
+    """
     section = config.model
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(
-        section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        str(adapter) if own else section.name_or_path,
+        revision=None if own else section.revision,
+        trust_remote_code=section.trust_remote_code,
     )
     if config.data.chat_template is not None:
         use_template(tokenizer, config.data.chat_template)
+    complete_template(tokenizer)
     return tokenizer
 
 
@@ -114,6 +124,12 @@ def read_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
         if examples is not None:
             check_supervision(examples, tokenizer)
     return train, held_out
+
+
+def ends_of(plan: BatchPlan | BatchStream, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end trained turns; of a stream, those of its first rows."""
+    examples = plan.sample(SAMPLE_ROWS) if isinstance(plan, BatchStream) else plan.examples
+    return end_tokens(examples, tokenizer)
 
 
 def _sources(given: Any) -> Any:

@@ -11,11 +11,13 @@ from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
 from lowrank.config.sections import TrainingSection
 from lowrank.data import BatchPlan, BatchStream, Examples
+from lowrank.data.choose import added_prompt, missing_prompt
 from lowrank.ops.cross_entropy import LossOptions
 from lowrank.recipes.prepare import (
     base_model,
     base_tokenizer,
     batch_plan,
+    ends_of,
     put_in,
     read_examples,
     stream_plan,
@@ -29,6 +31,7 @@ from lowrank.training.parallel import ALONE, Ranks
 from lowrank.training.recompute import recompute_activations
 from lowrank.training.sharding import shard
 from lowrank.training.steps import Length, StepSize, run_length
+from lowrank.weights.notes import stop_at
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Setup:
         attention: What was chosen, and why.
         loss: Exact for this model.
         plain_loss: The same without label smoothing and z-loss, for evaluations.
+        ends: The tokens that end the model's answers: those that end trained turns first.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +62,19 @@ class Setup:
     attention: AttentionChoice
     loss: Loss
     plain_loss: Loss
+    ends: list[int]
+
+    @property
+    def asking(self) -> dict[str, str]:
+        """How the model is asked and where its answers end, line by line."""
+        ends = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(self.ends)))
+        added, missing = added_prompt(self.tokenizer), missing_prompt(self.tokenizer)
+        if added:
+            prompt = f"the chat template writes none: {added!r} is added to it, here and in the files that are written"
+        else:
+            prompt = f"the chat template writes none: {missing!r} is added here, and servers will not add it"
+        lines = {"answers end at": ends, "generation prompt": prompt}
+        return lines if added or missing else {"answers end at": ends}
 
 
 def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
@@ -92,7 +109,8 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
         compile_layers(model)
     loss = exact_loss(model, dtype, options)
     plain = loss if options == LossOptions() else exact_loss(model, dtype)
-    return Setup(tokenizer, plan, size, length, held_out, model, dtype, attention, loss, plain)
+    ends = stop_at(model, tokenizer, ends_of(plan, tokenizer))
+    return Setup(tokenizer, plan, size, length, held_out, model, dtype, attention, loss, plain, ends)
 
 
 def plan_and_held_out(

@@ -37,8 +37,9 @@ def plan_of(
     plan: BatchPlan | BatchStream,
     size: StepSize,
     length: Length,
+    asking: Mapping[str, str],
 ) -> dict[str, str]:
-    """What the run will do, line by line."""
+    """What the run will do, line by line; `asking` is how the model is asked and where its answers end."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = total - sum(info.parameters for info in describe(model).values())
@@ -55,6 +56,7 @@ def plan_of(
         "adapter": _adapter(config, model),
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
         "data": _rows(plan),
+        **asking,
         "batches": f"{_batches(plan)}; {size}",
         "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
         "output": training.output_dir,

@@ -15,7 +15,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
 from lowrank.data import BatchPlan, BatchStream
-from lowrank.recipes.crew import Crew, crew_of
+from lowrank.recipes.crew import Crew, crew_of, save_adapter
 from lowrank.recipes.optimisation import optimizer_for, schedule_for
 from lowrank.recipes.prepare import batch_plan
 from lowrank.recipes.resume import (
@@ -45,7 +45,6 @@ from lowrank.training.shortage import told_when_short
 from lowrank.training.snapshot import load_model_state, restore
 from lowrank.training.state import read_state
 from lowrank.training.trackers import chosen_trackers
-from lowrank.weights import save
 
 LOGS = "logs"
 
@@ -106,7 +105,9 @@ def train(
     with told_when_short(own_device(config), "loading the model and its data", advice_for_loading(config)):
         setup = set_up(config, ranks)
     run = new_run(config, setup)
-    summary = plan_of(config, setup.model, setup.attention, setup.loss, setup.plan, setup.size, setup.length)
+    summary = plan_of(
+        config, setup.model, setup.attention, setup.loss, setup.plan, setup.size, setup.length, setup.asking
+    )
     show_plan(console, summary)
     try_the_longest(run, config, setup, accelerator)
 
@@ -219,7 +220,7 @@ def take_the_best(run: Run, best: Best) -> None:
 def save_result(model: Any, setup: Setup, output: Path) -> None:
     """The adapter, or the whole model where that was trained."""
     if describe(model):
-        save(model, output, overwrite=True)
+        save_adapter(model, setup.tokenizer, output)
         return
     model.to(setup.dtype).save_pretrained(output)
     setup.tokenizer.save_pretrained(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from lowrank.config import RunConfig
-from lowrank.data import prompt_of
+from lowrank.data import questions_of
 from lowrank.recipes.budget import rank_budget
 from lowrank.recipes.setup import Setup
 from lowrank.recipes.train import accelerator_for, new_run, try_the_longest
@@ -52,7 +52,7 @@ def _answer_the_longest(config: RunConfig, setup: Setup) -> None:
     """One batch of answers: the cache of keys and values is at its largest for the longest prompts."""
     examples, batch_size = setup.held_out, config.training.per_device_eval_batch_size
     assert examples is not None, "the config has refused it"
-    prompts = [prompt_of(examples.row(at), setup.tokenizer, config.data.format) for at in range(len(examples))]
+    prompts = [question.prompt for question in questions_of(examples, setup.tokenizer, config.data.format)]
     with freed_blocks_kept(False):
         answer_all(
             setup.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from lowrank.training.decoding import (
     padded,
     shared_length,
 )
+
+_CHANNELS = re.compile(r"^\s*(analysis.*assistant)?final(?=\s*[\[{\"\d-])", re.DOTALL)
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def answer_all(
     with greedy(model, tokenizer, max_new_tokens) as config:
         for chosen, rows in _answered(model, prompts, config, batch_size):
             for i, row in zip(chosen, rows, strict=True):
-                answers[i] = str(tokenizer.decode(_until(row, config.eos_token_id), skip_special_tokens=True))
+                answers[i] = answer_text(tokenizer, up_to_end(row, config.eos_token_id))
             if on_batch is not None:
                 on_batch(len(chosen))
     model.train(was_training)
@@ -104,8 +107,14 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) 
         model.generation_config = own
 
 
-def _until(row: list[int], ends: Sequence[int]) -> list[int]:
+def up_to_end(row: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens of an answer before the first that ends it."""
     return next((row[:i] for i, token in enumerate(row) if token in ends), row)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """What the tokens of an answer say, without the special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def same_text(answer: str, expected: str) -> bool:
@@ -114,12 +123,30 @@ def same_text(answer: str, expected: str) -> bool:
 
 
 def same_json(answer: str, expected: str) -> bool:
-    """Equal as JSON values: key order and layout do not matter, 3 is 3.0. An answer that is no JSON is wrong."""
+    """Equal as JSON values: key order and layout do not matter, 3 is 3.0. An answer that is no JSON is wrong.
+
+    What has been thought before the answer is not compared.
+    """
     try:
-        value = json.loads(answer)
+        value = json.loads(_reply(answer))
     except (ValueError, RecursionError):  # "[[[[[[..." is what an untrained model may say
         return False
-    return _same_value(value, json.loads(expected))
+    return _same_value(value, json.loads(_reply(expected)))
+
+
+def is_json(answer: str) -> bool:
+    """Whether an answer is JSON, but for what has been thought before it."""
+    try:
+        json.loads(_reply(answer))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _reply(answer: str) -> str:
+    """What stands behind the reasoning; harmony's channels leave their names when their marks are taken away."""
+    behind = answer.rpartition("</think>")[2]
+    return _CHANNELS.sub("", behind)
 
 
 def _same_value(a: Any, b: Any) -> bool:

@@ -51,6 +51,7 @@ class AdapterFile:
     Attributes:
         tensors: File name of each tensor without `base_model.model.` -> its entry.
         base: `base_model_name_or_path`, or None.
+        revision: The commit (or another revision) of the base's repository that it was trained on, or None.
         fingerprint: Of the base that it was trained on; None for files that other tools wrote.
         quantization: The base's `quantization_config` while training, {} for none, None where the file does not say.
     """
@@ -60,8 +61,13 @@ class AdapterFile:
     tensors: dict[str, Entry]
     file: TensorFile
     base: str | None
+    revision: str | None
     fingerprint: Fingerprint | None
     quantization: dict[str, Any] | None
+
+    def revision_of(self, base: str | Path | None) -> str | None:
+        """The revision to load of a base that somebody names: the adapter's own where it is the adapter's own base."""
+        return self.revision if base is None or str(base) == self.base else None
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name (without the prefix), on the CPU; InputError when it holds NaN or infinity."""
@@ -96,12 +102,16 @@ def open_adapter(path: str | Path) -> AdapterFile:
     base = raw.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise InputError("base_model_name_or_path is not a string.", where=str(config_path))
+    revision = raw.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise InputError("revision is not a string.", where=str(config_path))
     return AdapterFile(
         path=Path(path) if Path(path).is_file() else weights_path.parent,
         config=parse_config(raw, config_path),
         tensors={name.removeprefix(PREFIX): entry for name, entry in file.entries.items()},
         file=file,
         base=base or None,
+        revision=revision or None,
         fingerprint=_fingerprint(file),
         quantization=_note(file, QUANTIZATION_KEY),
     )

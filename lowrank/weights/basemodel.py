@@ -61,17 +61,24 @@ class BaseModel:
         return self.skeleton.all_tied_weights_keys.get(name, name)
 
 
-def open_base(name_or_path: str | Path, task_type: str | None = None, trust_remote_code: bool = False) -> BaseModel:
+def open_base(
+    name_or_path: str | Path,
+    task_type: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> BaseModel:
     """Opens a local folder, or a hub's model (downloaded to the hub's cache when it is not there).
 
     Args:
         name_or_path: A folder or a hub name.
         task_type: peft's word for the head ("CAUSAL_LM"); None takes the class that the config names.
+        trust_remote_code: Whether code that comes with the model may run.
+        revision: Of a hub's repository.
 
     Raises:
         InputError: There is no such model, it has no safetensors, or they are damaged or do not fit the config.
     """
-    folder = local_folder(name_or_path)
+    folder = local_folder(name_or_path, revision=revision)
     files, sharded = _open_files(folder)
     config = load_config(folder, trust_remote_code)
     _check_depth(config.to_dict(), sum(len(file.entries) for file in files.values()), folder)

@@ -185,9 +185,16 @@ def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors]) ->
         config,
         tensors,
         base=first.base,
+        revision=first.revision,
         fingerprint=next((file.fingerprint for file in files if file.fingerprint), None),
         quantization=next((file.quantization for file in files if file.quantization is not None), None),
+        notes=_notes_of(files),
     )
+
+
+def _notes_of(files: list[AdapterFile]) -> Path | None:
+    """The first adapter's folder that has a tokenizer."""
+    return next((file.path for file in files if (file.path / "tokenizer_config.json").is_file()), None)
 
 
 def _targets(files: list[AdapterFile], paths: list[str]) -> list[str]:
@@ -238,6 +245,10 @@ def _check_bases(files: list[AdapterFile]) -> list[str]:
             raise InputError(
                 f"The adapters were trained on different bases: {path} has {', '.join(different)} in {prints[0][0]}."
             )
+    revisions = {(file.base, file.revision) for file in files if file.revision is not None}
+    if len(revisions) > len({base for base, _ in revisions}):
+        named = ", ".join(sorted(str(revision) for _, revision in revisions))
+        raise InputError(f"The adapters were trained on different revisions of their base: {named}.")
     names = sorted({str(file.base) for file in files})
     notes = [f"The adapters name different bases: {shorten(names)}."] if len(names) > 1 else []
     known = [file.quantization for file in files if file.quantization is not None]

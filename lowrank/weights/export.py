@@ -101,10 +101,15 @@ def _for_vllm(adapter: AdapterFile, out: Path, base: str | Path | None) -> Expor
             _plain_config(adapter, rank, factors),
             tensors,
             base=adapter.base,
+            revision=adapter.revision,
             fingerprint=adapter.fingerprint,
             quantization=adapter.quantization,
+            notes=adapter.path,
         )
-    command = f"vllm serve {adapter.base or 'BASE'} --enable-lora --lora-modules name={out} --max-lora-rank {limit}"
+    revision = f" --revision {adapter.revision}" if adapter.revision else ""
+    command = (
+        f"vllm serve {adapter.base or 'BASE'}{revision} --enable-lora --lora-modules name={out} --max-lora-rank {limit}"
+    )
     return ExportReport(out, rank, command, notes)
 
 
@@ -117,7 +122,7 @@ def _for_llama_cpp(adapter: AdapterFile, out: Path, base: str | Path | None) -> 
         raise InputError(
             "The adapter's config names no base model, and the converter needs its config.", fix="Give it."
         )
-    folder = local_folder(named)
+    folder = local_folder(named, revision=adapter.revision_of(base))
     config = load_config(folder)
     if config.tie_word_embeddings and "lm_head" in factors:
         raise InputError("llama.cpp has no head of its own where the base's is tied, and the adapter is on lm_head.")
@@ -128,8 +133,10 @@ def _for_llama_cpp(adapter: AdapterFile, out: Path, base: str | Path | None) -> 
             _plain_config(adapter, rank, factors),
             tensors | {name: adapter.read(name) for name in norms},
             base=adapter.base,
+            revision=adapter.revision,
             fingerprint=adapter.fingerprint,
             quantization=adapter.quantization,
+            notes=adapter.path,
         )
         (work / "base").mkdir()
         copy_model_notes(folder, work / "base")
@@ -140,7 +147,7 @@ def _as_one_file(adapter: AdapterFile, out: Path, base: str | Path | None) -> Ex
     if out.suffix != ".safetensors":
         raise InputError("The name of the file must end in .safetensors.", where=str(out))
     metadata = dict(adapter.file.metadata) | {"format": "pt"}
-    metadata[CONFIG_KEY] = json.dumps(config_to_json(adapter.config, adapter.base))
+    metadata[CONFIG_KEY] = json.dumps(config_to_json(adapter.config, adapter.base, adapter.revision))
     tensors = {PREFIX + name: adapter.read(name) for name in adapter.tensors}
     with new_file(out) as work:
         save_tensors(work, tensors, metadata)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,9 @@ from lowrank.weights.adapterfile import CONFIG_NAME
 from lowrank.weights.basemodel import open_base
 from lowrank.weights.carriers import Carriers
 from lowrank.weights.extract_proof import prove
-from lowrank.weights.fingerprint import Fingerprint
+from lowrank.weights.fingerprint import Fingerprint, commit_of
 from lowrank.weights.folders import into_folder, refuse_inside
 from lowrank.weights.pairs import Pair
-from lowrank.weights.sidecars import copy_tokenizer
 from lowrank.weights.targetnames import target_names
 from lowrank.weights.writing import write_adapter
 
@@ -126,7 +125,14 @@ def _write(out: Path, found: Carriers, base: str) -> None:
         alpha_pattern={path: float(rank) for path, rank in others.items()},
         task_type="CAUSAL_LM" if type(pair.base.skeleton).__name__.endswith("ForCausalLM") else None,
     )
-    fingerprint = Fingerprint.of(pair.tuned.config if found.resized else pair.base.config)
-    write_adapter(out, config, found.tensors, base=base, fingerprint=fingerprint, quantization={})
-    if found.resized:
-        copy_tokenizer(pair.tuned.folder, out)
+    sizes = Fingerprint.of(pair.tuned.config if found.resized else pair.base.config)
+    write_adapter(
+        out,
+        config,
+        found.tensors,
+        base=base,
+        revision=commit_of(pair.base.config),
+        fingerprint=replace(sizes, commit=commit_of(pair.base.config)),
+        quantization={},
+        notes=pair.tuned.folder,
+    )

@@ -24,7 +24,8 @@ class Fingerprint:
     """Sizes of a model, from its config; None where the config has no such size.
 
     For a composite model (vision and language) they are those of its text model: the text model that is taken out of
-    a checkpoint and the whole one have the same fingerprint.
+    a checkpoint and the whole one have the same fingerprint. `commit` is that of the hub's repository that the model
+    was loaded from; None for a folder, and in older files.
     """
 
     model_type: str
@@ -32,27 +33,29 @@ class Fingerprint:
     hidden_size: int | None
     intermediate_size: int | None
     vocab_size: int | None
+    commit: str | None = None
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Self:
         """The fingerprint of a model with this config."""
         text = text_config(config)
-        return cls(text.model_type, **{ours: _first_int(text, theirs) for ours, theirs in _NAMES.items()})
+        sizes = {ours: _first_int(text, theirs) for ours, theirs in _NAMES.items()}
+        return cls(text.model_type, **sizes, commit=commit_of(config))
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], where: Path) -> Self:
         """The fingerprint in a file's metadata; InputError when it is not one."""
         names = {field.name for field in fields(cls)}
-        good = isinstance(raw.get("model_type"), str) and all(
-            raw[name] is None or type(raw[name]) is int for name in names & raw.keys() if name != "model_type"
-        )
-        if raw.keys() != names or not good:
+        sizes = names - {"model_type", "commit"}
+        good = isinstance(raw.get("model_type"), str) and isinstance(raw.get("commit"), str | None)
+        good = good and all(raw[name] is None or type(raw[name]) is int for name in sizes & raw.keys())
+        if raw.keys() | {"commit"} != names or not good:
             raise InputError("The note about the base model in the file's metadata is damaged.", where=str(where))
         return cls(**raw)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "commit" or value is not None}
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What differs, as "vocab_size 32000 (here 32064)" with `other` as "here".
@@ -62,6 +65,8 @@ class Fingerprint:
         mine, theirs = asdict(self), asdict(other)
         if (_text_type(self.model_type) or self.model_type) == (_text_type(other.model_type) or other.model_type):
             mine["model_type"] = theirs["model_type"]
+        if None in (self.commit, other.commit):  # a folder may be a copy of any
+            mine["commit"] = theirs["commit"]
         return [f"{name} {mine[name]} (here {theirs[name]})" for name in mine if mine[name] != theirs[name]]
 
     def differences_from(self, config: PretrainedConfig) -> list[str]:
@@ -70,6 +75,11 @@ class Fingerprint:
         return self.differences(
             replace(own, model_type=self.model_type) if config.model_type == self.model_type else own
         )
+
+
+def commit_of(config: PretrainedConfig) -> str | None:
+    """The commit of the hub's repository that a config was loaded from; None for one that comes from a folder."""
+    return getattr(config, "_commit_hash", None)
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

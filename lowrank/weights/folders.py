@@ -77,6 +77,8 @@ def into_folder(path: Path, *, last: str, overwrite: bool) -> Generator[Path]:
             return
         (path / last).unlink(missing_ok=True)
         for file in sorted(work.iterdir(), key=lambda file: file.name == last):
+            if (path / file.name).is_dir():
+                shutil.rmtree(path / file.name)
             os.replace(file, path / file.name)
         sync(path)
         work.rmdir()

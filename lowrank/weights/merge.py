@@ -73,7 +73,7 @@ def merge_checkpoint(
     refuse_occupied(out)
     source = open_adapter(adapter)
     refuse_taken_out(source)
-    model = open_base(_base_of(source, base), source.config.task_type, trust_remote_code)
+    model = open_base(_base_of(source, base), source.config.task_type, trust_remote_code, source.revision_of(base))
     source = named_as_in(source, model.skeleton)
     for folder in (model.folder, source.path):
         refuse_inside(out, folder)

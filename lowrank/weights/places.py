@@ -15,7 +15,7 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py", "*.
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def local_folder(name_or_path: str | Path, what: str = "model") -> Path:
+def local_folder(name_or_path: str | Path, what: str = "model", revision: str | None = None) -> Path:
     """The folder itself, or the hub's copy of a repository of that name (downloaded when it is not in the cache).
 
     Raises:
@@ -27,10 +27,11 @@ def local_folder(name_or_path: str | Path, what: str = "model") -> Path:
     name = os.fspath(name_or_path)
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise InputError(f"There is no {what} folder {name}.")
+    at = "" if revision is None else f" at revision {revision}"
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"There is no {what} {name!r}: no such folder, and the hub did not give it ({type(error).__name__}).",
+            f"There is no {what} {name!r}{at}: no such folder, and the hub did not give it ({type(error).__name__}).",
             fix="Give the path of a folder, or check the name and the connection.",
         ) from error

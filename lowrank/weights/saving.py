@@ -20,7 +20,7 @@ from lowrank.adapters.record import find_record
 from lowrank.adapters.targets import matches_end
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
-from lowrank.weights.fingerprint import Fingerprint
+from lowrank.weights.fingerprint import Fingerprint, commit_of
 from lowrank.weights.relocation import named_as_in
 from lowrank.weights.targetnames import target_names
 from lowrank.weights.writing import write_adapter
@@ -65,6 +65,7 @@ def save(
         config.model_copy(update=update),
         live,
         base=_name_of(model),
+        revision=commit_of(model.config) if known else None,
         fingerprint=Fingerprint.of(model.config) if known else None,
         quantization=_quantization(model) if known else None,
         overwrite=overwrite,

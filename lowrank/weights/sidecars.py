@@ -8,47 +8,47 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.weights.adapterfile import read_json
+from lowrank.weights.notes import GENERATION, TEMPLATES, TOKENIZER, copy_tokenizer, note_ends, noted_ends
 
-_TOKENIZER = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template.*",
-)
 _OTHERS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+# A tokenizer of an older make beside tokenizer.json; it knows the same tokens if none have been added.
+_OLDER = ("tokenizer.model", "vocab.*", "merges.txt", "*.tiktoken")
 _NEVER = ("*.index.json", "adapter_config.json", "config.json")
 
 
 def copy_sidecars(base: Path, adapter: Path, out: Path) -> None:
     """Copies everything but weights and config from the base, and the tokenizer from the adapter if it has one.
 
-    A tokenizer beside the adapter is the one that it was trained with: it knows the tokens that were added.
+    A tokenizer beside the adapter is the one that it was trained with: it knows the tokens that were added, and the
+    chat template. Where the adapter says which tokens end its answers, the generation config names them too.
     """
     own_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    replaced = TOKENIZER if own_tokenizer else ()
+    if own_tokenizer and _added_tokens(base) == _added_tokens(adapter):
+        replaced = tuple(pattern for pattern in TOKENIZER if pattern not in _OLDER)
     for file in _matching(base, _OTHERS):
-        if not (own_tokenizer and any(file.match(pattern) for pattern in _TOKENIZER)):
+        if not any(file.match(pattern) for pattern in replaced):
             shutil.copyfile(file, out / file.name)
     if own_tokenizer:
         copy_tokenizer(adapter, out)
-    for folder in (base, adapter) if own_tokenizer else (base,):
-        if (folder / "additional_chat_templates").is_dir():
-            shutil.copytree(folder / "additional_chat_templates", out / "additional_chat_templates", dirs_exist_ok=True)
+    elif (base / TEMPLATES).is_dir():
+        shutil.copytree(base / TEMPLATES, out / TEMPLATES)
+    if (out / GENERATION).is_file():
+        note_ends(out, noted_ends(adapter))
+    elif (adapter / GENERATION).is_file():
+        shutil.copyfile(adapter / GENERATION, out / GENERATION)
+
+
+def _added_tokens(folder: Path) -> int | None:
+    """How many tokens a tokenizer has beside its vocabulary; None where it does not say."""
+    file = folder / "tokenizer.json"
+    return len(read_json(file).get("added_tokens", [])) if file.is_file() else None
 
 
 def copy_model_notes(base: Path, out: Path) -> None:
     """Config and tokenizer of a model, without its weights."""
     shutil.copyfile(base / "config.json", out / "config.json")
     copy_tokenizer(base, out)
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """A model's tokenizer and chat template, where it has them."""
-    for file in _matching(source, _TOKENIZER):
-        shutil.copyfile(file, out / file.name)
 
 
 def write_config(base: Path, out: Path, changes: dict[str, Any], text_key: str | None) -> None:

@@ -23,6 +23,7 @@ from lowrank.weights.adapterfile import (
 )
 from lowrank.weights.fingerprint import Fingerprint
 from lowrank.weights.folders import into_folder
+from lowrank.weights.notes import copy_notes
 from lowrank.weights.tensorfile import save_tensors
 
 
@@ -32,9 +33,11 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     *,
     base: str | None,
+    revision: str | None,
     fingerprint: Fingerprint | None,
     quantization: dict[str, Any] | None,
     overwrite: bool = False,
+    notes: Path | None = None,
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`; other files in the folder stay.
 
@@ -43,9 +46,11 @@ def write_adapter(
         config: Its `target_modules` and `task_type` as they shall stand in the file.
         tensors: By name, without peft's prefix.
         base: What the config names as the base model.
+        revision: The commit of its repository, None for a folder.
         fingerprint: Of the base; goes into the tensors' metadata, which other readers pass over.
         quantization: The base's while training, {} for none, None if that is not known; beside the fingerprint.
         overwrite: Whether to replace an adapter that the folder holds already.
+        notes: A folder whose tokenizer and generation config are copied beside it, as far as it has them.
 
     Raises:
         InputError: A value is not finite, or an adapter is there already.
@@ -59,15 +64,17 @@ def write_adapter(
         metadata[BASE_KEY] = json.dumps(fingerprint.to_json())
     if quantization is not None:
         metadata[QUANTIZATION_KEY] = json.dumps(quantization)
-    text = json.dumps(config_to_json(config, base), indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(config_to_json(config, base, revision), indent=2, sort_keys=True, ensure_ascii=False)
     with into_folder(folder, last=CONFIG_NAME, overwrite=overwrite) as work:
         file = work / WEIGHTS_NAME
         save_tensors(file, {PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
         file.chmod(0o644)
+        if notes is not None and notes.is_dir():
+            copy_notes(notes, work)
         (work / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def config_to_json(config: AdapterConfig, base: str | None) -> dict[str, Any]:
+def config_to_json(config: AdapterConfig, base: str | None, revision: str | None) -> dict[str, Any]:
     """The content of `adapter_config.json`, with peft's keys."""
     fields = config.model_dump(mode="json", exclude=set(START_ONLY))
     fields["lora_alpha"] = _whole(fields["lora_alpha"])
@@ -78,7 +85,7 @@ def config_to_json(config: AdapterConfig, base: str | None) -> dict[str, Any]:
         "peft_version": PEFT_VERSION,
         "auto_mapping": None,
         "base_model_name_or_path": base,
-        "revision": None,
+        "revision": revision,
         "inference_mode": True,
         **fields,
     }

@@ -26,6 +26,10 @@ from lowrank.recipes.train import advice
 WRITTEN = {
     "adapter_config.json",
     "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
     "config.yaml",
     "metrics.jsonl",
     "report.html",

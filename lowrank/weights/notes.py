@@ -1,0 +1,90 @@
+"""What lies beside an adapter, so that it is asked and answers as it was trained: its tokenizer, and what ends answers.
+
+The tokenizer holds the chat template. `generation_config.json` is the base's, with the tokens that end trained turns.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.weights.adapterfile import read_json
+
+GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"
+TOKENIZER = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template.*",
+)
+"""The files of a tokenizer."""
+
+
+def stop_at(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int]:
+    """Makes a model's answers end at these tokens too, and gives its tokenizer the first if it has no end token.
+
+    Returns:
+        All tokens that end its answers: these, then those that its config and its tokenizer name.
+    """
+    if tokenizer.eos_token_id is None and ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    configured = _listed(model.generation_config.eos_token_id)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *configured, *own]))
+    return model.generation_config.eos_token_id
+
+
+def write_notes(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes a tokenizer and a model's generation config into a folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    _write_json(folder / GENERATION, model.generation_config.to_diff_dict())
+
+
+def copy_notes(source: Path, out: Path) -> None:
+    """Copies what lies beside an adapter to another one, as far as it is there."""
+    copy_tokenizer(source, out)
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, out / GENERATION)
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copies a tokenizer and its chat templates, as far as they are there."""
+    for file in {file for pattern in TOKENIZER for file in source.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, out / file.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, out / TEMPLATES, dirs_exist_ok=True)
+
+
+def noted_ends(folder: Path) -> list[int]:
+    """The tokens at which the answers of what lies in a folder end; none where it does not say."""
+    file = folder / GENERATION
+    return _listed(read_json(file).get("eos_token_id")) if file.is_file() else []
+
+
+def note_ends(folder: Path, ends: Sequence[int]) -> None:
+    """Names tokens at which answers end before those that the folder's generation config has."""
+    file = folder / GENERATION
+    if not ends:
+        return
+    config = read_json(file)
+    config["eos_token_id"] = list(dict.fromkeys([*ends, *_listed(config.get("eos_token_id"))]))
+    _write_json(file, config)
+
+
+def _listed(tokens: Any) -> list[int]:
+    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
