@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ PEFT_VERSION = "0.21.2"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 FACTOR = re.compile(r"(?P<path>.+)\.(?P<name>lora_(embedding_)?[AB]|lora_E|lora_magnitude_vector)(\.weight)?")
 BASE_KEY, QUANTIZATION_KEY, CONFIG_KEY = "lowrank.base", "lowrank.quantization", "adapter_config"
+HEAD_KEY = "lowrank.head"
 
 _KINDS: dict[str, type[LoraConfig | AdaLoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
 
@@ -54,6 +55,9 @@ class AdapterFile:
         revision: The commit (or another revision) of the base's repository that it was trained on, or None.
         fingerprint: Of the base that it was trained on; None for files that other tools wrote.
         quantization: The base's `quantization_config` while training, {} for none, None where the file does not say.
+        model_class: The base's class in training, where the config says so in place of a task.
+        before_turn: Whether a peft before 0.19 wrote it, which had fused experts the other way round.
+        head: What the base's config said of a head of its own (labels and their like), as far as the file says so.
     """
 
     path: Path
@@ -64,6 +68,9 @@ class AdapterFile:
     revision: str | None
     fingerprint: Fingerprint | None
     quantization: dict[str, Any] | None
+    model_class: str | None = None
+    head: dict[str, Any] = field(default_factory=dict)
+    before_turn: bool = False
 
     def revision_of(self, base: str | Path | None) -> str | None:
         """The revision to load of a base that somebody names: the adapter's own where it is the adapter's own base."""
@@ -108,13 +115,25 @@ def open_adapter(path: str | Path) -> AdapterFile:
     return AdapterFile(
         path=Path(path) if Path(path).is_file() else weights_path.parent,
         config=parse_config(raw, config_path),
-        tensors={name.removeprefix(PREFIX): entry for name, entry in file.entries.items()},
+        tensors=_plain_names({name.removeprefix(PREFIX): entry for name, entry in file.entries.items()}),
         file=file,
         base=base or None,
         revision=revision or None,
         fingerprint=_fingerprint(file),
         quantization=_note(file, QUANTIZATION_KEY),
+        model_class=_model_class(raw),
+        head=_note(file, HEAD_KEY) or {},
+        before_turn=_version(raw) < (0, 19),
     )
+
+
+def _plain_names(tensors: dict[str, Entry]) -> dict[str, Entry]:
+    """Without peft's wrappers: it may write a module saved whole three times, and a trained embedding's base deeper."""
+    plain: dict[str, Entry] = {}
+    for name, entry in tensors.items():
+        if ".original_module." not in name:
+            plain.setdefault(name.replace(".modules_to_save.", ".").replace(".token_adapter.base_", ".base_"), entry)
+    return plain
 
 
 def _open_folder(path: str | Path) -> tuple[TensorFile, dict[str, Any], Path]:
@@ -226,6 +245,18 @@ def _refuse_pickle(folder: Path, weights: Path) -> None:
             fix=f"Convert it to {WEIGHTS_NAME} with the tool that wrote it.",
         )
     raise InputError(f"The adapter folder has no {WEIGHTS_NAME}.", where=str(folder))
+
+
+def _version(raw: Mapping[str, Any]) -> tuple[int, int]:
+    """peft's, which its oldest files do not name."""
+    found = re.match(r"(\d+)\.(\d+)", str(raw.get("peft_version")))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _model_class(raw: Mapping[str, Any]) -> str | None:
+    mapping = raw.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return named if isinstance(named, str) else None
 
 
 def _fingerprint(file: TensorFile) -> Fingerprint | None:

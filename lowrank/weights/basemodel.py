@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import read_json, shorten
+from lowrank.weights.fingerprint import text_config
 from lowrank.weights.names import Piece, find_pieces
 from lowrank.weights.places import local_folder
 from lowrank.weights.tensorfile import TensorFile, open_tensors
@@ -34,10 +35,24 @@ _AUTO = {
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes that a model shall have instead of those in its config; None for the config's.
+
+    Attributes:
+        vocabulary: Rows of embedding and head.
+        labels: Of a classifier.
+    """
+
+    vocabulary: int | None = None
+    labels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
     """A model on disk.
 
     Attributes:
+        config: The folder's, with `sizes`.
         skeleton: The architecture on the meta device, ties made.
         files: The shards' headers by file name, in the order of their names.
         sharded: Whether the folder has an index.
@@ -50,6 +65,7 @@ class BaseModel:
     files: dict[str, TensorFile]
     sharded: bool
     pieces: dict[str, list[Piece]]
+    sizes: Sizes = Sizes()
 
     @property
     def size(self) -> int:
@@ -66,6 +82,9 @@ def open_base(
     task_type: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    *,
+    model_class: str | None = None,
+    sizes: Sizes = Sizes(),
 ) -> BaseModel:
     """Opens a local folder, or a hub's model (downloaded to the hub's cache when it is not there).
 
@@ -74,6 +93,8 @@ def open_base(
         task_type: peft's word for the head ("CAUSAL_LM"); None takes the class that the config names.
         trust_remote_code: Whether code that comes with the model may run.
         revision: Of a hub's repository.
+        model_class: A class of transformers, before what the config names, where it takes such a config.
+        sizes: Sizes other than the config's; the files' tensors keep theirs.
 
     Raises:
         InputError: There is no such model, it has no safetensors, or they are damaged or do not fit the config.
@@ -82,12 +103,28 @@ def open_base(
     files, sharded = _open_files(folder)
     config = load_config(folder, trust_remote_code)
     _check_depth(config.to_dict(), sum(len(file.entries) for file in files.values()), folder)
-    skeleton = _skeleton(folder, config, task_type, trust_remote_code)
+    _resize(config, sizes)
+    skeleton = _skeleton(folder, config, _named_class(model_class, config), task_type, trust_remote_code)
     names = [name for file in files.values() for name in file.entries]
     shapes = {name: entry.shape for file in files.values() for name, entry in file.entries.items()}
     if len(shapes) < len(names):
         raise InputError("A tensor's name occurs in two of the model's files.", where=str(folder))
-    return BaseModel(folder, config, skeleton, files, sharded, find_pieces(skeleton, shapes))
+    return BaseModel(folder, config, skeleton, files, sharded, find_pieces(skeleton, shapes), sizes)
+
+
+def _resize(config: PretrainedConfig, sizes: Sizes) -> None:
+    if sizes.vocabulary is not None:
+        text_config(config).vocab_size = sizes.vocabulary
+    if sizes.labels is not None:
+        for part in {id(part): part for part in (config, text_config(config))}.values():
+            part.num_labels = sizes.labels
+
+
+def _named_class(name: str | None, config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """transformers' class of that name, where it takes this config (a text model's does not take the whole one's)."""
+    cls = getattr(transformers, name, None) if name is not None else None
+    known = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+    return cls if known and isinstance(config, cls.config_class or ()) else None
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -116,16 +153,20 @@ def _check_depth(config: object, tensors: int, folder: Path) -> None:
         _check_depth(value, tensors, folder)
 
 
-def _skeleton(folder: Path, config: PretrainedConfig, task_type: str | None, trust: bool) -> PreTrainedModel:
+def _skeleton(
+    folder: Path, config: PretrainedConfig, cls: type[PreTrainedModel] | None, task_type: str | None, trust: bool
+) -> PreTrainedModel:
     try:
         named = (config.architectures or [None])[0]
-        cls = getattr(transformers, named, None) if isinstance(named, str) else None
-        known = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+        architecture = getattr(transformers, named, None) if isinstance(named, str) else None
+        known = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
         with torch.device("meta"):
-            if task_type in _AUTO and not (named and _same_head(named, task_type)):
+            if cls is not None:
+                model = cls(config)
+            elif task_type in _AUTO and not (named and _same_head(named, task_type)):
                 model = _AUTO[task_type].from_config(config, trust_remote_code=trust)
             elif known:
-                model = cls(config)
+                model = architecture(config)
             else:
                 model = _AUTO["CAUSAL_LM"].from_config(config, trust_remote_code=trust)
         model.tie_weights()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
 import torch
@@ -21,21 +21,25 @@ from lowrank.adapters.kinds import HostModule, is_multihead, kind_of
 from lowrank.adapters.method import merge_obstacle, rank_and_scale
 from lowrank.adapters.multihead import OUT_PROJ, OUT_PROJ_TWICE
 from lowrank.adapters.parameters import find_parameters
+from lowrank.adapters.targets import find_targets
 from lowrank.adapters.tokens import find_token_places
 from lowrank.errors import InputError
-from lowrank.weights.adapterfile import FACTOR, AdapterFile, shorten
+from lowrank.weights.adapterfile import FACTOR, TOKENS, AdapterFile, shorten
 from lowrank.weights.basemodel import BaseModel
+from lowrank.weights.expertlayout import is_turned
+from lowrank.weights.tensorfile import Entry, TensorFile
 from lowrank.weights.updates import (
     ExpertsUpdate,
     LowRankUpdate,
     Replacement,
+    Resized,
     RowReplacement,
     Sequence,
     Shift,
     Update,
 )
+from lowrank.weights.vocabulary import mean_row, tied_tokens, vocabulary_ends
 
-_TOKENS = ".token_adapter.trainable_tokens_delta"
 _BIAS = ".lora_B.bias"
 _NEEDED = {
     "lora": {"lora_A", "lora_B"},
@@ -63,6 +67,7 @@ class _Fit:
         self.modules = dict(base.skeleton.named_modules())
         self.parameters = {name: tuple(tensor.shape) for name, tensor in base.skeleton.state_dict().items()}
         self.stored = {entry.name: entry.shape for file in base.files.values() for entry in file.entries.values()}
+        self.vocabulary = self._vocabulary()
         self.problems: list[str] = []
         self.updates: dict[str, Update] = {}
         self.read_factors = lru_cache(_HELD)(self._read_factors)
@@ -70,21 +75,26 @@ class _Fit:
 
     def run(self) -> dict[str, Update]:
         factors: dict[str, dict[str, str]] = defaultdict(dict)
+        tokens, shifts = [], []  # each after what may replace that which it changes
         for name in self.adapter.tensors:
             if match := FACTOR.fullmatch(name):
                 factors[match["path"]][match["name"].replace("lora_embedding_", "lora_")] = name
             elif name.endswith(_BIAS):
-                pass  # after what may replace the bias that it is added to
-            elif name.endswith(_TOKENS):
-                self._token_rows(name.removesuffix(_TOKENS), name)
+                shifts.append(name)
+            elif name.endswith(TOKENS):
+                tokens.append(name)
             else:
                 self._whole(name)
+        self._resized()
+        for name in sorted(set(tokens) - tied_tokens(self.base.skeleton, self.adapter)):
+            self._token_rows(name.removesuffix(TOKENS), name)
+        self._tied()
+        self._lacking(factors)
         self._experts(factors)
         for path, names in factors.items():
             self._low_rank(path, names)
-        for name in self.adapter.tensors:
-            if name.endswith(_BIAS):
-                self._shift(name.removesuffix(_BIAS), name)
+        for name in shifts:
+            self._shift(name.removesuffix(_BIAS), name)
         if self.problems:
             raise InputError(
                 f"The adapter does not fit the base {self.base.folder}: {shorten(self.problems, 20)}.",
@@ -114,8 +124,11 @@ class _Fit:
         r = shapes["lora_A"][0] if shapes["lora_A"] else 0
         sizes = {"lora_A": r * into, "lora_B": r * out, "lora_E": r, "lora_magnitude_vector": out}
         if any(torch.Size(shape).numel() != sizes[bare] for bare, shape in shapes.items()):
-            told = ", ".join(f"{bare} {shape}" for bare, shape in shapes.items())
+            told = ", ".join(f"{names[bare]} {list(shape)}" for bare, shape in shapes.items())
             self.problems.append(f"{path} has W ({out}, {into}), which does not go with {told}")
+            return
+        if r != (expected := self._rank(path)):
+            self.problems.append(f"{names['lora_A']} has rank {r}, and the config gives {path} {expected}")
             return
         load = partial(self.read_factors, tuple(sorted(names.items())))
         transposed = isinstance(module, Conv1D | nn.Embedding)
@@ -137,12 +150,30 @@ class _Fit:
             return
         out, into = (1 if outer else 3) * module.embed_dim, module.embed_dim
         r = shapes["lora_A"][0] if shapes["lora_A"] else 0
-        if shapes != {"lora_A": (r, into), "lora_B": (out, r)}:
-            self.problems.append(f"{path} has W ({out}, {into}), which does not go with {shapes}")
+        if shapes != {"lora_A": (r, into), "lora_B": (out, r)} or r != self._rank(whole):
+            self.problems.append(
+                f"{path} has W ({out}, {into}), which at rank {self._rank(whole)} does not go with {shapes}"
+            )
             return
         load = partial(self.read_factors, tuple(sorted(names.items())), OUT_PROJ_TWICE if outer else 1.0)
         key = f"{whole}.out_proj.weight" if outer else f"{whole}.in_proj_weight"
         self._add(key, LowRankUpdate(self.config, whole, load, transposed=False, has_gain=False))
+
+    def _rank(self, path: str) -> int:
+        if isinstance(self.config, LoraConfig):
+            return rank_and_scale(self.config, path)[0]
+        kept = (self.config.rank_pattern or {}).get(f"{path}.lora_E")
+        return self.config.init_r if kept is None else sum(kept)
+
+    def _lacking(self, factors: Mapping[str, object]) -> None:
+        """Modules that the config's patterns name and the file holds nothing for."""
+        try:
+            targets = find_targets(self.base.skeleton, self.config)[0]
+        except InputError:  # single experts, that only the files have
+            return
+        outer = {f"{path}.{OUT_PROJ}" for path, module in targets.items() if is_multihead(module)}
+        lacking = sorted((targets.keys() | outer) - factors.keys())
+        self.problems += [f"{path} is to be adapted, and the file has no factors for it" for path in lacking]
 
     def _shift(self, path: str, name: str) -> None:
         """`lora_bias`: what B's bias adds to the module's own."""
@@ -179,17 +210,15 @@ class _Fit:
 
     def _one_of_experts(self, path: str, name: str, name_A: str, name_B: str) -> None:
         shape = self.parameters[f"{path}.{name}"]
-        experts, d1, d2 = shape if len(shape) == 3 else (1, *shape)
-        transposed = is_transposed(self.modules[path]) and len(shape) == 3
-        out, into = (d2, d1) if transposed else (d1, d2)
-        rows = self.adapter.tensors[name_A].shape[:1]
-        fits = self.adapter.tensors[name_A].shape == (*rows, into) and rows and rows[0] % experts == 0
-        if not fits or self.adapter.tensors[name_B].shape != (out, *rows):
-            found = [self.adapter.tensors[tensor].shape for tensor in (name_A, name_B)]
-            self.problems.append(f"{path}.{name} is {shape}, which does not go with {found}")
-            return
         assert isinstance(self.config, LoraConfig)
-        scale = rank_and_scale(self.config, f"{path}.{name}")[1]
+        experts = shape[0] if len(shape) == 3 else 1
+        r, scale = rank_and_scale(self.config, f"{path}.{name}")
+        found = self.adapter.tensors[name_A].shape, self.adapter.tensors[name_B].shape
+        transposed = is_turned(shape, is_transposed(self.modules[path]), experts * r, found, self.adapter.before_turn)
+        if transposed is None:
+            told = f"{name_A} {list(found[0])}, {name_B} {list(found[1])}"
+            self.problems.append(f"{path}.{name} is {list(shape)}, which at rank {r} does not go with {told}")
+            return
         load = partial(self.read_experts, name_A, name_B, experts, transposed)
         self._add(f"{path}.{name}", ExpertsUpdate(load, scale, expert=0 if len(shape) == 2 else None))
 
@@ -200,12 +229,12 @@ class _Fit:
 
     def _whole(self, name: str) -> None:
         key = name.replace(".base_layer.", ".")
-        resized, trained = key in self._vocabulary(), self._trained_whole(key)
+        resized, trained = key in self.vocabulary, self._trained_whole(key)
         if key not in self.parameters or not (resized or trained):
             self.problems.append(f"{name} is unexpected")
             return
         shape, wanted = self.adapter.tensors[name].shape, self.parameters[key]
-        if shape != wanted and not (resized and shape[1:] == wanted[1:]):
+        if shape != wanted:
             self.problems.append(f"{name} is {list(shape)}, and the base has {list(wanted)}")
             return
         rows: Callable[[int, int], Tensor] = partial(self.adapter.read_rows, name)
@@ -218,10 +247,39 @@ class _Fit:
         return inside or (key.endswith("bias") and self.config.bias != "none")
 
     def _vocabulary(self) -> set[str]:
-        """The weights with a row for each token: an adapter's file may hold them whole, resized."""
-        model = self.base.skeleton
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-        return {f"{path}.weight" for path, module in self.modules.items() if any(module is end for end in ends)}
+        """The parameters with a row for each token: an adapter's file may hold them whole, resized."""
+        ends = vocabulary_ends(self.base.skeleton)
+        return {f"{path}.{name}" for path in ends for name in ("weight", "bias")} & self.parameters.keys()
+
+    def _resized(self) -> None:
+        """The base's tables of tokens in the size that the adapter was trained with."""
+        for file in self.base.files.values():
+            for entry in file.entries.values():
+                for piece in self.base.pieces[entry.name]:
+                    if piece.whole and entry.shape != self.parameters[piece.parameter]:
+                        self._resize(piece.parameter, file, entry)
+
+    def _resize(self, key: str, file: TensorFile, entry: Entry) -> None:
+        wanted = self.parameters[key]
+        if key in self.updates or self.base.sizes.vocabulary is None:
+            return
+        if entry.shape[1:] != wanted[1:]:
+            self.problems.append(f"{key} cannot be brought from {list(entry.shape)} to {list(wanted)} on disk")
+            return
+        self.updates[key] = Resized(wanted, entry.shape[0], lru_cache(1)(lambda: mean_row(file, entry)))
+
+    def _tied(self) -> None:
+        """What a resized table shares with one that is tied to it, both have."""
+        for pair in self.base.skeleton.all_tied_weights_keys.items():
+            changed = [self.updates[name] for name in pair if name in self.updates]
+            shared = [update.before_tie for update in changed if update.shape is not None]
+            known = sorted(filter(None, shared), key=lambda u: (isinstance(u, Sequence), not isinstance(u, Resized)))
+            if self.base.sizes.vocabulary is None or not known:
+                continue
+            for name in pair:
+                own = self.updates.get(name)
+                if own is None or own.before_tie is own:
+                    self.updates[name] = known[-1]
 
     def _token_rows(self, path: str, name: str) -> None:
         key, place = f"{path}.weight", find_token_places(self.base.skeleton, self.config).get(path)

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from lowrank.errors import InputError, JobError
 from lowrank.weights.adapterfile import AdapterFile, open_adapter, refuse_taken_out, shorten
 from lowrank.weights.basemodel import INDEX, BaseModel, open_base
 from lowrank.weights.decoding import Onto, choose_decoding
-from lowrank.weights.fingerprint import Fingerprint, text_config
 from lowrank.weights.fit import find_updates
 from lowrank.weights.folders import new_folder, refuse_inside, refuse_occupied, require_space, sync
+from lowrank.weights.mergedconfig import changed_config, text_key
 from lowrank.weights.mergereport import MergeReport, make_report, total_loss
+from lowrank.weights.opening import open_for
 from lowrank.weights.plan import Plan, make_plan
-from lowrank.weights.relocation import named_as_in
 from lowrank.weights.rounding import Loss, Rounding, check_rounding
 from lowrank.weights.sidecars import copy_sidecars, write_config
 from lowrank.weights.stream import Progress, write_shard
@@ -73,57 +72,21 @@ def merge_checkpoint(
     refuse_occupied(out)
     source = open_adapter(adapter)
     refuse_taken_out(source)
-    model = open_base(_base_of(source, base), source.config.task_type, trust_remote_code, source.revision_of(base))
-    source = named_as_in(source, model.skeleton)
+    source, model = open_for(source, base, trust_remote_code)
     for folder in (model.folder, source.path):
         refuse_inside(out, folder)
-    check_fingerprint(source, model)
     trained_over = quantization if quantization is not None else source.quantization
     plan = make_plan(model, find_updates(source, model), target, choose_decoding(model, onto, trained_over))
     require_space(out, plan.size + 64 * 2**20)
     with new_folder(out) as work:
         losses = _write(plan, model, work, rounding, progress)
         copy_sidecars(model.folder, source.path, work)
-        write_config(model.folder, work, plan.config | _architecture(model), _text_key(model))
+        write_config(model.folder, work, plan.config | changed_config(model, source.head), text_key(model))
         _check(work, model, source, plan, trust_remote_code)
         seconds = time.monotonic() - started
         wanted = can_verify(model) and fits_in_memory(model) if verify is None else verify
         verified = _verify(model, source, work, onto, trained_over, total_loss(losses)) if wanted else None
     return make_report(out, model, plan, losses, seconds, verified)
-
-
-def check_fingerprint(adapter: AdapterFile, base: BaseModel) -> None:
-    """InputError when the adapter's file says that it was trained on another base."""
-    if adapter.fingerprint is None:
-        return
-    trained_on = adapter.fingerprint
-    if _rows_of_embedding(adapter, base) == trained_on.vocab_size:  # new tokens: their rows are the adapter's own
-        trained_on = replace(trained_on, vocab_size=Fingerprint.of(base.config).vocab_size)
-    different = trained_on.differences_from(base.config)
-    if different:
-        raise InputError(
-            f"The adapter was trained on another base: {', '.join(different)}.",
-            where=str(adapter.path),
-            fix=f"Give the base that it was trained on{f', {adapter.base}' if adapter.base else ''}.",
-        )
-
-
-def _rows_of_embedding(adapter: AdapterFile, base: BaseModel) -> int | None:
-    """How many tokens the adapter's file holds whole embeddings for; None where it holds none."""
-    embedding = base.skeleton.get_input_embeddings()
-    for path, module in base.skeleton.named_modules():
-        entry = adapter.tensors.get(f"{path}.weight") or adapter.tensors.get(f"{path}.base_layer.weight")
-        if module is embedding and entry is not None and entry.shape:
-            return entry.shape[0]
-    return None
-
-
-def _base_of(adapter: AdapterFile, base: str | Path | None) -> str | Path:
-    if base is not None:
-        return base
-    if adapter.base is None:
-        raise InputError("The adapter's config names no base model.", where=str(adapter.path), fix="Give the base.")
-    return adapter.base
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -159,20 +122,9 @@ def _write(plan: Plan, base: BaseModel, work: Path, rounding: Rounding, progress
     return losses
 
 
-def _architecture(base: BaseModel) -> dict[str, Any]:
-    name = type(base.skeleton).__name__
-    return {} if base.config.architectures == [name] else {"architectures": [name]}
-
-
-def _text_key(base: BaseModel) -> str | None:
-    """The key of config.json that holds the text model's config, where that is a part of it."""
-    text = text_config(base.config)
-    return next((name for name in base.config.sub_configs if getattr(base.config, name, None) is text), None)
-
-
 def _check(work: Path, base: BaseModel, adapter: AdapterFile, plan: Plan, trust_remote_code: bool) -> None:
     """Reads the result back as a model folder: every parameter that the base had a tensor for has one."""
-    merged = open_base(work, adapter.config.task_type, trust_remote_code)
+    merged = open_base(work, adapter.config.task_type, trust_remote_code, model_class=adapter.model_class)
     planned = {tensor.name for tensors in plan.shards.values() for tensor in tensors}
     entries = {name: entry for file in merged.files.values() for name, entry in file.entries.items()}
     had = {piece.parameter for pieces in base.pieces.values() for piece in pieces}

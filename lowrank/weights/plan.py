@@ -10,11 +10,10 @@ import torch
 from lowrank.errors import InputError
 from lowrank.weights.basemodel import BaseModel
 from lowrank.weights.decoding import Decoding
-from lowrank.weights.fingerprint import text_config
 from lowrank.weights.names import Piece
 from lowrank.weights.quantized import Decoder
 from lowrank.weights.tensorfile import CODES, TORCH_DTYPES, Entry
-from lowrank.weights.updates import Update
+from lowrank.weights.updates import Resized, Sequence, Update
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -119,8 +118,7 @@ def make_plan(base: BaseModel, updates: dict[str, Update], dtype: torch.dtype | 
                 f"The base's files have no tensor for {name}, which the adapter changes.", where=str(base.folder)
             )
         shards[next(iter(shards))].append(_new(name, update, base, dtype))
-    config |= _vocabulary(base, updates)
-    return Plan(shards, config, notes)
+    return Plan(shards, config, notes + _made_up(updates))
 
 
 def _changes(entry: Entry, pieces: list[Piece], updates: dict[str, Update]) -> tuple[tuple[Piece, Update], ...]:
@@ -155,6 +153,8 @@ def _decoded(
     decoder: Decoder,
 ) -> Planned:
     """A quantised tensor becomes a dense one: in bf16, unless the file has it in a float dtype or `dtype` says more."""
+    if resized := [update.shape for _, update in changes if update.shape not in (None, decoder.shape)]:
+        raise InputError(f"{entry.name} is quantised as {list(decoder.shape)}, and the adapter has it as {resized[0]}.")
     own = entry.dtype if entry.dtype in FLOATS and entry.shape == decoder.shape else "BF16"
     changes = tuple((replace(piece, rows=decoder.shape[0]), update) for piece, update in changes)
     return Planned(entry.name, own if dtype is None else CODES[dtype], decoder.shape, path, entry, changes, decoder)
@@ -227,11 +227,18 @@ def _refuse_untying(base: BaseModel, target: str) -> None:
         )
 
 
-def _vocabulary(base: BaseModel, updates: dict[str, Update]) -> dict[str, object]:
-    embedding = base.skeleton.get_input_embeddings()
-    rows = {
-        update.shape[0]
-        for name, update in updates.items()
-        if update.shape is not None and base.skeleton.get_submodule(name.rpartition(".")[0]) is embedding
-    }
-    return {"vocab_size": rows.pop()} if rows - {getattr(text_config(base.config), "vocab_size", None)} else {}
+def _made_up(updates: dict[str, Update]) -> list[str]:
+    """What is to be said about rows that neither the base nor the adapter has."""
+    names = [name for name, update in updates.items() if _grows(update)]
+    if not names:
+        return []
+    return [
+        f"Neither base nor adapter holds rows of the new tokens for {', '.join(names)}: they are the mean of the "
+        "others, as resize_token_embeddings makes them."
+    ]
+
+
+def _grows(update: Update) -> bool:
+    if isinstance(update, Sequence):
+        return _grows(update.parts[0])
+    return isinstance(update, Resized) and update.shape[0] > update.stored

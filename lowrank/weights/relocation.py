@@ -57,9 +57,7 @@ def path_of(name: str) -> str:
         path = match["path"]
     else:
         path = name.removesuffix(TOKENS) if name.endswith(TOKENS) else name.rpartition(".")[0]
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path
+    return path.partition(".base_layer")[0]
 
 
 def _known(path: str, modules: Modules) -> bool:

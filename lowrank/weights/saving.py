@@ -20,9 +20,10 @@ from lowrank.adapters.record import find_record
 from lowrank.adapters.targets import matches_end
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
-from lowrank.weights.fingerprint import Fingerprint, commit_of
+from lowrank.weights.fingerprint import Fingerprint, commit_of, text_config
 from lowrank.weights.relocation import named_as_in
 from lowrank.weights.targetnames import target_names
+from lowrank.weights.vocabulary import base_tensors, new_rows, rows_to_save, tied_tokens
 from lowrank.weights.writing import write_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,6 +59,7 @@ def save(
     if as_lora and not isinstance(config_of(model, adapter), AdaLoraConfig):
         raise InputError(f"as_lora is for AdaLoRA, and {adapter!r} is none.")
     config, live = (lora_form if as_lora else portable)(model, adapter)
+    live = live | rows_to_save(model, adapter)
     update = {"target_modules": _targets(model, config, live), "task_type": config.task_type or _task_type(model)}
     known = isinstance(model, PreTrainedModel)
     write_adapter(
@@ -68,6 +70,8 @@ def save(
         revision=commit_of(model.config) if known else None,
         fingerprint=Fingerprint.of(model.config) if known else None,
         quantization=_quantization(model) if known else None,
+        auto_mapping=_class_of(model) if known and update["task_type"] is None else None,
+        head=_head(model) if known else {},
         overwrite=overwrite,
     )
     return Path(path)
@@ -93,22 +97,34 @@ def load(
             pickle. The model is then as it was.
     """
     file = named_as_in(open_adapter(path), model)
-    problems = _other_base(model, file)
+    rows, problems = new_rows(model, file)
+    problems = _other_base(model, file) + problems
     if problems and strict:
         _refuse(file, problems)
+    old_rows = [row.put_in() for row in rows]
+    try:
+        problems += _put_in(model, file, adapter, strict, trainable)
+    except BaseException:
+        for row in old_rows:
+            row.put_in()
+        raise
+    if problems:
+        warnings.warn(f"{file.path}: skipped because it does not fit: {'; '.join(problems)}")
+    return model
+
+
+def _put_in(model: nn.Module, file: AdapterFile, adapter: str, strict: bool, trainable: bool) -> list[str]:
+    """Wraps and fills; returns what does not fit. The model carries what it carried before if that fails."""
     record = find_record(model)
     active = () if record is None else record.activity.names
     wrap(model, _for_this_head(model, file.config), adapter, trainable=trainable)
     try:
-        problems += _fill(model, adapter_tensors(model, adapter), file, strict)
+        return _fill(model, adapter_tensors(model, adapter), file, strict)
     except BaseException:
         delete(model, adapter)
         if record is not None:
             record.activity.names = active
         raise
-    if problems:
-        warnings.warn(f"{file.path}: skipped because it does not fit: {'; '.join(problems)}")
-    return model
 
 
 def _for_this_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
@@ -128,7 +144,10 @@ def _for_this_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
 def _fill(model: nn.Module, live: dict[str, Tensor], file: AdapterFile, strict: bool) -> list[str]:
     """Copies the file's tensors into the live ones; returns what does not fit."""
     missing = [name for name in live if name not in file.tensors]
-    unexpected = [name for name in file.tensors if name not in live and not _is_base(model, file, name)]
+    handled = base_tensors(model, file).keys() | tied_tokens(model, file)
+    unexpected = [
+        name for name in file.tensors if name not in live and name not in handled and not _is_base(model, file, name)
+    ]
     both = [name for name in live if name in file.tensors]
     misshapen = [name for name in both if file.tensors[name].shape != tuple(live[name].shape)]
     shapes = [f"{name} {list(file.tensors[name].shape)} (here {list(live[name].shape)})" for name in misshapen]
@@ -161,7 +180,10 @@ def _refuse(file: AdapterFile, problems: list[str]) -> None:
 def _other_base(model: nn.Module, file: AdapterFile) -> list[str]:
     if file.fingerprint is None or not isinstance(model, PreTrainedModel):
         return []
-    return [f"another base: {text}" for text in file.fingerprint.differences_from(model.config)]
+    different = file.fingerprint.differences_from(model.config)
+    resized = len(different) == 1 and different[0].startswith("vocab_size")
+    hint = f"; if training resized it, call model.resize_token_embeddings({file.fingerprint.vocab_size}) first"
+    return [f"another base: {text}{hint if resized else ''}" for text in different]
 
 
 def _quantization(model: PreTrainedModel) -> dict[str, Any]:
@@ -169,6 +191,21 @@ def _quantization(model: PreTrainedModel) -> dict[str, Any]:
     if config is None:
         return {}
     return config if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
+
+
+def _class_of(model: PreTrainedModel) -> dict[str, str]:
+    """peft's words for a model that has none of its tasks."""
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def _head(model: PreTrainedModel) -> dict[str, Any]:
+    """What the config says of a head that the base's checkpoint may not have."""
+    if not type(model).__name__.endswith("Classification"):
+        return {}
+    config = model.config
+    found = {name: getattr(config, name, None) for name in ("id2label", "label2id", "problem_type")}
+    found["pad_token_id"] = getattr(text_config(config), "pad_token_id", None)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _name_of(model: nn.Module) -> str | None:

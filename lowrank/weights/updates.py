@@ -181,6 +181,33 @@ class Replacement(Whole):
 
 
 @dataclass(frozen=True, slots=True)
+class Resized(Whole):
+    """A table of tokens with more rows than the base has, or fewer; what was tied to it stays so.
+
+    Attributes:
+        stored: How many rows the base has.
+        fill: Gives the values of a row that it has not: the mean of its own, from which `resize_token_embeddings`
+            starts new tokens.
+    """
+
+    shape: tuple[int, ...]
+    stored: int
+    fill: Callable[[], Tensor]
+    splits: bool = True
+    low_rank: bool = False
+
+    @property
+    def before_tie(self) -> Update:
+        """All of it."""
+        return self
+
+    def apply(self, block: Tensor, first: int) -> None:
+        """See `Update.apply`."""
+        if first + block.shape[0] > self.stored:
+            block[max(0, self.stored - first) :] = self.fill()
+
+
+@dataclass(frozen=True, slots=True)
 class RowReplacement(Whole):
     """Single rows of an embedding or a head.
 
@@ -227,8 +254,11 @@ class Sequence(Whole):
 
     @property
     def before_tie(self) -> Update | None:
-        """The first part, or nothing."""
-        return self.parts[0].before_tie
+        """As far as each part is shared."""
+        first, second = self.parts
+        if first.before_tie is first and second.before_tie is second:
+            return self
+        return first.before_tie
 
     def apply(self, block: Tensor, first: int) -> None:
         """See `Update.apply`."""

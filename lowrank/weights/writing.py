@@ -14,6 +14,7 @@ from lowrank.errors import InputError
 from lowrank.weights.adapterfile import (
     BASE_KEY,
     CONFIG_NAME,
+    HEAD_KEY,
     PEFT_VERSION,
     PREFIX,
     QUANTIZATION_KEY,
@@ -36,6 +37,8 @@ def write_adapter(
     revision: str | None,
     fingerprint: Fingerprint | None,
     quantization: dict[str, Any] | None,
+    auto_mapping: dict[str, str] | None = None,
+    head: dict[str, Any] | None = None,
     overwrite: bool = False,
     notes: Path | None = None,
 ) -> None:
@@ -49,6 +52,8 @@ def write_adapter(
         revision: The commit of its repository, None for a folder.
         fingerprint: Of the base; goes into the tensors' metadata, which other readers pass over.
         quantization: The base's while training, {} for none, None if that is not known; beside the fingerprint.
+        auto_mapping: The base's class, where the config names no task.
+        head: What the base's config says of its head; beside the fingerprint.
         overwrite: Whether to replace an adapter that the folder holds already.
         notes: A folder whose tokenizer and generation config are copied beside it, as far as it has them.
 
@@ -64,7 +69,10 @@ def write_adapter(
         metadata[BASE_KEY] = json.dumps(fingerprint.to_json())
     if quantization is not None:
         metadata[QUANTIZATION_KEY] = json.dumps(quantization)
-    text = json.dumps(config_to_json(config, base, revision), indent=2, sort_keys=True, ensure_ascii=False)
+    if head:
+        metadata[HEAD_KEY] = json.dumps(head)
+    fields = config_to_json(config, base, revision) | {"auto_mapping": auto_mapping}
+    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
     with into_folder(folder, last=CONFIG_NAME, overwrite=overwrite) as work:
         file = work / WEIGHTS_NAME
         save_tensors(file, {PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
