@@ -153,13 +153,17 @@ class SourceSection(_Section):
     subset: str | None = None
     """Which configuration of a data set on the hub."""
 
+    columns: dict[str, str] | None = None
+    """Where the keys of a format are found in its rows; see data.columns."""
+
 
 class DataSection(_Section):
     """What is trained on."""
 
     train: PathText | list[PathText | SourceSection]
-    """The training data: a file or a folder (relative to the current folder), or a name on the hub. A list
-    mixes several, all with a weight or none."""
+    """The training data: a file or a folder (relative to the current folder), or a name on the hub. A pattern such as
+    data/*.jsonl stands for several files. They are .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md, and may be
+    compressed (.gz, .zst, .bz2, .xz). A list mixes several sources, all with a weight or none."""
 
     eval: PathText | Annotated[float, Field(gt=0, lt=1)] | list[PathText | SourceSection] | None = None
     """The evaluation data, in the same forms; or a share of the training rows to set aside, such as 0.05."""
@@ -169,6 +173,13 @@ class DataSection(_Section):
 
     format: Format | None = None
     """What a row holds; found by looking at the rows where it is not named."""
+
+    columns: dict[str, str] | None = None
+    """Where the keys of a format are found in the rows, such as {prompt: question, completion: answer}. Known without
+    it are question, query and input for prompt, answer, response and output for completion."""
+
+    bad_rows: Literal["error", "skip"] = "error"
+    """What is done with rows that cannot be used; skip counts them, lists the first ten, and refuses more than 5 %."""
 
     max_length: int = Field(default=1024, ge=2)
     """The most tokens in an example."""

@@ -79,6 +79,7 @@ class Examples(Sequence[Example]):
         train_on: str,
         order: np.ndarray | None = None,
         row_mask: np.ndarray | None = None,
+        reasons: Sequence[tuple[int, str]] = (),
     ) -> None:
         """Look at a table through a selection.
 
@@ -88,7 +89,9 @@ class Examples(Sequence[Example]):
             train_on: Which tokens were asked to carry loss (kept for `check_supervision`).
             order: The table's examples that are in this set, in this order; repeats are allowed. None: all of them.
             row_mask: The rows this set was made from, for the report's counts, (R,) bool. None: all of them.
+            reasons: The first rows that could not be used, and why.
         """
+        self._reasons = reasons
         self.table, self.rows, self.train_on = table, rows, train_on
         self.order = np.arange(len(table.starts) - 1) if order is None else order
         self.row_mask = np.ones(len(table.outcomes), dtype=bool) if row_mask is None else row_mask
@@ -155,7 +158,14 @@ class Examples(Sequence[Example]):
     def select(self, order: np.ndarray, row_mask: np.ndarray | None = None) -> Examples:
         """The same table through another selection (indices into the table, not into this set)."""
         mask = self.row_mask if row_mask is None else row_mask
-        return Examples(self.table, self.rows, train_on=self.train_on, order=order, row_mask=mask)
+        return Examples(
+            self.table, self.rows, train_on=self.train_on, order=order, row_mask=mask, reasons=self._reasons
+        )
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the first of the rows that are left out as bad cannot be used."""
+        return [reason for row, reason in self._reasons if self.row_mask[row]]
 
     @property
     def report(self) -> DataReport:

@@ -38,12 +38,24 @@ class Format:
         needs: The keys that a row must have to be of this format.
         read: From a row to what it says; the flag tells whether there is a chat template.
         names: For keys that other data sets call otherwise, their names; the key's own is among them.
+        optional: Further keys that it may have.
     """
 
     expects: str
     needs: tuple[str, ...]
     read: Callable[[Row, bool], Content]
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys of its own."""
+        return list(dict.fromkeys((*self.needs, *self.names, *self.optional)))
+
+    @property
+    def other_names(self) -> list[str]:
+        """What data sets call its keys."""
+        return [name for names in self.names.values() for name in names]
 
 
 def _messages(row: Row, has_template: bool) -> Content:
@@ -164,7 +176,9 @@ def _text(row: Row, key: str) -> str:
 FORMATS: dict[str, Format] = {
     "messages": Format('{"messages": [{"role": ..., "content": ...}, ...]}', ("messages",), _messages),
     "sharegpt": Format('{"conversations": [{"from": "human", "value": ...}, ...]}', ("conversations",), _sharegpt),
-    "preference": Format('{"prompt": ..., "chosen": ..., "rejected": ...}', ("chosen", "rejected"), _preference),
+    "preference": Format(
+        '{"prompt": ..., "chosen": ..., "rejected": ...}', ("chosen", "rejected"), _preference, optional=("prompt",)
+    ),
     "prompt_completion": Format(
         '{"prompt": ..., "completion": ...}',
         ("prompt", "completion"),
@@ -183,6 +197,7 @@ FORMATS: dict[str, Format] = {
             "input": ("input", "context"),
             "output": ("output", "response", "answer", "completion"),
         },
+        optional=("history",),
     ),
     "text": Format('{"text": ...}', ("text",), _plain_text),
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lowrank.data.badrows import left_out, watched
+from lowrank.data.columns import check_columns
 from lowrank.data.example import Examples, TokenTable
 from lowrank.data.progress import progress
 from lowrank.data.report import Outcome
@@ -29,6 +31,8 @@ def load_examples(
     max_length: int,
     too_long: str = "error",
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    bad_rows: str = "error",
     max_rows: int | None = None,
     workers: int | None = None,
 ) -> Examples:
@@ -41,14 +45,16 @@ def load_examples(
         max_length: The most tokens in an example.
         too_long: What to do with a longer one: `error`, `drop`, `truncate`, or for plain text `split`.
         format: A key of `FORMATS`, or None to find it by looking at the rows.
+        columns: Where the keys of a format are found in the rows, such as {"prompt": "question"}.
+        bad_rows: What to do with rows that cannot be used: `error`, or `skip` them, if they are few.
         max_rows: Read only so many rows, the same number from each source.
         workers: Processes that tokenise; None: one for each core where that is worth it.
 
     Raises:
         InputError: names the file and line of what cannot be used.
     """
-    rows = Joined(open_sources(source, format), max_rows)
-    examples = tokenised(rows, tokenizer, Options(train_on, max_length, too_long), workers)
+    rows = Joined(open_sources(source, format, columns), max_rows)
+    examples = tokenised(rows, tokenizer, Options(train_on, max_length, too_long, bad_rows), workers)
     return mixed(examples, rows)
 
 
@@ -61,6 +67,8 @@ def load_train_eval(
     max_length: int,
     too_long: str = "error",
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    bad_rows: str = "error",
     max_train_rows: int | None = None,
     max_eval_rows: int | None = None,
     workers: int | None = None,
@@ -72,11 +80,13 @@ def load_train_eval(
         eval: The same, or the share of the training rows (above 0, below 1) to set aside, or None. Which rows are set
             aside depends on their content alone: adding rows moves none from one side to the other, and equal rows are
             on the same side.
-        tokenizer: As in `load_examples`, like `train_on`, `max_length`, `too_long`, `format` and `workers`.
+        tokenizer: As in `load_examples`, like `train_on` and all that is named there too.
         train_on: See there.
         max_length: See there.
         too_long: See there.
         format: See there.
+        columns: See there.
+        bad_rows: See there.
         max_train_rows: Read only so many rows of `train`.
         max_eval_rows: Evaluate on only so many rows.
         workers: See there.
@@ -84,30 +94,35 @@ def load_train_eval(
     Raises:
         InputError: names the file and line of what cannot be used, or a share that leaves one side empty.
     """
-    options = Options(train_on, max_length, too_long)
-    rows = Joined(open_sources(train, format), max_train_rows)
+    options = Options(train_on, max_length, too_long, bad_rows)
+    rows = Joined(open_sources(train, format, columns), max_train_rows)
     examples = tokenised(rows, tokenizer, options, workers)
     if eval is None:
         return mixed(examples, rows), None
     if isinstance(eval, float | int):
         trained, held_out = split_by_hash(examples, eval)
         return mixed(trained, rows), held_out if max_eval_rows is None else first_rows(held_out, max_eval_rows)
-    eval_rows = Joined(open_sources(eval, format), max_eval_rows)
+    eval_rows = Joined(open_sources(eval, format, columns), max_eval_rows)
     return mixed(examples, rows), mixed(tokenised(eval_rows, tokenizer, options, workers), eval_rows)
 
 
 def tokenised(rows: Joined, tokenizer: PreTrainedTokenizerBase, options: Options, workers: int | None) -> Examples:
     """All rows as examples, from the cache if they have been tokenised before."""
+    for part in rows.parts:
+        check_columns(part.rows)
     folder = cache_root() / cache_key(rows.fingerprint, tokenizer, options)
     table = open_table(folder)
     if table is None:
         table = _new_table(rows, Tokeniser(tokenizer, options), folder, workers)
-    examples = Examples(table, rows, train_on=options.train_on)
+    bad = np.flatnonzero(table.outcomes == Outcome.BAD)
+    why = left_out(bad, rows, Tokeniser(tokenizer, options)) if len(bad) else []
+    examples = Examples(table, rows, train_on=options.train_on, reasons=why)
     if options.too_long in ("error", "split"):
         _refuse_too_long(examples, rows, options.max_length)
     if not len(examples):
         report = examples.report
         what = f"no examples are left: {report.empty} of {report.rows} rows are empty, {report.dropped} too long"
+        what += f", {report.marked} say of every turn that it carries no loss" if report.marked else ""
         raise InputError(what, where=rows.name)
     return examples
 
@@ -116,9 +131,12 @@ def _new_table(rows: Joined, tokeniser: Tokeniser, folder: Path, workers: int | 
     if not len(rows):
         raise InputError("there are no rows", where=rows.name)
     with progress("tokenising rows", len(rows)) as advance:
+        parts = _counted(tables(rows, tokeniser, workers), advance)
+        if tokeniser.options.bad_rows == "error":
+            parts = watched(parts, rows, tokeniser)
         if len(rows) < WORTH_CACHING:
-            return concatenated(list(_counted(tables(rows, tokeniser, workers), advance)))
-        _write(folder, _counted(tables(rows, tokeniser, workers), advance))
+            return concatenated(list(parts))
+        _write(folder, parts)
     forget_unused(folder.parent)
     table = open_table(folder)
     assert table is not None

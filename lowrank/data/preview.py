@@ -11,7 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.data.example import Examples
 from lowrank.data.pieces import Piece, pieces
 from lowrank.data.plan import BatchPlan
+from lowrank.data.report import Outcome
 from lowrank.errors import InputError
+
+WHY = {
+    Outcome.EMPTY: "it is empty",
+    Outcome.TOO_LONG: "it is too long",
+    Outcome.BAD: "it cannot be used, and data.bad_rows is skip",
+    Outcome.MARKED: "it says of every turn that it carries no loss",
+}
+"""Why a row gave no example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,7 @@ class Preview:
         left_out: How many more the pack or the row holds.
         figures: Labels and values of the table.
         histogram: Example lengths as (from, to, examples).
+        reasons: Why the first rows that are left out as bad cannot be used.
     """
 
     heading: str
@@ -43,6 +53,7 @@ class Preview:
     left_out: int
     figures: list[tuple[str, str]]
     histogram: list[tuple[int, int, int]]
+    reasons: list[str]
 
 
 def preview_of(
@@ -79,6 +90,7 @@ def preview_of(
         left_out=max(0, len(indices) - count),
         figures=_figures(plan, steps_per_epoch, of_stream=of_stream),
         histogram=_histogram(examples.report.lengths.counts, examples.report.lengths.edges),
+        reasons=examples.reasons,
     )
 
 
@@ -88,7 +100,8 @@ def _of_row(examples: Examples, row: int) -> np.ndarray:
         raise InputError(f"there is no row {row}", where="--row", fix=f"Rows are 1 to {rows}.")
     found = np.flatnonzero(examples.table.example_rows[examples.order] == row - 1)
     if not len(found):
-        raise InputError(f"nothing of row {row} is trained on: it is empty, too long, or set aside", where="--row")
+        why = WHY.get(examples.table.outcomes[row - 1], "it is set aside")
+        raise InputError(f"nothing of row {row} is trained on: {why}", where="--row")
     return found
 
 
@@ -113,6 +126,8 @@ def _figures(plan: BatchPlan, steps_per_epoch: int | None, *, of_stream: bool) -
         ("truncated", f"{report.truncated:,}"),
         ("dropped as too long", f"{report.dropped:,}"),
         ("empty rows", f"{report.empty:,}"),
+        ("rows that say of every turn that it carries no loss", f"{report.marked:,}"),
+        ("rows that cannot be used, left out", f"{report.bad:,}"),
         ("duplicates", f"{report.duplicates:,}"),
         ("rows with special tokens in their text", f"{report.control_text:,}"),
         ("rows whose prompt and answer are encoded apart", f"{report.uneven:,}"),

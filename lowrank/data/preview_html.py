@@ -28,6 +28,8 @@ def preview_html(preview: Preview, title: str = "What is trained on") -> str:
     kind = "segment" if preview.packed else "example"
     examples = "\n".join(_example(shown, f"{kind} {number}") for number, shown in enumerate(preview.shown, start=1))
     more = f"<p>... and {preview.left_out} more</p>" if preview.left_out else ""
+    items = "".join(f"<li>{escape(reason)}</li>" for reason in preview.reasons)
+    reasons = f"<h2>Rows left out</h2>\n<ul>{items}</ul>\n" if items else ""
     figures = "\n".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in preview.figures)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
@@ -39,7 +41,7 @@ def preview_html(preview: Preview, title: str = "What is trained on") -> str:
 <table>
 {figures}
 </table>
-<h2>Example lengths in tokens</h2>
+{reasons}<h2>Example lengths in tokens</h2>
 {_bars(preview)}
 <h2>{escape(preview.heading)}, token by token</h2>
 <p class="example"><span class="on">supervised</span> <span>context only</span></p>

@@ -23,7 +23,13 @@ def preview_text(preview: Preview) -> RenderableType:
         parts += [_border(shown, number, packed=preview.packed), example_text(shown.pieces)]
     if preview.left_out:
         parts.append(Text(f"... and {preview.left_out} more", style="dim"))
-    parts += [Rule(style="dim"), _table(preview), Text("example lengths in tokens", style="bold"), _bars(preview)]
+    parts += [
+        Rule(style="dim"),
+        _table(preview),
+        *_reasons(preview),
+        Text("example lengths in tokens", style="bold"),
+        _bars(preview),
+    ]
     return Group(*parts)
 
 
@@ -57,6 +63,10 @@ def _table(preview: Preview) -> Table:
     for label, value in preview.figures:
         table.add_row(label, value)
     return table
+
+
+def _reasons(preview: Preview) -> list[RenderableType]:
+    return [Text("rows left out", style="bold"), *map(Text, preview.reasons)] if preview.reasons else []
 
 
 def _bars(preview: Preview) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ class Outcome(IntEnum):
     KEPT = 0
     EMPTY = 1
     TOO_LONG = 2
+    BAD = 3
+    MARKED = 4
 
 
 class Cut(IntEnum):
@@ -55,6 +57,8 @@ class DataReport:
         truncated: Examples cut at `max_length`.
         duplicates: Examples whose tokens and mask have occurred before.
         empty: Rows left out because nothing stands in them.
+        bad: Rows left out because they cannot be used.
+        marked: Rows left out because they say of every turn that it carries no loss.
         split: Rows that became several examples, because the chat template rewrites earlier turns.
         control_text: Rows whose own text holds a special token: often a chat template applied twice.
         uneven: Rows in which a prompt and its answer are encoded apart, as a model that is asked sees them.
@@ -71,6 +75,8 @@ class DataReport:
     truncated: int
     duplicates: int
     empty: int
+    bad: int
+    marked: int
     split: int
     control_text: int
     uneven: int
@@ -96,6 +102,9 @@ class StreamCounts:
         truncated: Examples cut at `max_length`.
         dropped: Rows left out because they are too long, or because a cut would have left them nothing to learn.
         empty: Rows left out because nothing stands in them.
+        marked: Rows left out because they say of every turn that it carries no loss.
+        bad: Rows left out because they cannot be used.
+        reasons: Why the first of those cannot.
     """
 
     rows: int = 0
@@ -103,6 +112,9 @@ class StreamCounts:
     truncated: int = 0
     dropped: int = 0
     empty: int = 0
+    marked: int = 0
+    bad: int = 0
+    reasons: list[str] = field(default_factory=list)
 
     def add(self, table: TokenTable) -> None:
         """Count the rows of one more table."""
@@ -111,9 +123,12 @@ class StreamCounts:
         self.truncated += int((table.cuts == Cut.TRUNCATED).sum())
         self.dropped += int((table.outcomes == Outcome.TOO_LONG).sum())
         self.empty += int((table.outcomes == Outcome.EMPTY).sum())
+        self.marked += int((table.outcomes == Outcome.MARKED).sum())
+        self.bad += int((table.outcomes == Outcome.BAD).sum())
 
     def __str__(self) -> str:
         counts = {"truncated": self.truncated, "dropped": self.dropped, "empty": self.empty}
+        counts |= {"with no turn to train": self.marked, "bad": self.bad}
         told = [f"{self.rows:,} rows read", *(f"{count:,} {what}" for what, count in counts.items() if count)]
         return ", ".join(told)
 
@@ -151,6 +166,8 @@ def report_of(table: TokenTable, order: np.ndarray, row_mask: np.ndarray) -> Dat
         truncated=int((table.cuts[order] == Cut.TRUNCATED).sum()),
         duplicates=len(unique) - len(np.unique(table.digests[unique])),
         empty=int((outcomes == Outcome.EMPTY).sum()),
+        bad=int((outcomes == Outcome.BAD).sum()),
+        marked=int((outcomes == Outcome.MARKED).sum()),
         split=int((per_row > 1).sum()),
         control_text=int(table.control_text[row_mask].sum()),
         uneven=int(table.uneven[row_mask].sum()),

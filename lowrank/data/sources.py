@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Union, cast
 
 import numpy as np
 
+from lowrank.data.columns import checked_columns, with_columns
 from lowrank.data.formats import FORMATS, detect, is_blank
 from lowrank.data.readers import open_rows
 from lowrank.data.rowerror import RowError
@@ -33,6 +34,7 @@ class Source:
         weight: This source's share of an epoch's examples relative to the other sources' weights; None: as it is.
         split: Which split of a data set that has several.
         subset: Which configuration of a data set on a hub.
+        columns: Where the keys of a format are found in these rows, such as {"prompt": "question"}.
     """
 
     path: str
@@ -40,7 +42,11 @@ class Source:
     weight: float | None = None
     split: str = "train"
     subset: str | None = None
+    columns: Mapping[str, str] | None = None
 
+
+# A format is looked for in so many rows where the first ones cannot be read.
+LOOKED_AT = 100
 
 Sources = Union[
     str, Path, Source, Mapping[str, Any], Sequence[str | Path | Source | Mapping[str, Any]], "datasets.Dataset"
@@ -67,39 +73,52 @@ class Part:
 
 
 def format_of(rows: Rows) -> str | None:
-    """The format of the first row that is not empty; None if all are.
+    """The format of the first row that is not empty and fits one; None if all are empty.
 
     Raises:
-        InputError: it fits no format.
+        InputError: none of the first rows does.
     """
+    first: InputError | None = None
     for index in range(len(rows)):
-        row = rows[index]
-        if not is_blank(row):
-            try:
+        try:
+            row = rows[index]
+            if not is_blank(row):
                 return detect(row)
-            except RowError as error:
-                raise InputError(error.what, where=rows.where(index), fix=error.fix) from None
+        except RowError as error:
+            first = first or InputError(error.what, where=rows.where(index), fix=error.fix)
+        except InputError as error:
+            first = first or error
+        if first and index >= LOOKED_AT:
+            break
+    if first:
+        raise first
     return None
 
 
-def open_sources(sources: Sources, form: str | None = None) -> list[Part]:
+def open_sources(sources: Sources, form: str | None = None, columns: Mapping[str, str] | None = None) -> list[Part]:
     """Open every source that is named, without reading rows yet.
 
     Args:
         sources: A path, a `Source` (or a mapping of its fields), a list of those, a list of rows, or a
             `datasets.Dataset`.
         form: The format of all rows, where a source does not name its own; None: found by looking.
+        columns: Where the keys of a format are found, where a source does not say so itself.
 
     Raises:
         InputError: a source is missing or of an unknown kind, a format is unknown, or weights are not right.
     """
     if hasattr(sources, "to_parquet"):  # a `datasets.Dataset`, told without importing `datasets`
-        return [Part(dataset_rows(cast("datasets.Dataset", sources), "data set"), checked_format(form), None)]
+        rows = with_columns(dataset_rows(cast("datasets.Dataset", sources), "data set"), checked_columns(columns))
+        return [Part(rows, checked_format(form), None)]
     if isinstance(sources, Sequence) and not isinstance(sources, str) and _are_rows(sources):
-        rows = RowList(cast("Sequence[Row]", sources), "rows")
+        rows = with_columns(RowList(cast("Sequence[Row]", sources), "rows"), checked_columns(columns))
         return [Part(rows, checked_format(form), None)]
     return [
-        Part(open_rows(item.path, item.split, item.subset), checked_format(item.format or form), item.weight)
+        Part(
+            with_columns(open_rows(item.path, item.split, item.subset), checked_columns(item.columns or columns)),
+            checked_format(item.format or form),
+            item.weight,
+        )
         for item in named_sources(sources)
     ]
 

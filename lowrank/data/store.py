@@ -63,7 +63,7 @@ def cache_key(rows_fingerprint: str, tokenizer: PreTrainedTokenizerBase, options
         str(tokenizer.split_special_tokens),
         template,
         (options.today or time.strftime("%Y-%m-%d")) if writes_date(tokenizer) else "",
-        json.dumps({**asdict(options), "today": None}),
+        json.dumps({**asdict(options), "today": None, "bad_rows": None}),
     ]
     return hashlib.blake2b("\0".join(told).encode(), digest_size=16).hexdigest()
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lowrank.data.badrows import LISTED, reason, refusal, refuse_many
 from lowrank.data.batch import Batch, packed_batch, padded_batch
 from lowrank.data.check import check_supervision
+from lowrank.data.columns import checked_columns, with_columns
 from lowrank.data.example import Examples, IdsAndMask
 from lowrank.data.load import tokenised
 from lowrank.data.packing import WINDOW, best_fit_decreasing
 from lowrank.data.prefetch import Prefetched
 from lowrank.data.readers import Placed, stream_rows
 from lowrank.data.report import Outcome, StreamCounts
-from lowrank.data.rows import RowList
+from lowrank.data.rows import RowList, Rows
 from lowrank.data.sources import Joined, Part, Source, Sources, checked_format, format_of, named_sources
 from lowrank.data.tokenise import Options, Tokeniser
 from lowrank.errors import InputError
@@ -46,6 +48,7 @@ class BatchStream:
     pad_token_id: int
     seed: int
     buffer: int
+    columns: Mapping[str, str] | None = None
     counts: StreamCounts = field(default_factory=StreamCounts, compare=False)
 
     def sample(self, rows: int) -> Examples:
@@ -58,7 +61,7 @@ class BatchStream:
         parts = []
         for source in self.sources:
             first = list(islice(stream_rows(source.path, source.split, source.subset), each))
-            parts.append(Part(_row_list(first, source), source.format or self.format, None))
+            parts.append(Part(self._row_list(first, source), source.format or self.format, None))
         return tokenised(Joined(parts), self.tokenizer, self.tokeniser.options, workers=1)
 
     def largest(self) -> Batch:
@@ -117,7 +120,7 @@ class BatchStream:
         rows = self._interleaved(rng)
         while chunk := list(islice(rows, min(CHUNK_ROWS, self.buffer))):
             for at, source in enumerate(self.sources):
-                own = _row_list([placed for owner, placed in chunk if owner == at], source)
+                own = self._row_list([placed for owner, placed in chunk if owner == at], source)
                 if len(own):
                     form = formats[at] = formats[at] or format_of(own)
                     yield self._tokenised(own, form or EMPTY_ROWS_FORMAT)
@@ -137,9 +140,10 @@ class BatchStream:
                 return
             yield at, placed
 
-    def _tokenised(self, rows: RowList, form: str) -> list[IdsAndMask]:
-        options = self.tokeniser.options
-        table = self.tokeniser.table(Joined([Part(rows, form, None)]), 0, len(rows))
+    def _tokenised(self, rows: Rows, form: str) -> list[IdsAndMask]:
+        options, joined = self.tokeniser.options, Joined([Part(rows, form, None)])
+        table = self.tokeniser.table(joined, 0, len(rows))
+        self._judge(joined, np.flatnonzero(table.outcomes == Outcome.BAD))
         over = np.flatnonzero(table.outcomes == Outcome.TOO_LONG)
         if len(over) and options.too_long in ("error", "split"):
             raise InputError(
@@ -149,12 +153,21 @@ class BatchStream:
             )
         check_supervision(Examples(table, rows, train_on=options.train_on), self.tokenizer)
         self.counts.add(table)
+        if self.counts.rows >= CHUNK_ROWS:
+            refuse_many(self.counts.bad, self.counts.rows, rows.name, self.counts.reasons)
         borders = zip(table.starts[:-1], table.starts[1:], strict=True)
         return [(table.ids[begin:end], table.supervised[begin:end]) for begin, end in borders]
 
+    def _judge(self, rows: Joined, bad: np.ndarray) -> None:
+        """Refuse bad rows, or note the first of them."""
+        if len(bad) and self.tokeniser.options.bad_rows == "error":
+            raise refusal(bad.tolist(), len(rows), rows, self.tokeniser)
+        listed = bad[: LISTED - len(self.counts.reasons)].tolist()
+        self.counts.reasons.extend(reason(rows, at, self.tokeniser) for at in listed)
 
-def _row_list(placed: Sequence[Placed], source: Source) -> RowList:
-    return RowList([row for row, _ in placed], source.path, [where for _, where in placed])
+    def _row_list(self, placed: Sequence[Placed], source: Source) -> Rows:
+        rows = RowList([row for row, _ in placed], source.path, [where for _, where in placed])
+        return with_columns(rows, checked_columns(source.columns or self.columns))
 
 
 def stream_batches(
@@ -165,6 +178,8 @@ def stream_batches(
     max_length: int,
     too_long: str = "error",
     format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    bad_rows: str = "error",
     packing: bool,
     batch_size: int,
     max_tokens: int,
@@ -177,11 +192,13 @@ def stream_batches(
     Args:
         source: As in `load_examples`, but not rows in memory. With weights, rows are drawn from the sources in these
             proportions until one source ends; without, the sources follow one another.
-        tokenizer: As in `load_examples`, like `train_on`, `max_length`, `too_long` and `format`.
+        tokenizer: As in `load_examples`, like `train_on` and all up to `bad_rows`.
         train_on: See there.
         max_length: See there.
         too_long: See there; `error` is raised when the row is reached.
         format: See there.
+        columns: See there.
+        bad_rows: See there; `error` is raised when the row is reached, and with `skip` when too many have been.
         packing: As in `plan_batches`, like `batch_size`, `max_tokens`, `pad_token_id` and `seed`.
         batch_size: See there.
         max_tokens: See there.
@@ -201,7 +218,8 @@ def stream_batches(
     sources = named_sources(source)
     for form in (format, *(each.format for each in sources)):
         checked_format(form)
-    tokeniser = Tokeniser(tokenizer, Options(train_on, max_length, too_long))
+    checked_columns(columns)
+    tokeniser = Tokeniser(tokenizer, Options(train_on, max_length, too_long, bad_rows))
     return BatchStream(
-        sources, format, tokenizer, tokeniser, packing, batch_size, max_tokens, pad_token_id, seed, buffer
+        sources, format, tokenizer, tokeniser, packing, batch_size, max_tokens, pad_token_id, seed, buffer, columns
     )

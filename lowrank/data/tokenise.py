@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,6 +25,7 @@ from lowrank.data.template import ChatTemplate, special_pattern
 from lowrank.data.turns import TRAIN_ON, Rendered, RenderedRow, plain_text, render_turns
 from lowrank.errors import InputError
 
+BAD_ROWS = ("error", "skip")
 TOO_LONG = ("error", "drop", "truncate", "split")
 
 
@@ -34,16 +37,19 @@ class Options:
         train_on: `assistant`, `last_assistant`, `completion` or `all`.
         max_length: The most tokens in an example.
         too_long: `error` (the caller raises), `drop`, `truncate`, or `split`, which cuts plain text into pieces.
+        bad_rows: `error` (the caller raises) or `skip`.
         today: The date (2026-11-26) for chat templates that write the day's; None: the day it is.
     """
 
     train_on: str
     max_length: int
     too_long: str
+    bad_rows: str = "error"
     today: str | None = None
 
     def __post_init__(self) -> None:
         assert self.train_on in TRAIN_ON, f"train_on is {self.train_on!r}, not one of {', '.join(TRAIN_ON)}"
+        assert self.bad_rows in BAD_ROWS, f"bad_rows is {self.bad_rows!r}, not one of {', '.join(BAD_ROWS)}"
         assert self.too_long in TOO_LONG, f"too_long is {self.too_long!r}, not one of {', '.join(TOO_LONG)}"
         assert self.max_length > 1, f"max_length is {self.max_length}"
 
@@ -78,43 +84,55 @@ class Tokeniser:
         self._offer = f"Set data.chat_template: {', '.join(fitting_templates(tokenizer))} fit, or name a .jinja file."
         self._special = special_pattern(tokenizer)
 
-    def table(self, rows: Joined, begin: int, end: int) -> TokenTable:
-        """Rows begin ... end as tokens.
+    def table(self, rows: Joined, begin: int, end: int, faults: dict[int, InputError] | None = None) -> TokenTable:
+        """Rows begin ... end as tokens; one that cannot be used gives none, and its outcome says so.
 
-        Raises:
-            InputError: a row cannot be used; names its file and line.
+        Args:
+            rows: The rows.
+            begin: The first.
+            end: One past the last.
+            faults: Takes why each row that cannot be used cannot, by its number from `begin`.
         """
-        read, formats = rows.read(begin, end), rows.formats(begin, end)
+        noting = _Faults(rows, begin, {} if faults is None else faults)
+        formats = rows.formats(begin, end)
         count = end - begin
         outcomes = np.full(count, Outcome.KEPT, dtype=np.uint8)
         texts: list[tuple[int, Rendered, bool]] = []
         keys, control = np.zeros(count, dtype=np.uint64), np.zeros(count, dtype=bool)
         masked, unasked = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
-        for at, row in enumerate(read):
-            canonical = _canonical(row)
-            control[at] = self._special.search(canonical) is not None
-            try:
+        for at, row in enumerate(_each(rows, begin, end)):
+            with noting.of(at):
+                if isinstance(row, InputError):
+                    raise row
+                canonical = _canonical(row)
+                control[at] = self._special.search(canonical) is not None
                 keys[at] = _digest(_encoded(canonical))
                 rendered, is_chat = self._rendered(row, formats[at])
-            except RowError as error:
-                raise InputError(error.what, where=rows.where(begin + at), fix=error.fix) from None
-            texts += [(at, text, is_chat) for text in rendered.texts]
-            masked[at], unasked[at] = rendered.masked, any(text.unasked for text in rendered.texts)
-            if not rendered.texts:
-                outcomes[at] = Outcome.EMPTY
+                texts += [(at, text, is_chat) for text in rendered.texts]
+                masked[at], unasked[at] = rendered.masked, any(text.unasked for text in rendered.texts)
+                if not rendered.texts:
+                    outcomes[at] = Outcome.MARKED if rendered.all_marked else Outcome.EMPTY
         lengths, uneven = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
-        chunk = _Chunk()
         encoded = self._encoder.batch([text.text for _, text, _ in texts])
+        ready: list[tuple[int, np.ndarray, np.ndarray, bool]] = []
         for (at, text, is_chat), (ids, offsets) in zip(texts, encoded, strict=True):
-            try:
+            with noting.of(at):
                 ids, mask, apart = self._masked(text, ids, offsets, is_chat=is_chat)
-            except RowError as error:
-                raise InputError(error.what, where=rows.where(begin + at), fix=error.fix) from None
-            uneven[at] |= apart
-            lengths[at] = max(lengths[at], len(ids))
-            if not self._fit(chunk, begin + at, ids, mask, is_text=not is_chat and bool(mask[1:].all())):
+                uneven[at] |= apart
+                lengths[at] = max(lengths[at], len(ids))
+                ready.append((at, ids, mask, not is_chat and bool(mask[1:].all())))
+        chunk = _Chunk()
+        for at, ids, mask, is_text in ready:
+            if at not in noting.faults and not self._fit(chunk, begin + at, ids, mask, is_text=is_text):
                 outcomes[at] = Outcome.TOO_LONG
+        outcomes[list(noting.faults)] = Outcome.BAD
         return _table(chunk, keys, outcomes, control, lengths, uneven, masked, unasked)
+
+    def fault(self, rows: Joined, index: int) -> InputError:
+        """Why a row cannot be used whose outcome says so."""
+        faults: dict[int, InputError] = {}
+        self.table(rows, index, index + 1, faults)
+        return faults[0]
 
     def last_turn(self, row: Row, form: str) -> tuple[list[int], list[int]]:
         """The last turn that is trained, whole: the tokens before it, and its own through the end token.
@@ -190,6 +208,42 @@ class Tokeniser:
             return False
         chunk.add(row, ids[:limit], mask[:limit], Cut.TRUNCATED)
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Faults:
+    """Why rows cannot be used, by their number from `begin`."""
+
+    rows: Joined
+    begin: int
+    faults: dict[int, InputError]
+
+    @contextmanager
+    def of(self, at: int) -> Generator[None]:
+        """Notes what is raised inside as the fault of one row."""
+        try:
+            yield
+        except InputError as error:
+            self.faults[at] = error
+        except RowError as error:
+            self.faults[at] = InputError(error.what, where=self.rows.where(self.begin + at), fix=error.fix)
+        except RecursionError:
+            self.faults[at] = InputError("the row is nested too deeply", where=self.rows.where(self.begin + at))
+
+
+def _each(rows: Joined, begin: int, end: int) -> Iterable[Row | InputError]:
+    """Rows begin ... end, an error in the place of each that cannot be read."""
+    try:
+        return rows.read(begin, end)
+    except InputError:
+        return (_one(rows, index) for index in range(begin, end))
+
+
+def _one(rows: Joined, index: int) -> Row | InputError:
+    try:
+        return rows[index]
+    except InputError as error:
+        return error
 
 
 def _canonical(row: Row) -> str:

@@ -49,17 +49,26 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
-    """The texts of a row, and how many of its turns are in none of them although they were to carry loss."""
+    """The texts of a row.
+
+    Attributes:
+        texts: One or more; none where nothing carries loss.
+        masked: How many of its turns are in none of them although they were to carry loss.
+        all_marked: Whether the row itself says of every turn that it carries no loss.
+    """
 
     texts: list[Rendered]
     masked: int = 0
+    all_marked: bool = False
 
 
 def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
     """The messages that carry loss under `assistant`, `last_assistant` or `completion`, by index.
 
+    There is none where the row says of all of them that they carry no loss.
+
     Raises:
-        RowError: there is none.
+        RowError: there is no turn to ask for.
     """
     messages = conversation.messages
     turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
@@ -70,13 +79,12 @@ def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
         turns = turns[-1:]
     elif train_on == "completion" or conversation.completion_from is not None:
         turns = [at for at in turns if at >= _completion_from(conversation)]
-    turns = [at for at in turns if conversation.train[at]]
     if not turns:
         raise RowError(
             f"no assistant turn is left to train on under train_on: {train_on}",
-            'Every such turn says "train": false, or none follows the prompt: remove the row or the mark.',
+            "None follows the prompt: remove the row, or take train_on: assistant.",
         )
-    return turns
+    return [at for at in turns if conversation.train[at]]
 
 
 def _completion_from(conversation: Conversation) -> int:
@@ -98,9 +106,12 @@ def render_turns(conversation: Conversation, template: ChatTemplate, train_on: s
         RowError: no turn to learn from.
     """
     if train_on == "all":
-        return RenderedRow([_everything(conversation, template)])
+        all_marked = not any(conversation.train)
+        return RenderedRow([] if all_marked else [_everything(conversation, template)], all_marked=all_marked)
     messages, tools = conversation.messages, conversation.tools
     asked = trained_turns(conversation, train_on)
+    if not asked:
+        return RenderedRow([], all_marked=True)
     prompts = template.prompts([messages[:at] for at in asked], tools)
     *wholes, text = template.render([*(messages[: at + 1] for at in asked if at + 1 < len(messages)), messages], tools)
     _check_tools(tools, prompts[0])

@@ -84,6 +84,8 @@ def stream_plan(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         max_length=data.max_length,
         too_long=data.too_long,
         format=data.format,
+        columns=data.columns,
+        bad_rows=data.bad_rows,
         packing=data.packing,
         batch_size=training.per_device_train_batch_size,
         max_tokens=training.tokens_per_batch or data.max_length,
@@ -100,6 +102,8 @@ def stream_plan(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         max_length=data.max_length,
         too_long=data.too_long,
         format=data.format,
+        columns=data.columns,
+        bad_rows=data.bad_rows,
         max_rows=data.max_eval_rows,
     )
     check_supervision(held_out, tokenizer)
@@ -117,6 +121,8 @@ def read_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
         max_length=section.max_length,
         too_long=section.too_long,
         format=section.format,
+        columns=section.columns,
+        bad_rows=section.bad_rows,
         max_train_rows=section.max_train_rows,
         max_eval_rows=section.max_eval_rows,
     )

@@ -60,6 +60,7 @@ def plan_of(
         "batches": f"{_batches(plan)}; {size}",
         "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
         "output": training.output_dir,
+        **_left_out(plan),
         **({"warning": "\n".join(contradicted)} if contradicted else {}),
     }
 
@@ -71,11 +72,17 @@ def _rows(plan: BatchPlan | BatchStream) -> str:
     text = f"{report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised"
     counts = {"truncated": report.truncated, "split": report.split, "dropped": report.dropped}
     counts |= {"duplicates": report.duplicates, "empty": report.empty}
+    counts |= {"with no turn to train": report.marked, "left out as bad": report.bad}
     counts |= {"with a special token in their own text": report.control_text}
     counts |= {"whose prompt and answer are encoded apart": report.uneven}
     counts |= {"answered behind another header than the template asks with": report.unasked}
     counts |= {"turns left out of the loss, as they cannot be aligned": report.masked_turns}
     return ", ".join([text, *(f"{count:,} {what}" for what, count in counts.items() if count)])
+
+
+def _left_out(plan: BatchPlan | BatchStream) -> dict[str, str]:
+    reasons = plan.counts.reasons if isinstance(plan, BatchStream) else plan.examples.reasons
+    return {"left out": "\n".join(reasons)} if reasons else {}
 
 
 def _batches(plan: BatchPlan | BatchStream) -> str:

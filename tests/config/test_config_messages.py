@@ -93,7 +93,7 @@ def test_a_mistake_in_the_training_section(told, good, line, message):
         ("  train: rows.jsonl", "  dataset: x", "run.yaml:6: data.dataset: is data.train here"),
         ("data:", "dta:", "run.yaml:5: dta: is not known; did you mean data?"),
         ("  train: rows.jsonl", "  trian: x", "run.yaml:6: data.trian: is not known; did you mean train?"),
-        ("  train: rows.jsonl", "  train: 2024", 'run.yaml:6: data.train: 2024 is not a text or a list of texts or mappings with path, format, weight, split, subset (in quotes it is one: "2024")'),
+        ("  train: rows.jsonl", "  train: 2024", 'run.yaml:6: data.train: 2024 is not a text or a list of texts or mappings with path, format, weight, split, subset, columns (in quotes it is one: "2024")'),
         ("model:\n  name_or_path: base", "model: base", "run.yaml:1: model: 'base' is no section; its keys go below it, one a line: "
          "model.name_or_path: base"),
         ("adapter:\n  r: 4", "adapter: dora", "run.yaml:3: adapter: 'dora' is no section; its keys go below it, one a line: "
@@ -125,7 +125,7 @@ def test_all_mistakes_at_once_in_the_order_of_the_lines_and_overrides_last(told,
 def test_a_contradiction_that_rests_on_a_mistake_is_not_told(told, good):
     text = good.replace("train: rows.jsonl", "train: rows.jsonl\n  eval: 3") + "  eval_steps: 3\n"
     assert told(text) == [
-        'run.yaml:7: data.eval: 3 is not a text, a number above 0 and below 1, or a list of texts or mappings with path, format, weight, split, subset (in quotes it is one: "3")'
+        'run.yaml:7: data.eval: 3 is not a text, a number above 0 and below 1, or a list of texts or mappings with path, format, weight, split, subset, columns (in quotes it is one: "3")'
     ]
 
 

@@ -179,11 +179,6 @@ class TestTrainOn:
         assert "|".join(said(examples, tokenizer)) == expected
         check_supervision(load(marked[:3], tokenizer, train_on="all"), tokenizer)
 
-    def test_marks_that_leave_nothing_are_refused(self):
-        marked = [user("Hi"), answer("Hello", train=False)]
-        with pytest.raises(InputError, match=r"row 1: no assistant turn is left"):
-            self.said("assistant", marked)
-
     def test_train_true_on_a_question_is_refused(self):
         with pytest.raises(InputError, match='"train" asks for loss on a user message'):
             self.said("assistant", [{**user("Hi"), "train": True}, answer("Hello")])
