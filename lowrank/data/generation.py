@@ -74,7 +74,7 @@ def answer_of(row: Mapping[str, Any], format: str | None = None) -> str:
 
 def _tokeniser(tokenizer: PreTrainedTokenizerBase, train_on: str, today: str | None) -> Tokeniser:
     asked = "assistant" if train_on == "all" else train_on  # under all, a conversation is one stretch
-    return Tokeniser(tokenizer, Options(asked, _NO_LIMIT, "error", today))
+    return Tokeniser(tokenizer, Options(asked, _NO_LIMIT, "error", today=today))
 
 
 def _question(tokeniser: Tokeniser, row: Mapping[str, Any], format: str | None, where: str | None) -> Question:
