@@ -107,7 +107,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError) as raised:
         load_config(tmp_path / "none.yaml")
     none = tmp_path / "none.yaml"
-    assert str(raised.value) == f"{none}: there is no such file; `lowrank init {none}` writes one"
+    assert str(raised.value) == f"{none}: there is no such file; `lowrank init DATA {none}` writes one"
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("model: é".encode("latin-1"))
