@@ -91,7 +91,9 @@ def read_document(path: Path) -> Document:
     try:
         root = CoreLoader(path.read_text(encoding="utf-8-sig")).get_single_node()
     except FileNotFoundError:
-        document.problems.append(Problem(str(path), "", f"there is no such file; `lowrank init DATA {path}` writes one"))
+        document.problems.append(
+            Problem(str(path), "", f"there is no such file; `lowrank init DATA {path}` writes one")
+        )
     except OSError as error:
         document.problems.append(Problem(str(path), "", f"cannot be read: {error.strerror}"))
     except UnicodeDecodeError:

@@ -7,7 +7,8 @@ checkpoints, resume, `load_best_model_at_end`, `push_to_hub` and TRL's trainers 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,7 +79,8 @@ def save_pretrained(
     """Writes every adapter of a wrapped model in peft's format, and what Trainer resumes from.
 
     The adapter named "default", or the only one, stands in the folder itself, others in folders of their names, as
-    peft has it. `model.safetensors` beside them holds the live adapters' tensors.
+    peft has it. `model.safetensors` beside them holds the live adapters' tensors; where the base came from no folder
+    and no hub, so that nobody could find it again, it holds the base as well.
 
     Args:
         model: A wrapped model.
@@ -100,9 +102,11 @@ def save_pretrained(
     _check_same(live, state_dict)
     names = list(record_of(model).configs)
     root = "default" if "default" in names or len(names) > 1 else names[0]
-    for name in names:
-        saving.save(model, folder if name == root else folder / name, name, overwrite=True)
-    save_tensors(folder / STATE_NAME, live, {"format": "pt"})
+    with _base_beside(model, folder) as base_is_there:
+        for name in names:
+            saving.save(model, folder if name == root else folder / name, name, overwrite=True)
+    if not base_is_there:
+        save_tensors(folder / STATE_NAME, live, {"format": "pt"})
     if push_to_hub:
         _upload(folder, **options)
 
@@ -126,6 +130,20 @@ def load_state_dict(
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The part of `state_dict` that is the adapters'; it shares storage with them."""
     return {name: value for name, value in model.state_dict().items() if AdapterSet.CHILD in name.split(".")}
+
+
+@contextmanager
+def _base_beside(model: PreTrainedModel, folder: Path) -> Iterator[bool]:
+    """Writes a base that has no place of its own, and names the folder as its place; gives whether it did."""
+    if model.config._name_or_path:
+        yield False
+        return
+    type(model).save_pretrained(model, folder)
+    model.config._name_or_path = str(folder.resolve())
+    try:
+        yield True
+    finally:
+        model.config._name_or_path = ""
 
 
 def _check_same(live: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor] | None) -> None:

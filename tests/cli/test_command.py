@@ -110,7 +110,9 @@ def test_mistakes_in_a_config_exit_with_2_a_line_each(config, capsys):
 
 def test_a_missing_config(capsys):
     assert run("train", "none.yaml") == 2
-    assert capsys.readouterr().err == "error: none.yaml: there is no such file; `lowrank init DATA none.yaml` writes one\n"
+    assert (
+        capsys.readouterr().err == "error: none.yaml: there is no such file; `lowrank init DATA none.yaml` writes one\n"
+    )
 
 
 def test_a_wrong_input_exits_with_2(failing, capsys):

@@ -117,6 +117,6 @@ def test_tokens_of_one_side_alone_are_not_merged_on_disk(tmp_path: Path):
     config = LoraConfig(r=2, target_modules=["q"], trainable_token_indices={"encoder.embed_tokens": [9]})
     lowrank.save(lowrank.wrap(tiny_t5(), config), tmp_path / "adapter")
     with pytest.raises(
-        InputError, match="cannot be merged: its weight is that of decoder.embed_tokens, lm_head, shared"
+        InputError, match=r"cannot be merged: its weight is that of decoder.embed_tokens, lm_head, shared"
     ):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

@@ -151,6 +151,18 @@ def test_several_adapters_stand_where_peft_has_them(base, tmp_path):
         again.load_state_dict({"model.layers.0.mlp.up_proj.adapters.other.lora_A": torch.zeros(4, 4)})
 
 
+def test_a_base_of_no_place_is_kept_beside_its_adapter(tmp_path):
+    model = lowrank.wrap(tiny_llama(), lowrank.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 12)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert model.config._name_or_path == ""
+    resumed = lowrank.wrap(tiny_llama(), lowrank.LoraConfig(r=4, target_modules="all-linear"))
+    resumed.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    torch.testing.assert_close(resumed(ids).logits, model(ids).logits)
+
+
 def test_a_merged_or_unwrapped_model_saves_itself_again(base, tmp_path):
     for end in (lowrank.merge, lowrank.unwrap):
         folder = tmp_path / end.__name__
