@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lowrank.data.sources import Joined, Sources, open_sources
 from lowrank.data.store import TableWriter, cache_key, cache_root, forget_unused, open_table
 from lowrank.data.tokenise import Options, Tokeniser, concatenated
 from lowrank.data.workers import tables
-from lowrank.errors import InputError, JobError
+from lowrank.errors import InputError
 
 # Fewer rows are tokenised again at every start, which takes less than a second.
 WORTH_CACHING = 2000
@@ -130,30 +131,33 @@ def tokenised(rows: Joined, tokenizer: PreTrainedTokenizerBase, options: Options
 def _new_table(rows: Joined, tokeniser: Tokeniser, folder: Path, workers: int | None) -> TokenTable:
     if not len(rows):
         raise InputError("there are no rows", where=rows.name)
+    if len(rows) >= WORTH_CACHING and (table := _written(rows, tokeniser, folder, workers)) is not None:
+        return table
+    return concatenated(list(_parts(rows, tokeniser, workers)))
+
+
+def _parts(rows: Joined, tokeniser: Tokeniser, workers: int | None) -> Iterator[TokenTable]:
+    """The tokens of all rows; bad rows are refused, unless they are to be skipped."""
     with progress("tokenising rows", len(rows)) as advance:
         parts = _counted(tables(rows, tokeniser, workers), advance)
-        if tokeniser.options.bad_rows == "error":
-            parts = watched(parts, rows, tokeniser)
-        if len(rows) < WORTH_CACHING:
-            return concatenated(list(parts))
-        _write(folder, parts)
-    forget_unused(folder.parent)
-    table = open_table(folder)
-    assert table is not None
-    return table
+        yield from watched(parts, rows, tokeniser) if tokeniser.options.bad_rows == "error" else parts
 
 
-def _write(folder: Path, parts: Iterator[TokenTable]) -> None:
+def _written(rows: Joined, tokeniser: Tokeniser, folder: Path, workers: int | None) -> TokenTable | None:
+    """The table, written into the cache and read from there; None, with a warning, where it cannot be written."""
     try:
         with TableWriter(folder) as writer:
-            for part in parts:
+            for part in _parts(rows, tokeniser, workers):
                 writer.append(part)
+        forget_unused(folder.parent)
     except OSError as error:
-        raise JobError(
-            f"the tokens cannot be written: {error.strerror or error}",
-            where=str(folder),
-            fix="Make room there, or name another folder in the environment variable LOWRANK_CACHE.",
-        ) from error
+        warnings.warn(
+            f"the tokens are not kept for the next start: {folder.parent}: {error.strerror or error}. "
+            "Make room there, or name another folder in the environment variable LOWRANK_CACHE.",
+            stacklevel=2,
+        )
+        return None
+    return open_table(folder)
 
 
 def _counted(parts: Iterator[TokenTable], advance: Callable[[int], None]) -> Iterator[TokenTable]:

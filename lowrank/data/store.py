@@ -11,8 +11,10 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
+from tempfile import mkdtemp
 from types import TracebackType
 
 import numpy as np
@@ -28,6 +30,9 @@ from lowrank.paths import expanded
 # Raised whenever the same rows give other tokens than before, or the files another layout.
 VERSION = 3
 UNUSED_DAYS = 30
+# What a table's folder holds beside its arrays: how many bytes each has.
+SIZES = "sizes.json"
+PARTIAL = ".partial"
 
 DTYPES: dict[str, np.dtype] = {
     "ids": np.dtype(np.int32),
@@ -69,16 +74,24 @@ def cache_key(rows_fingerprint: str, tokenizer: PreTrainedTokenizerBase, options
 
 
 def open_table(folder: Path) -> TokenTable | None:
-    """A table that was written before, mapped into memory; None if there is none."""
-    if not folder.is_dir():
+    """A table that was written before, mapped into memory; None if there is none, or not all of it."""
+    try:
+        expected = json.loads((folder / SIZES).read_bytes())
+        if expected != _sizes(folder):
+            return None
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(folder)
+        arrays = {}
+        for name, dtype in DTYPES.items():
+            empty = expected[name] == 0
+            arrays[name] = np.empty(0, dtype) if empty else np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r")
+    except (OSError, ValueError):
         return None
-    os.utime(folder)
-    arrays = {}
-    for name, dtype in DTYPES.items():
-        file = folder / f"{name}.bin"
-        empty = file.stat().st_size == 0
-        arrays[name] = np.empty(0, dtype) if empty else np.memmap(file, dtype=dtype, mode="r")
     return TokenTable(**arrays)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: (folder / f"{name}.bin").stat().st_size for name in DTYPES}
 
 
 class TableWriter:
@@ -86,11 +99,11 @@ class TableWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._temporary = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         self._tokens = 0
 
     def __enter__(self) -> TableWriter:
-        self._temporary.mkdir(parents=True)
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = Path(mkdtemp(prefix=f"{self._folder.name}.", suffix=PARTIAL, dir=self._folder.parent))
         self._files = {name: (self._temporary / f"{name}.bin").open("wb") for name in DTYPES}
         self._files["starts"].write(np.zeros(1, dtype=DTYPES["starts"]).tobytes())
         return self
@@ -107,19 +120,30 @@ class TableWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files.values():
-            file.close()
-        if error is None and not self._folder.exists():
-            try:
-                self._temporary.rename(self._folder)
-            except OSError:  # another process of this run was faster, with the same content
-                if not self._folder.exists():
-                    raise
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        try:
+            for file in self._files.values():
+                file.close()
+            if error is None:
+                (self._temporary / SIZES).write_text(json.dumps(_sizes(self._temporary)))
+                self._put_in_place()
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _put_in_place(self) -> None:
+        if open_table(self._folder) is not None:  # another process was faster, with the same content
+            return
+        shutil.rmtree(self._folder, ignore_errors=True)  # what is there is not whole
+        try:
+            self._temporary.rename(self._folder)
+        except OSError:
+            if open_table(self._folder) is None:
+                raise
 
 
 def forget_unused(root: Path) -> None:
-    """Delete tables that no run has opened for `UNUSED_DAYS`."""
+    """Delete tables that no run has opened for `UNUSED_DAYS`, and what a killed writer left a day ago."""
     for folder in root.iterdir():
-        if time.time() - folder.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
-            shutil.rmtree(folder, ignore_errors=True)
+        days = 1 if folder.name.endswith(PARTIAL) else UNUSED_DAYS
+        with suppress(OSError):  # another process forgets it too
+            if time.time() - folder.stat().st_mtime > days * 24 * 3600:
+                shutil.rmtree(folder, ignore_errors=True)

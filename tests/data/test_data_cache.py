@@ -134,11 +134,70 @@ def test_unused_tables_are_forgotten(tmp_path):
     assert [folder.name for folder in tmp_path.iterdir()] == ["new"]
 
 
-def test_a_cache_that_cannot_be_written_says_so(path, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_told_of_and_done_without(path, tmp_path, monkeypatch):
+    expected = load_examples(path, tiny_tokenizer(), max_length=500)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "file"))
-    with pytest.raises(JobError, match=r"the tokens cannot be written: Not a directory\n.*LOWRANK_CACHE"):
-        load_examples(path, tiny_tokenizer(), max_length=500)
+    with pytest.warns(UserWarning, match=r"the tokens are not kept .*: Not a directory.*LOWRANK_CACHE"):
+        assert same(load_examples(path, tiny_tokenizer(), max_length=500), expected)
+
+
+def test_a_disk_that_fills_up_is_told_of_and_done_without(path, cache, monkeypatch):
+    expected = load_examples(path, tiny_tokenizer(), max_length=400, workers=1)
+
+    def full(self, table):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TableWriter, "append", full)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        found = load_examples(path, tiny_tokenizer(), max_length=500)
+    assert np.array_equal(found.table.ids, expected.table.ids)
+    assert not list((cache / "tokens").glob("*.partial"))
+
+
+def test_a_cache_that_may_only_be_read_is_read(path, tokenised, monkeypatch):
+    first = load_examples(path, tiny_tokenizer(), max_length=500)
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("lowrank.data.store.os.utime", refused)
+    assert same(load_examples(path, tiny_tokenizer(), max_length=500), first)
+    assert len(tokenised) == 1
+
+
+def test_what_a_killed_writer_left_is_in_nobodys_way(path, cache, monkeypatch):
+    folders = []
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **_: folders.append(folder))
+    with pytest.raises(KeyboardInterrupt), TableWriter(cache / "tokens" / "killed"):
+        raise KeyboardInterrupt
+    monkeypatch.undo()
+    monkeypatch.setenv("LOWRANK_CACHE", str(cache))
+    assert folders[0].is_dir()
+    with TableWriter(cache / "tokens" / "killed") as writer:  # in the same process: with the same number
+        writer.append(load_examples([row(1)], tiny_tokenizer(), max_length=500).table)
+    assert open_table(cache / "tokens" / "killed") is not None
+    os.utime(folders[0], (0, time.time() - 2 * 24 * 3600))
+    forget_unused(cache / "tokens")
+    assert not folders[0].exists()
+
+
+@pytest.mark.parametrize("harm", ["cut", "longer", "gone", "no sizes", "broken sizes"])
+def test_a_table_that_is_not_whole_is_made_anew(path, cache, tokenised, harm):
+    first = load_examples(path, tiny_tokenizer(), max_length=500)
+    expected = first.table.ids.copy()
+    (folder,) = (cache / "tokens").iterdir()
+    file = folder / ("sizes.json" if "sizes" in harm else "supervised.bin")
+    content = file.read_bytes()
+    del first
+    file.unlink()
+    if harm not in ("gone", "no sizes"):
+        file.write_bytes({"cut": content[:-3], "longer": content + b"x", "broken sizes": b"{"}[harm])
+    again = load_examples(path, tiny_tokenizer(), max_length=500)
+    assert np.array_equal(again.table.ids, expected)
+    assert len(tokenised) == 2
+    load_examples(path, tiny_tokenizer(), max_length=500)
+    assert len(tokenised) == 2
 
 
 def test_small_sets_leave_nothing_behind(cache):
