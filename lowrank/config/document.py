@@ -164,6 +164,14 @@ class _Values:
             if not isinstance(key_node, yaml.ScalarNode):
                 self._problem(key_node, path, "a key is a word, not a list or a mapping")
                 continue
+            if key_node.value == "<<" and key_node.style is None:
+                self._merged(
+                    value_node,
+                    path,
+                    values,
+                    own=[key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)],
+                )
+                continue
             inner = (*path, key_node.value)
             if key_node.value in values:
                 self._problem(key_node, inner, f"stands at {self.document.places[inner]} already")
@@ -171,6 +179,16 @@ class _Values:
             self.document.places[inner] = self._place(key_node)
             values[key_node.value] = self.of(value_node, inner)
         return values
+
+    def _merged(self, node: yaml.Node, path: KeyPath, values: dict[str, Any], own: list[str]) -> None:
+        """Takes the keys of a mapping (of several, the first one wins) that is merged into another, but for its own."""
+        for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(part, yaml.MappingNode):
+                self._problem(node, (*path, "<<"), "merges mappings alone, such as `<<: *name`")
+                return
+            known = {*own, *values}
+            left = [(key, value) for key, value in part.value if str(key.value) not in known - {"<<"}]
+            values |= self._mapping(yaml.MappingNode(part.tag, left, part.start_mark), path)
 
     def _place(self, node: yaml.Node) -> str:
         return self.where or f"{self.document.name}:{node.start_mark.line + 1}"

@@ -175,7 +175,6 @@ SYNONYMS: dict[str, str] = {
 """Their name -> where it is here, with the value where that is given by the name."""
 
 ABSENT: dict[str, str] = {
-    "<<": "YAML's merge key is not read; write the keys out",
     "do_train": "`lowrank train` trains",
     "do_eval": "data.eval says whether there is an evaluation",
     "stage": "it is always supervised fine-tuning (sft)",

@@ -28,18 +28,40 @@ _WORDS = (
 """Tag, what is read as it (the 1.2 core schema), and the characters that it can begin with."""
 
 
+# A config repeats a few values by anchors; a file that repeats itself so often is none.
+MOST_NODES = 100_000
+
+
 class CoreLoader(yaml.SafeLoader):
-    """Reads scalars by the 1.2 core schema. Aliases are refused: a config is read from top to bottom."""
+    """Reads scalars by the 1.2 core schema. An alias is a copy of what its anchor marks, which may not hold itself."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's way)
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """A node; never one that stands elsewhere already."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            what = f"the alias *{event.anchor} is not supported; write the value out"
-            raise ComposerError(None, None, what, event.start_mark)
-        return super().compose_node(parent, index)
+    def get_single_node(self) -> yaml.Node | None:
+        """The document.
+
+        Raises:
+            ComposerError: an alias stands inside of what it stands for, or all of them make too much of a file.
+        """
+        node = super().get_single_node()
+        if node is not None:
+            _count(node, ())
+        return node
+
+
+def _count(node: yaml.Node, above: tuple[yaml.Node, ...]) -> int:
+    """Nodes in a tree, those behind aliases each time."""
+    if any(node is one for one in above):
+        raise ComposerError(None, None, "an alias stands inside of what it stands for", node.start_mark)
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.CollectionNode):
+        inner = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+    total = 1
+    for part in inner:
+        total += _count(part, (*above, node))
+        if total > MOST_NODES:
+            raise ComposerError(None, None, "aliases repeat too much", node.start_mark)
+    return total
 
 
 class CoreDumper(yaml.SafeDumper):

@@ -74,7 +74,8 @@ IN_TRAINING = [
     ("parameter_groups: [{}]", "parameter_groups[0].pattern: is missing: a regular expression that is searched for in the parameter's name"),
     ("parameter_groups: [{patern: x}]", "parameter_groups[0].patern: is not known; did you mean pattern?"),
     ("output_dir: other", "output_dir: stands at run.yaml:8 already"),
-    ("<<: {seed: 3}", "<<: is not needed here: YAML's merge key is not read; write the keys out"),
+    ("<<: 3", "<<: merges mappings alone, such as `<<: *name`"),
+    ("<<: {sed: 3}", "sed: is not known; did you mean seed?"),
 ]  # fmt: skip
 
 

@@ -70,6 +70,26 @@ def test_a_number_in_scientific_notation_is_a_number(load, good):
     assert (config.training.learning_rate, config.training.adam_epsilon) == (5e-5, 1e-6)
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+
+
+def test_anchors_aliases_and_merges(load, good):
+    text = good.replace("r: 4", "r: &rank 4\n  lora_alpha: *rank\n  rank_pattern: &ranks {q_proj: 2, k_proj: 3}")
+    text = text.replace("output_dir: out", "output_dir: out\n  <<: {seed: 7, output_dir: elsewhere}")
+    text += "  report_to: &none none\n"
+    config = load(text)
+    assert (config.adapter.r, config.adapter.lora_alpha, config.adapter.rank_pattern) == (
+        4,
+        4,
+        {"q_proj": 2, "k_proj": 3},
+    )
+    assert (config.training.seed, config.training.output_dir) == (7, "out")
+    several = good + "  <<: [{seed: 1}, {seed: 2, logging_steps: 3}]\n"
+    assert (load(several).training.seed, load(several).training.logging_steps) == (1, 3)
+    quoted = load(good.replace("r: 4", 'rank_pattern: {"<<": 3}'))
+    assert quoted.adapter.rank_pattern == {"<<": 3}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -79,7 +99,9 @@ def test_a_number_in_scientific_notation_is_a_number(load, good):
         ("model: [\n", "run.yaml:2: not valid YAML: expected the node content, but found '<stream end>'"),
         ("model:\n\tname: x\n", "run.yaml:2: not valid YAML: found character '\\t' that cannot start any token"),
         ("model: {}\n---\nmodel: {}\n", "run.yaml:2: not valid YAML: but found another document"),
-        ("model: &a [*a]\n", "run.yaml:1: not valid YAML: the alias *a is not supported; write the value out"),
+        ("model: &a [*a]\n", "run.yaml:1: not valid YAML: an alias stands inside of what it stands for"),
+        ("model: *a\n", "run.yaml:1: not valid YAML: found undefined alias 'a'"),
+        (BOMB, "run.yaml:1: not valid YAML: aliases repeat too much"),
         (
             "model: \x00\n",
             "run.yaml: not valid YAML: unacceptable character #x0000: special characters are not allowed",
