@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.kinds import HostModule, Kind
-from lowrank.adapters.method import JointLayer, Layer, rank_and_scale
-from lowrank.adapters.parameters import find_parameters, parameter_names, quantised_names
+from lowrank.adapters.kinds import HostModule, Kind, kind_of
+from lowrank.adapters.method import JointLayer, Layer, own_bias, rank_and_scale
+from lowrank.adapters.parameters import find_parameters, parameter_names, parametrised_names, write_parameter
 from lowrank.adapters.setting import Setting
 from lowrank.errors import InputError
 from lowrank.ops.adapted_weight import AdaptedWeight, teach_compiler
@@ -108,10 +108,15 @@ class ExpertFactors(nn.Module):
 
 
 class ExpertsLayer(JointLayer, nn.ModuleDict):
-    """What one adapter puts on the parameters of one module: `ExpertFactors` by the parameter's name."""
+    """What one adapter puts on the parameters of one module: `ExpertFactors` by the parameter's name.
 
-    def __init__(self) -> None:
+    Attributes:
+        bias: A trained copy of a linear layer's or a convolution's bias, where the config trains biases.
+    """
+
+    def __init__(self, bias: nn.Parameter | None = None) -> None:
         super().__init__()
+        self.bias = bias
         teach_compiler()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,6 +126,8 @@ class ExpertsLayer(JointLayer, nn.ModuleDict):
     def output_together(self, module: HostModule, layers: Sequence[Layer], *args: Any, **kwargs: Any) -> Any:
         """See `JointLayer.output_together`: the terms add on each parameter."""
         twin = _twin(module, _adapted_weights(module, layers))
+        if (bias := _acting_bias(module, layers)) is not None:
+            twin.__dict__["bias"] = bias.to(module.bias.dtype)
         return type(twin).forward(twin, *args, **kwargs)
 
     @torch.no_grad()
@@ -132,7 +139,9 @@ class ExpertsLayer(JointLayer, nn.ModuleDict):
             stacks = (tensor if tensor.ndim == 3 else tensor[None] for tensor in tensors)
             for target, W, B, A in zip(*stacks, strict=True):
                 target.copy_(merged_weight(W, LowRank(A, B, weight.scale)))
-            setattr(module, name, nn.Parameter(merged, requires_grad=weight.base.requires_grad))
+            write_parameter(module, name, merged)
+        if (bias := _acting_bias(module, layers)) is not None:
+            module.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)
 
     def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
         """lora_A.weight (experts · r, in) and lora_B.weight (out, r · experts), nested where there are several."""
@@ -142,6 +151,8 @@ class ExpertsLayer(JointLayer, nn.ModuleDict):
             factors, prefix = cast("ExpertFactors", self[name]), name_in_file(names, name)
             tensors[f"{prefix}lora_A.weight"] = factors.lora_A
             tensors[f"{prefix}lora_B.weight"] = factors.lora_B.t()
+        if self.bias is not None:
+            tensors["base_layer." * len(names) + "bias"] = self.bias
         return tensors
 
 
@@ -152,7 +163,7 @@ def experts_layers(model: nn.Module, config: AdapterConfig) -> dict[str, Experts
     layers = {}
     for path, names in find_parameters(model, config)[0].items():
         module = model.get_submodule(path)
-        layers[path] = ExpertsLayer()
+        layers[path] = ExpertsLayer(None if kind_of(module) is None else own_bias(config, module))
         for name in names:
             r, scale = rank_and_scale(config, f"{path}.{name}")
             weight = getattr(module, name)
@@ -175,6 +186,12 @@ def _adapted_weights(module: HostModule, layers: Sequence[Layer]) -> dict[str, A
     }
 
 
+def _acting_bias(module: HostModule, layers: Sequence[Layer]) -> torch.Tensor | None:
+    """The module's bias with what the layers changed of it; None where none of them trains it."""
+    trained = [layer.bias for layer in layers if isinstance(layer, ExpertsLayer) and layer.bias is not None]
+    return module.bias + torch.stack([bias - module.bias for bias in trained]).sum(0) if trained else None
+
+
 def _adapted(weight: torch.Tensor, acting: list[ExpertFactors]) -> AdaptedWeight:
     if len(acting) == 1:
         return AdaptedWeight(weight, *acting[0].factors(), acting[0].scale)
@@ -185,7 +202,7 @@ def _adapted(weight: torch.Tensor, acting: list[ExpertFactors]) -> AdaptedWeight
 
 def _twin(module: HostModule, adapted: dict[str, AdaptedWeight]) -> HostModule:
     """An instance of the module's class that shares everything with it but the adapted parameters."""
-    own = {name: getattr(module, name) for name in quantised_names(module) if name not in adapted}
+    own = {name: getattr(module, name) for name in parametrised_names(module) if name not in adapted}
     twin = object.__new__(parametrize.type_before_parametrizations(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__.update(own)

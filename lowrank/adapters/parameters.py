@@ -23,6 +23,9 @@ _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def find_parameters(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, list[str]], dict[str, int]]:
     """The parameters to adapt.
 
+    A parameter of a linear layer, an embedding or a convolution goes too: it is adapted as what it is, whatever its
+    module does with it.
+
     Returns:
         For each module that holds some, its path and their names in the module's order; and how many parameters each
         pattern matched. Both are empty without `target_parameters`.
@@ -52,15 +55,44 @@ def find_parameters(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, 
 
 
 def parameter_names(module: HostModule) -> list[str]:
-    """The module's own parameters, in the order in which files count them."""
-    return [name for name, value in module._parameters.items() if value is not None] + quantised_names(module)
+    """The module's own parameters, in the order in which files count them; those that are parametrised come last."""
+    return [name for name, value in module._parameters.items() if value is not None] + parametrised_names(module)
+
+
+def parametrised_names(module: HostModule) -> list[str]:
+    """Those that are worked out from others whenever they are read (`torch.nn.utils.parametrize`)."""
+    return list(module.parametrizations) if parametrize.is_parametrized(module) else []
 
 
 def quantised_names(module: HostModule) -> list[str]:
     """Those that bitsandbytes keeps in 4 bits."""
-    if not parametrize.is_parametrized(module):
-        return []
-    return [name for name, steps in module.parametrizations.items() if type(steps[0]).__name__.startswith("Bnb4bit")]
+    steps = {name: module.parametrizations[name] for name in parametrised_names(module)}
+    return [name for name, first in steps.items() if type(first[0]).__name__.startswith("Bnb4bit")]
+
+
+@torch.no_grad()
+def write_parameter(module: HostModule, name: str, merged: torch.Tensor) -> None:
+    """Gives the module a parameter's merged values; one that is parametrised gets what it is worked out from.
+
+    Raises:
+        InputError: the parametrisation cannot give these values; the module is then as it was.
+    """
+    if name not in parametrised_names(module):
+        module.register_parameter(name, nn.Parameter(merged, requires_grad=getattr(module, name).requires_grad))
+        return
+    originals = module.parametrizations[name]
+    before = {key: tensor.clone() for key, tensor in originals.state_dict().items()}
+    try:
+        setattr(module, name, merged)
+        fits = torch.allclose(getattr(module, name), merged, rtol=1e-4, atol=1e-5)
+    except (NotImplementedError, RuntimeError, ValueError):
+        fits = False
+    if not fits:
+        originals.load_state_dict(before)
+        raise InputError(
+            f"{name} of a {type(module).__name__} is parametrised in a way that the merged weight does not fit",
+            fix="Remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations).",
+        )
 
 
 @torch.no_grad()
@@ -99,18 +131,13 @@ def _check_fields(config: LoraConfig) -> None:
 
 
 def _check_module(path: str, module: nn.Module, names: list[str], config: LoraConfig) -> None:
-    if kind_of(module) is not None:
-        raise InputError(
-            f"target_parameters: {path}.{names[0]} belongs to a {type(module).__name__}",
-            fix=f"Name {path.rpartition('.')[2]} in target_modules instead.",
-        )
     if not is_kept(path, config):
         raise InputError(
             f"target_parameters matches {path}.{names[0]}, and exclude_modules, modules_to_save or layers_to_transform "
             "leave that module out",
             fix="These fields do not narrow target_parameters; name single layers there (layers.3.mlp.experts. ...).",
         )
-    if config.bias != "none" and any("bias" in name for name in parameter_names(module)):
+    if kind_of(module) is None and config.bias != "none" and any("bias" in name for name in parameter_names(module)):
         raise InputError(
             f"bias: {config.bias} would train the biases of {path}, and target_parameters has no place for them",
             fix="Leave bias out, or train the biases in an adapter of their own.",

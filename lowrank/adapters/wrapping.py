@@ -143,7 +143,8 @@ def _put_in(model: nn.Module, outside: Outside, adapter: str, record: Record, ta
             outside.fill(path, module, layer)
         _place(path, module, kind, layer, adapter, record)
     for path, layer in experts_layers(model, config).items():
-        _place(path, model.get_submodule(path), None, layer, adapter, record)
+        module = model.get_submodule(path)
+        _place(path, module, kind_of(module), layer, adapter, record)
     for path, module in _modules_to_save(model, config).items():
         _place(path, module, kind_of(module), WholeCopy(module), adapter, record)
     for path, rows in token_layers(model, config).items():

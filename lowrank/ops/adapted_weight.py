@@ -2,7 +2,7 @@
 
 Code that multiplies with a weight need not know of the low-rank term: the stand-in is handed to it in the weight's
 place, and torch gives every product that it occurs in to `__torch_function__` below, which adds the two thin products.
-Whatever is no product is refused, never answered with W alone.
+Whatever is no product gets the sum, formed; nothing is answered with W alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 
-from lowrank.errors import InputError
 from lowrank.ops.lora_linear import lora_linear
 from lowrank.ops.low_rank import LowRank
 
@@ -32,6 +32,7 @@ class AdaptedWeight:
     def __init__(self, base: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
         self.base, self.left, self.right, self.scale = base, left, right, scale
         self._apart: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._formed: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -61,30 +62,56 @@ class AdaptedWeight:
         """In float32."""
         return AdaptedWeight(self.base.float(), self.left.float(), self.right.float(), self.scale)
 
-    def __getitem__(self, index: int | torch.Tensor) -> AdaptedWeight:
-        """One matrix of a stack, or a stack of those that `index` (n,) picks."""
+    def __getitem__(self, index: Any) -> AdaptedWeight | torch.Tensor:
+        """One matrix of a stack, or a stack of those that `index` (n,) picks; anything else of the formed weight."""
+        if self.base.ndim != 3 or not isinstance(index, int | torch.Tensor):
+            return self.formed()[index]
         if isinstance(index, torch.Tensor) and index.ndim:
             return AdaptedWeight(self.base[index], self.left[index], self.right[index], self.scale)
         if self._apart is None:  # one backward for all matrices, not a gradient of the whole stack for each
             self._apart = list(zip(self.left.unbind(0), self.right.unbind(0), strict=True))
         return AdaptedWeight(self.base[int(index)], *self._apart[int(index)], self.scale)
 
+    def formed(self) -> torch.Tensor:
+        """W + s · L · R (..., d1, d2), in W's dtype; formed once."""
+        if self._formed is None:
+            with torch.autocast(self.base.device.type, enabled=False):
+                delta = (self.left * self.scale) @ self.right
+            self._formed = self.base + delta.to(self.base.dtype)
+        return self._formed
+
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"a weight that carries an adapter is there for products, and was asked for {name!r}")
+        """Whatever else a tensor has."""
+        return getattr(self.formed(), name)
+
+    def __neg__(self) -> torch.Tensor:
+        return -self.formed()
+
+    def __add__(self, other: Any) -> torch.Tensor:
+        return self.formed() + other
+
+    def __sub__(self, other: Any) -> torch.Tensor:
+        return self.formed() - other
+
+    def __mul__(self, other: Any) -> torch.Tensor:
+        return self.formed() * other
+
+    def __truediv__(self, other: Any) -> torch.Tensor:
+        return self.formed() / other
+
+    def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+        return _matmul(torch.matmul, self, other)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> torch.Tensor:
-        """Products, by the function that asks for one."""
+    ) -> Any:
+        """Products, by the function that asks for one; any other function on the formed weight."""
         product = PRODUCTS.get(func) or PRODUCTS.get(getattr(func, "_qualified_op_name", None))
-        if product is None:
-            raise InputError(
-                f"the model calls {getattr(func, '__name__', func)} on a weight that carries an adapter, and only "
-                "matrix products are known there",
-                fix='For experts, model.set_experts_implementation("grouped_mm") takes the usual products.',
-            )
-        return product(func, *args, **(kwargs or {}))
+        if product is not None:
+            return product(func, *args, **(kwargs or {}))
+        formed = tree_map_only(AdaptedWeight, AdaptedWeight.formed, [list(args), kwargs or {}])
+        return func(*formed[0], **formed[1])
 
 
 def adapted_weight_reference(weight: AdaptedWeight) -> torch.Tensor:
@@ -114,6 +141,16 @@ def _matmul(
     return func(first, second.base).add_(func(low, second.right.to(first.dtype)))
 
 
+def _embedding(
+    func: Callable[..., torch.Tensor], ids: torch.Tensor, weight: AdaptedWeight, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Rows of W (d1, d2): those of W itself, and of L through R."""
+    if any(option is not None for option in (*args[:2], *kwargs.values()) if not isinstance(option, bool | float)):
+        return func(ids, weight.formed(), *args, **kwargs)  # a padding row without gradient, rows of bounded norm
+    low = F.embedding(ids, weight.left) * weight.scale
+    return func(ids, weight.base, *args, **kwargs) + (low @ weight.right).to(weight.dtype)
+
+
 def _grouped(
     func: Callable[..., torch.Tensor],
     x: torch.Tensor,
@@ -138,6 +175,7 @@ PRODUCTS: dict[object, Callable[..., torch.Tensor]] = {
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
     torch.bmm: _matmul,
+    F.embedding: _embedding,
     torch.Tensor.bmm: _matmul,
     "transformers::grouped_mm_fallback": _grouped,  # in the place of torch's, where that does not serve
 }

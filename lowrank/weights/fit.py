@@ -209,6 +209,9 @@ class _Fit:
                     self.problems.append(f"{nested} lacks lora_A or lora_B for {name}")
 
     def _one_of_experts(self, path: str, name: str, name_A: str, name_B: str) -> None:
+        if f"{path}.{name}" not in self.parameters:
+            self.problems.append(f"{path}.{name} is parametrised, and can be merged in memory alone")
+            return
         shape = self.parameters[f"{path}.{name}"]
         assert isinstance(self.config, LoraConfig)
         experts = shape[0] if len(shape) == 3 else 1

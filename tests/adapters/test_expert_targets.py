@@ -18,7 +18,10 @@ REFUSED = {
     "dropout": ({"lora_dropout": 0.1}, "lora_dropout: 0.1 does not go with target_parameters"),
     "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
-    "a linear layer's": ({"target_parameters": ["q_proj.weight"]}, "belongs to a Linear"),
+    "of a module that is adapted": (
+        {"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]},
+        "q_proj is asked for twice",
+    ),
     "other layers": ({"layers_to_transform": [0]}, "target_parameters matches model.layers.1.mlp.experts"),
     "excluded": ({"exclude_modules": ["experts"]}, "exclude_modules"),
     "saved whole": ({"modules_to_save": ["mlp"]}, "modules_to_save"),

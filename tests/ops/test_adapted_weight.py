@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations import moe  # defines the operator that stands in for torch's grouped product
 
-from lowrank.errors import InputError
 from lowrank.ops.adapted_weight import AdaptedWeight, adapted_weight_reference
 
 E, N, D1, D2, R = 3, 10, 8, 4, 2
@@ -103,12 +102,32 @@ def test_a_product_in_bfloat16_with_float32_factors_has_the_inputs_dtype():
     assert left.grad.dtype == torch.float32
 
 
-def test_what_is_no_product_is_refused():
+def test_what_is_no_product_sees_the_sum():
     weight = AdaptedWeight(*operands(), 0.7)
-    with pytest.raises(InputError, match="the model calls exp on a weight that carries an adapter"):
-        torch.exp(weight)
-    with pytest.raises(AttributeError, match="there for products, and was asked for 'contiguous'"):
-        weight.contiguous()
+    formed = adapted_weight_reference(weight)
+    torch.testing.assert_close(torch.exp(weight), torch.exp(formed))
+    torch.testing.assert_close(torch.cat([weight, weight]), torch.cat([formed, formed]))
+    torch.testing.assert_close(weight.contiguous().sum(), formed.sum())
+    torch.testing.assert_close(2.0 * formed - weight, formed)
+    torch.testing.assert_close(weight * 2.0, formed * 2.0)
+    torch.testing.assert_close(-weight[:, 1:], -formed[:, 1:])
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = weight.no_such_thing
+
+
+@pytest.mark.parametrize("padding", [None, 1])
+def test_rows_that_are_looked_up(padding):
+    base, left, right = (operand[0].detach().requires_grad_() for operand in operands())
+    ids = torch.tensor([[0, 1], [2, 0]])
+    got = torch.nn.functional.embedding(ids, AdaptedWeight(base, left, right, 0.7), padding)
+    got.sin().sum().backward()
+    grads = [left.grad.clone(), right.grad.clone()]
+    left.grad = right.grad = None
+    formed = adapted_weight_reference(AdaptedWeight(base, left, right, 0.7))
+    expected = torch.nn.functional.embedding(ids, formed, padding)
+    torch.testing.assert_close(got, expected)
+    expected.sin().sum().backward()
+    torch.testing.assert_close(grads, [left.grad, right.grad])
 
 
 def test_transformers_takes_the_stand_in_where_its_own_code_multiplies():

@@ -120,3 +120,16 @@ def test_tokens_of_one_side_alone_are_not_merged_on_disk(tmp_path: Path):
         InputError, match=r"cannot be merged: its weight is that of decoder.embed_tokens, lm_head, shared"
     ):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"), [(tiny_qwen2, ["q_proj.weight", "embed_tokens.weight"]), (tiny_gpt2, ["c_attn.weight"])]
+)
+def test_parameters_of_layers_are_merged_on_disk(make, targets, tmp_path: Path):
+    base = save_base(make(), tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    expected = peft_adapter(base, tmp_path / "adapter", config)
+    torch.testing.assert_close(logits(lowrank.load(reload(base), tmp_path / "adapter")), expected, atol=1e-5, rtol=0)
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    torch.testing.assert_close(logits(reload(tmp_path / "merged")), expected, atol=1e-5, rtol=0)
+    assert summarise(tmp_path / "adapter").ranks.keys() == {4}
