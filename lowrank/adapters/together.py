@@ -9,7 +9,7 @@ from torch import nn
 from lowrank.adapters.copies import WholeCopy
 from lowrank.adapters.host import hosts
 from lowrank.adapters.method import JointLayer, Layer
-from lowrank.adapters.tokens import TokenRows
+from lowrank.adapters.tokens import SharedTokens, TokenRows
 from lowrank.errors import InputError
 
 
@@ -37,12 +37,18 @@ def _clash(first: Layer, second: Layer) -> tuple[str, str] | None:
         return "trains a copy of the whole of", "changes it too"
     if isinstance(second, WholeCopy):
         return "changes", "trains a copy of the whole of it"
-    if isinstance(first, TokenRows) and isinstance(second, TokenRows):
-        shared = sorted(set(first.tokens.tolist()) & set(second.tokens.tolist()))
+    if (ours := _tokens(first)) is not None and (theirs := _tokens(second)) is not None:
+        shared = sorted(ours & theirs)
         return (f"trains the tokens {shared} of", "trains them too") if shared else None
     if isinstance(first, JointLayer) != isinstance(second, JointLayer):
         return "changes", "changes it too, the one in its parameters and the other not"
     return None
+
+
+def _tokens(layer: Layer) -> set[int] | None:
+    """Those that the layer trains here, itself or by a module that this one is tied to."""
+    rows = layer.rows if isinstance(layer, SharedTokens) else layer
+    return set(rows.tokens.tolist()) if isinstance(rows, TokenRows) else None
 
 
 def _refusal(name: str, does: str, other: str, also: str) -> InputError:
