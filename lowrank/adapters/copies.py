@@ -41,15 +41,14 @@ class WholeCopy(nn.Module):
 
     @torch.no_grad()
     def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """New parameters and buffers, so that what was tied to the old ones keeps those."""
-        for name, parameter in self.module.named_parameters():
-            owner = module.get_submodule(name.rpartition(".")[0])
+        """New parameters and buffers: what was tied to the old ones keeps those, and what is tied inside stays so."""
+        made: dict[int, nn.Parameter] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            path, _, last = name.rpartition(".")
             old = module.get_parameter(name)
-            setattr(
-                owner,
-                name.rpartition(".")[2],
-                nn.Parameter(parameter.to(old.dtype), requires_grad=old.requires_grad),
-            )
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(parameter.to(old.dtype), requires_grad=old.requires_grad)
+            setattr(module.get_submodule(path), last, made[id(parameter)])
         for name, buffer in self.module.named_buffers():
             path, _, last = name.rpartition(".")
             setattr(module.get_submodule(path), last, buffer.to(module.get_buffer(name).dtype))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from lowrank.adapters.dequantise import is_quantised, make_dense
+from lowrank.adapters.copies import WholeCopy
+from lowrank.adapters.dequantise import dense_dtype, dense_twin, forget_quantisation, is_quantised, make_dense
 from lowrank.adapters.host import AdapterSet, hosts
-from lowrank.adapters.kinds import HostModule
+from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import JointLayer, Layer, LowRankLayer
+from lowrank.adapters.parameters import make_parameters_dense, quantised_names
 from lowrank.adapters.record import Record, record_of
+from lowrank.adapters.ties import Ties
 from lowrank.adapters.together import check_together
 from lowrank.adapters.tokens import TokenRows
 from lowrank.adapters.wrapping import unwrap
 from lowrank.errors import InputError, JobError
-from lowrank.ops.merging import merged_weight
+from lowrank.ops.precision import precise
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,7 +35,9 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
     """Adds adapters to the base weights, in place, and takes all adapters off.
 
     Sums are in float32 and rounded once to the weight's dtype. A head or embedding that was tied and is adapted gets a
-    weight of its own, and the config says so (`tie_word_embeddings: false`). A quantised base becomes dense first.
+    weight of its own, and the config says so (`tie_word_embeddings: false`, where it has no other meaning). A quantised
+    base becomes dense first, a parametrised weight a plain one. Every sum is made and looked at before the first is
+    written: it takes a second time to compute, and no more memory than the largest module.
 
     Args:
         model: A wrapped model.
@@ -37,25 +47,28 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
         The same model, without adapters.
 
     Raises:
-        InputError: an unknown name, two adapters that replace the same module whole.
-        JobError: a merged weight is not finite; the base's weights are then still as they were, up to that module.
+        InputError: an unknown name, two adapters that cannot act together, or a module that has no place for what an
+            adapter does. The model is as it was.
+        JobError: a merged weight is not finite. The model is as it was.
     """
     record = record_of(model)
     names = _names(record, adapters)
     check_together(model, names)
+    quantised = any(is_quantised(module) for module in model.modules())
+    dtype = dense_dtype(model)
     for path, module, present in hosts(model):
-        for name, layer in present.layers().items():
-            if name in names and isinstance(layer, LowRankLayer | TokenRows):
-                layer.check_mergeable(path, module)
-    if any(is_quantised(module) for module in model.modules()):
-        make_dense(model)
-    tied = _is_tied(model)
-    for path, module, present in hosts(model):
-        layers = [layer for name, layer in present.layers().items() if name in names]
-        _merge_layers(path, module, present, layers)
+        _check(path, module, present.kind, _chosen(present, names), dtype)
+    ties = Ties(model)
+    with ExitStack() as undo:
+        if quantised:
+            make_dense(model, undo)
+        for _, module, present in hosts(model):
+            _merge_layers(module, present.kind, _chosen(present, names))
+        undo.pop_all()
     unwrap(model)
-    if tied and not _is_tied(model):
-        _untie(model)
+    ties.settle()
+    if quantised:
+        forget_quantisation(model)
     return model
 
 
@@ -68,42 +81,79 @@ def _names(record: Record, adapters: str | Sequence[str] | None) -> tuple[str, .
     return names
 
 
-def _merge_layers(path: str, module: HostModule, adapters: AdapterSet, layers: list[Layer]) -> None:
-    if len(layers) == 1:
-        layers[0].merge_into(module, adapters.kind)
-    elif (joint := next((layer for layer in layers if isinstance(layer, JointLayer)), None)) is not None:
-        joint.merge_together(module, layers)
-    elif layers:
-        _merge_several(path, module, adapters, layers)
-    for parameter in module.parameters(recurse=False):
-        if not torch.isfinite(parameter).all():
-            raise JobError(f"merging {', '.join(adapters)} into {path} gives values that are not finite")
+def _chosen(adapters: AdapterSet, names: tuple[str, ...]) -> dict[str, Layer]:
+    return {name: adapters.layers()[name] for name in names if name in adapters}
 
 
-def _merge_several(path: str, module: HostModule, adapters: AdapterSet, layers: list[Layer]) -> None:
-    """Each delta is against the untouched W, so that the order of the adapters does not matter."""
-    kind = adapters.kind
-    low_rank = [layer for layer in layers if isinstance(layer, LowRankLayer)]
-    if kind is None or len(low_rank) < len(layers):
-        raise InputError(f"several adapters train {path} whole; merge one of them")
-    weight = kind.weight(module)
-    merged = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32, copy=True)
-    for layer in low_rank:
-        merged += merged_weight(weight, layer.term(module, kind)) - weight
-    kind.write(module, merged)
-    acting = [layer.acting_bias(module) for layer in low_rank]
-    if changes := [bias - module.bias for bias in acting if bias is not None and bias is not module.bias]:
-        total = torch.stack(changes).sum(0)
-        module.bias = nn.Parameter((module.bias + total).to(module.bias.dtype), requires_grad=False)
+def _check(path: str, module: HostModule, kind: Kind | None, layers: dict[str, Layer], dtype: torch.dtype) -> None:
+    """Merges into a twin of the module, which is then forgotten.
+
+    Raises:
+        InputError: the module has no place for what a layer does.
+        JobError: a value is not finite.
+    """
+    for layer in layers.values():
+        if isinstance(layer, LowRankLayer | TokenRows):
+            layer.check_mergeable(path, module)
+    twin = dense_twin(module, dtype) if is_quantised(module) and not quantised_names(module) else _twin(module)
+    before = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    _merge_layers(twin, kind, layers)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        if id(tensor) not in before and not torch.isfinite(tensor).all():
+            raise JobError(f"merging {', '.join(layers)} into {path} gives values that are not finite")
 
 
-def _untie(model: HostModule) -> None:
-    model.config.get_text_config().tie_word_embeddings = False
-    model.config.tie_word_embeddings = False
+def _twin(module: nn.Module) -> nn.Module:
+    """The module again, its parts too, with the same tensors: what is set on it is not set on the module."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(
+        {name: copy.copy(value) if isinstance(value, dict | list) else value for name, value in vars(module).items()}
+    )
+    twin.__dict__["_modules"] = {
+        name: None if part is None else _twin(part)
+        for name, part in module._modules.items()
+        if name != AdapterSet.CHILD
+    }
+    return twin
 
 
-def _is_tied(model: HostModule) -> bool:
-    if not hasattr(model, "get_output_embeddings"):
-        return False
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", object())
+def _merge_layers(module: HostModule, kind: Kind | None, layers: dict[str, Layer]) -> None:
+    acting = list(layers.values())
+    if not acting:
+        return
+    if not isinstance(acting[0], WholeCopy):
+        _make_plain(module)
+    if len(acting) == 1:
+        acting[0].merge_into(module, kind)
+    elif isinstance(acting[0], JointLayer):
+        acting[0].merge_together(module, acting)
+    else:
+        _merge_several(module, kind, acting)
+
+
+def _make_plain(module: nn.Module) -> None:
+    """A parametrised weight as the plain one that it stands for: what is written to it would be changed otherwise."""
+    if parametrize.is_parametrized(module):
+        make_parameters_dense(module)
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+
+
+def _merge_several(module: HostModule, kind: Kind | None, layers: list[Layer]) -> None:
+    """Each difference is against the untouched weights, so that the order of the adapters does not matter."""
+    own = dict(module.named_parameters(recurse=False))
+    exact = {name: nn.Parameter(p.to(precise(p)), requires_grad=False) for name, p in own.items()}
+    sums: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        alone = _twin(module)
+        for name, parameter in exact.items():
+            setattr(alone, name, parameter)
+        layer.merge_into(alone, kind)
+        for name, merged in alone.named_parameters(recurse=False):
+            if merged is not exact.get(name):
+                sums[name] = sums.get(name, exact[name]) + (merged - exact[name])
+    for name, total in sums.items():
+        setattr(module, name, nn.Parameter(total.to(own[name].dtype), requires_grad=own[name].requires_grad))

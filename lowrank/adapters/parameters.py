@@ -96,8 +96,8 @@ def write_parameter(module: HostModule, name: str, merged: torch.Tensor) -> None
 
 
 @torch.no_grad()
-def make_parameters_dense(module: HostModule, dtype: torch.dtype) -> None:
-    """Puts plain parameters in the place of 4-bit ones.
+def make_parameters_dense(module: HostModule, dtype: torch.dtype | None = None) -> None:
+    """Puts plain parameters, of `dtype` or their own, in the place of parametrised ones (4 bits, weight norm).
 
     Not by torch's `remove_parametrizations`, which changes a class that deep copies of the module share.
     """

@@ -21,7 +21,6 @@ class TokenRows(nn.Module):
     """Trained rows (tokens, dim) in the place of a module's own.
 
     Attributes:
-        alone: Whether another module has the same weight and does not follow: merging parts the two.
         obstacle: Why the rows cannot be merged; None where they can.
     """
 
@@ -40,7 +39,6 @@ class TokenRows(nn.Module):
         self.register_buffer("order", order, persistent=False)
         weight = module.weight.detach()[given]
         self.rows = nn.Parameter(weight.to(precise(weight.dtype)))
-        self.alone = False
         self.obstacle: str | None = None
 
     def output(self, module: HostModule, kind: Kind | None, x: torch.Tensor) -> torch.Tensor:
@@ -77,10 +75,10 @@ class TokenRows(nn.Module):
 
     @torch.no_grad()
     def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """In place, so that what is tied follows; into a weight of its own where another module keeps the old one."""
-        if self.alone:
-            module.weight = nn.Parameter(module.weight.clone(), requires_grad=module.weight.requires_grad)
-        module.weight.data[self.tokens] = self.rows.to(module.weight.dtype)
+        """Into a new weight: what follows gets an equal one, and shares it again (see `Ties`)."""
+        weight = module.weight.detach().clone()
+        weight[self.tokens] = self.rows.to(weight.dtype)
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
 
 
 class SharedTokens(nn.Module):
@@ -105,7 +103,8 @@ class SharedTokens(nn.Module):
         return {}
 
     def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """Nothing: the weight is the other module's, whose own layer writes it."""
+        """The same rows."""
+        self.rows.merge_into(module, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +163,7 @@ def token_layers(model: HostModule, config: AdapterConfig) -> dict[str, nn.Modul
         if not place.followers:
             check_called(path, modules)
         layers[path] = rows = TokenRows(module, place.tokens)
-        rows.alone, rows.obstacle = place.alone, place.obstacle
+        rows.obstacle = place.obstacle
         layers |= {other: _follower(path, other, modules[other], rows) for other in place.followers}
     return layers
 

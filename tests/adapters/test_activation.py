@@ -247,7 +247,7 @@ class TestTogether:
             with pytest.raises(InputError, match=message):
                 lowrank.merge(model, names)
 
-    def later_token_rows_that_overlap_are_refused_and_others_act_and_merge_together(self):
+    def test_token_rows_that_overlap_are_refused_and_others_act_and_merge_together(self):
         def model():
             m = tiny_llama(tie_word_embeddings=True)
             for name, tokens in {"a": [3, 5], "b": [4], "c": [5, 7]}.items():
@@ -265,7 +265,7 @@ class TestTogether:
         torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-5, rtol=1e-5)
         assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
-    def later_two_with_all_biases_act_and_merge_together(self):
+    def test_two_with_all_biases_act_and_merge_together(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
         for name, target in {"a": "0", "b": "2"}.items():
             lowrank.wrap(model, LoraConfig(target_modules=[target], bias="all", **RANDOM), name)
