@@ -3,9 +3,10 @@
     python benchmarks/merge.py                            # 4 GiB in shards of 1 GiB
     python benchmarks/merge.py --gib 16 --folder /mnt/big
 
-A checkpoint of random weights and an adapter of rank 16 on all linear layers are made in a temporary folder. Copies and
-merges take turns, each merge in a process of its own; both have their bytes on the disk when the clock stops. Memory is
-the peak above an interpreter that has loaded torch and transformers. Writes benchmarks/results/merge-cpu.{md,json}.
+A checkpoint of random weights and an adapter of rank 16 on all linear layers are made in a temporary folder. Copies,
+merges, and merges that try nothing (`verify=False`) take turns, each merge in a process of its own; all have their
+bytes on the disk when the clock stops. Memory is the peak above an interpreter that has loaded torch and transformers.
+Writes benchmarks/results/merge-cpu.{md,json}.
 """
 
 from __future__ import annotations
@@ -31,16 +32,18 @@ from lowrank.weights.tensorfile import encode_header
 RESULTS = Path(__file__).parent / "results"
 MEBIBYTE = 2**20
 SPEED = 0.6  # of a copy's, at least
+PROOF = 1.25  # times what a merge takes that tries nothing, at most
 ROOM = 150  # MiB above the interpreter, and twice the largest tensor, at most
 
 MERGE = """
-import json, sys
+import json, sys, time
 import torch, transformers  # what any program that merges has loaded
 from meter import status_bytes
 from lowrank.weights import merge_checkpoint
-before = status_bytes("VmHWM")
-report = merge_checkpoint(*sys.argv[1:])
-print(json.dumps({"seconds": report.seconds, "lost": report.rounding_loss, "extra": status_bytes("VmHWM") - before}))
+before, began = status_bytes("VmHWM"), time.process_time()
+report = merge_checkpoint(*sys.argv[1:4], verify=sys.argv[4] == "True")
+found = {"seconds": report.seconds, "processor": time.process_time() - began, "lost": report.rounding_loss}
+print(json.dumps({**found, "extra": status_bytes("VmHWM") - before}))
 """
 
 
@@ -74,18 +77,22 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
     base, adapter, largest = make_checkpoint(folder, options)
     os.sync()  # or the base would go to the disk while the first sides are timed
     size = sum(file.stat().st_size for file in base.iterdir())
-    copies, merges = [], []
+    copies, merges, untried = [], [], []
     for repeat in range(options.repeats):
-        sides = [lambda: copies.append(copied(base, folder / "copy")), lambda: merges.append(merged(base, adapter))]
+        sides = [
+            lambda: copies.append(copied(base, folder / "copy")),
+            lambda: merges.append(merged(base, adapter)),
+            lambda: untried.append(merged(base, adapter, verify=False)),
+        ]
         for side in sides if repeat % 2 == 0 else sides[::-1]:
             side()
-    return {"bytes": size, "largest": largest, "copies": copies, "merges": merges}
+    return {"bytes": size, "largest": largest, "copies": copies, "merges": merges, "untried": untried}
 
 
-def merged(base: Path, adapter: Path) -> dict[str, float]:
+def merged(base: Path, adapter: Path, verify: bool = True) -> dict[str, float]:
     """One merge, in a process of its own; what it writes is deleted."""
     out = base.parent / "merged"
-    command = [sys.executable, "-c", MERGE, str(base), str(adapter), str(out)]
+    command = [sys.executable, "-c", MERGE, str(base), str(adapter), str(out), str(verify)]
     paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=paths)
     shutil.rmtree(out)
@@ -170,9 +177,20 @@ def write_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def _all(merges: list[dict[str, float]], what: str) -> list[float]:
+    return [merge[what] for merge in merges]
+
+
+def _median(merges: list[dict[str, float]], what: str) -> float:
+    return statistics.median(_all(merges, what))
+
+
 def _table(found: dict) -> str:
-    copies, merges = found["copies"], [merge["seconds"] for merge in found["merges"]]
-    speed = statistics.median(copies) / statistics.median(merges)
+    copies, merges, untried = found["copies"], found["merges"], found["untried"]
+    rows = {"copy": copies}
+    rows |= {"merge, each tensor tried": _all(merges, "seconds"), "merge, nothing tried": _all(untried, "seconds")}
+    speed = statistics.median(copies) / statistics.median(rows["merge, each tensor tried"])
+    wall, processor = (_median(merges, what) / _median(untried, what) for what in ("seconds", "processor"))
     extra = max(merge["extra"] for merge in found["merges"]) / MEBIBYTE
     most = ROOM + 2 * found["largest"] / MEBIBYTE
     lines = [
@@ -185,10 +203,12 @@ def _table(found: dict) -> str:
         "|---|---|---|---|",
         *(
             f"| {name} | {statistics.median(taken):.1f} | {min(taken):.1f} | {max(taken):.1f} |"
-            for name, taken in (("copy", copies), ("merge", merges))
+            for name, taken in rows.items()
         ),
         "",
         f"- speed: {speed:.0%} of a copy's, at least {SPEED:.0%}: {'kept' if speed >= SPEED else 'MISSED'}",
+        f"- trying each tensor: {wall:.2f} times the time of a merge that tries nothing, {processor:.2f} times its "
+        f"processor time; at most {PROOF}: {'kept' if wall <= PROOF else 'MISSED'}",
         f"- memory above the interpreter: {extra:.0f} MiB, at most {most:.0f} (largest tensor "
         f"{found['largest'] / MEBIBYTE:.0f}): {'kept' if extra <= most else 'MISSED'}",
         f"- rounding to bfloat16 loses {found['merges'][0]['lost']:.1%} of the adapter's effect",

@@ -38,6 +38,13 @@ class TrainedOver(StrEnum):
     none = "none"
 
 
+class Verify(StrEnum):
+    """What of the result is tried."""
+
+    tensors = "tensors"
+    answers = "answers"
+
+
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder; it must not exist.")],
@@ -57,8 +64,13 @@ def merge(
         typer.Option(help="How the base was quantised in training, where the adapter does not say (peft's do not)."),
     ] = None,
     verify: Annotated[
-        bool | None, typer.Option(help="Compare with base and adapter; by default where both fit in memory.")
-    ] = None,
+        Verify,
+        typer.Option(
+            help="tensors: each changed one is tried on a random vector as it is made. answers: base and adapter, and "
+            "then the merged model, are loaded and answer a few prompts besides.",
+        ),
+    ] = Verify.tensors,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Try nothing.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Add an adapter to its base: a plain model folder that transformers loads without lowrank."""
@@ -72,6 +84,6 @@ def merge(
         rounding=rounding.value,
         onto=cast("Onto", onto),  # checked there, with a reason that a list of choices could not give
         quantization=cast("Scheme | None", trained_over and trained_over.value),
-        verify=verify,
+        verify=False if no_verify else "answers" if verify is Verify.answers else True,
         trust_remote_code=trust_remote_code,
     )

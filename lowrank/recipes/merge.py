@@ -13,6 +13,7 @@ from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.weights import MergeReport, merge_checkpoint
 from lowrank.weights.decoding import Onto
+from lowrank.weights.merge import Verify
 from lowrank.weights.rounding import Rounding
 
 Scheme = Literal["nf4", "nf4-double", "fp4", "int8", "none"]
@@ -35,7 +36,7 @@ def merge_adapter(
     rounding: Rounding = "nearest",
     onto: Onto = "dequantised",
     quantization: Scheme | Mapping[str, Any] | None = None,
-    verify: bool | None = None,
+    verify: Verify = True,
     trust_remote_code: bool = False,
 ) -> MergeReport:
     """Merges with a progress bar in bytes (on a terminal), and says what it did.
@@ -49,7 +50,8 @@ def merge_adapter(
         onto: For an adapter trained over a quantised base: "dequantised", as it was trained, or "original".
         quantization: How the base was quantised in training, where the adapter's files do not say: BitsAndBytesConfig's
             fields, or one of `SCHEMES`.
-        verify: Whether to compare the answers with base and adapter; by default if they fit into memory.
+        verify: True tries each changed tensor on a random vector; "answers" compares answers with base and adapter
+            besides (each is loaded); False does neither.
         trust_remote_code: Whether the base may run its own code.
 
     Raises:
@@ -91,9 +93,14 @@ def report_lines(report: MergeReport) -> list[str]:
     if report.worst is not None:
         name, share = report.worst
         lines.append(f"rounding lost {report.rounding_loss:.2%} of the adapter's effect (most in {name}: {share:.2%})")
+    if report.proof is not None:
+        lines.append(f"verified: {report.proof.tensors} tensors, each on a random vector")
     if report.verified is not None:
+        found = report.verified
         lines.append(
-            f"verified on {report.verified.tokens} tokens: {report.verified.same_greedy:.1%} of the greedy choices are "
-            f"the same, logits off by {report.verified.logit_error:.2%} of the adapter's effect"
+            f"verified: answers to {found.prompts} prompts ({found.tokens} tokens): {found.same_greedy:.1%} of the "
+            f"greedy choices are the same, logits off by {found.logit_error:.2%} of the adapter's effect"
         )
+    if report.proof is None and report.verified is None:
+        lines.append("not verified")
     return lines + report.notes

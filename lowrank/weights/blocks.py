@@ -14,8 +14,10 @@ from torch import Tensor
 
 from lowrank.errors import InputError
 from lowrank.weights.plan import Planned
+from lowrank.weights.proof import Trial
 from lowrank.weights.rounding import Loss, Rounding, round_into
 from lowrank.weights.tensorfile import TORCH_DTYPES, Entry, read_bytes, write_bytes
+from lowrank.weights.updates import Update
 
 # Values: their float32 sum fits a core's cache, and what Python does for a block costs little beside it.
 BLOCK = 1 << 18
@@ -46,8 +48,7 @@ class Block:
 def blocks_of(planned: Planned, to: Entry) -> Iterator[Block]:
     """A tensor's blocks in order; one for the whole tensor where an update needs that."""
     rows = row_count(planned.rows)
-    width = max(1, torch.Size(planned.shape).numel() // max(1, rows))
-    step = max(1, BLOCK // width) if all(update.splits for _, update in planned.changes) else max(1, rows)
+    step = rows_at_once(planned) if all(update.splits for _, update in planned.changes) else max(1, rows)
     measured = sum(min(step, rows - first) for first in range(0, rows, step * MEASURED))
     low_rank = any(update.low_rank for _, update in planned.changes)
     for number, first in enumerate(range(0, rows, step)):
@@ -55,13 +56,21 @@ def blocks_of(planned: Planned, to: Entry) -> Iterator[Block]:
         yield Block(planned, to, first, min(first + step, rows), stands_for)
 
 
-def merge_block(block: Block, files: Mapping[Path, int], out: Path, rounding: Rounding) -> Loss | None:
-    """Writes the block; returns what rounding lost where that is measured.
+def rows_at_once(planned: Planned) -> int:
+    """How many of a tensor's rows make up a block."""
+    return max(1, BLOCK // max(1, torch.Size(planned.shape).numel() // max(1, row_count(planned.rows))))
+
+
+def merge_block(
+    block: Block, files: Mapping[Path, int], out: Path, rounding: Rounding, trial: Trial | None = None
+) -> Loss | None:
+    """Writes the block, tried where there is a trial; returns what rounding lost where that is measured.
 
     A block that is a whole large tensor is read and written in parts: only its float32 sum is held whole.
 
     Raises:
         InputError: The base holds NaN or infinity there, or the result does not fit the dtype.
+        JobError: The trial failed.
     """
     planned = block.planned
     shape = (block.last - block.first, *planned.rows[1:])
@@ -71,17 +80,24 @@ def merge_block(block: Block, files: Mapping[Path, int], out: Path, rounding: Ro
     for first, last in parts:
         raw = _read_rows(planned, first, last, files)
         exact[first - block.first : last - block.first].copy_(raw)
+    if trial is not None and block.stands_for:
+        trial.source(planned, raw, parts[-1][0])
+    products = None
     for piece, update in planned.changes:
         at, height = piece.at * planned.height, planned.height
         first, last = max(block.first, at), min(block.last, at + piece.rows * height)
         if first < last:
-            update.apply(exact[first - block.first : last - block.first], piece.first * height + first - at)
+            rows = exact[first - block.first : last - block.first]
+            found = _apply(piece.parameter, update, rows, piece.first * height + first - at, trial)
+            products = found if len(rows) == len(exact) and len(parts) == 1 else None
     loss = Loss()
     for first, last in parts:
         values = exact[first - block.first : last - block.first]
         _check_range(values, planned)
         written = _BUFFERS.take("written", values.numel(), TORCH_DTYPES[planned.dtype]).view(values.shape)
         round_into(written, values, rounding, seed=zlib.crc32(planned.name.encode()) + first)
+        if trial is not None:
+            trial.rounded(planned, values, written, first, products)
         if block.stands_for:
             before = raw if len(parts) == 1 else _read_rows(planned, first, last, files)
             loss.add(_measure(before, values, written, block.stands_for))
@@ -89,9 +105,17 @@ def merge_block(block: Block, files: Mapping[Path, int], out: Path, rounding: Ro
     return loss if block.stands_for else None
 
 
+def _apply(parameter: str, update: Update, rows: Tensor, first: int, trial: Trial | None) -> Tensor | None:
+    products = None
+    for step in update.steps:
+        judge = None if trial is None else trial.before(parameter, step, rows, first)
+        step.apply(rows, first)
+        products = None if judge is None else judge(rows)
+    return products
+
+
 def _parts(block: Block) -> list[tuple[int, int]]:
-    width = max(1, torch.Size(block.planned.shape).numel() // max(1, row_count(block.planned.rows)))
-    step = max(1, BLOCK // width)
+    step = rows_at_once(block.planned)
     return [(first, min(first + step, block.last)) for first in range(block.first, block.last, step)]
 
 

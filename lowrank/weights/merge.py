@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,11 +21,13 @@ from lowrank.weights.mergedconfig import changed_config, text_key
 from lowrank.weights.mergereport import MergeReport, make_report, total_loss
 from lowrank.weights.opening import open_for
 from lowrank.weights.plan import Plan, make_plan
+from lowrank.weights.proof import Trial
 from lowrank.weights.rounding import Loss, Rounding, check_rounding
 from lowrank.weights.sidecars import copy_sidecars, write_config
 from lowrank.weights.stream import Progress, write_shard
-from lowrank.weights.verify import Verification, can_verify, fits_in_memory, verify_merge
+from lowrank.weights.verify import Verification, check_verify, refuse_unanswering, verify_merge
 
+Verify = bool | Literal["answers"]
 MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,7 +40,7 @@ def merge_checkpoint(
     rounding: Rounding = "nearest",
     onto: Onto = "dequantised",
     quantization: Mapping[str, Any] | None = None,
-    verify: bool | None = False,
+    verify: Verify = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -57,8 +59,9 @@ def merge_checkpoint(
             stand for, as in training. "original": onto the weights before quantisation, which it was not trained on.
         quantization: How the base was quantised in training (BitsAndBytesConfig's fields), for adapters whose files do
             not say; lowrank's do.
-        verify: Whether to compare the merged model's answers with base and adapter (both are loaded, one after the
-            other); None does so if they fit into memory.
+        verify: True tries each changed tensor while it is made, on a random vector, against base and adapter: for any
+            size, for little more time. "answers" loads base and adapter, then the merged model, and compares what they
+            answer, too. False does neither.
         trust_remote_code: Whether the base may run its own code.
         progress: Called with the bytes done and the bytes in all.
 
@@ -69,24 +72,29 @@ def merge_checkpoint(
     started = time.monotonic()
     target, out = _dtype(dtype), Path(out)
     check_rounding(rounding)
+    check_verify(verify)
     refuse_occupied(out)
     source = open_adapter(adapter)
     refuse_taken_out(source)
     source, model = open_for(source, base, trust_remote_code)
+    if verify == "answers":
+        refuse_unanswering(model)
     for folder in (model.folder, source.path):
         refuse_inside(out, folder)
     trained_over = quantization if quantization is not None else source.quantization
-    plan = make_plan(model, find_updates(source, model), target, choose_decoding(model, onto, trained_over))
+    updates = find_updates(source, model)
+    plan = make_plan(model, updates, target, choose_decoding(model, onto, trained_over))
     require_space(out, plan.size + 64 * 2**20)
     with new_folder(out) as work:
-        losses = _write(plan, model, work, rounding, progress)
+        trial = Trial(model, source, updates, rounding) if verify else None
+        losses = _write(plan, model, work, rounding, progress, trial)
+        proof = None if trial is None else trial.finish()
         copy_sidecars(model.folder, source.path, work)
         write_config(model.folder, work, plan.config | changed_config(model, source.head), text_key(model))
         _check(work, model, source, plan, trust_remote_code)
         seconds = time.monotonic() - started
-        wanted = can_verify(model) and fits_in_memory(model) if verify is None else verify
-        verified = _verify(model, source, work, onto, trained_over, total_loss(losses)) if wanted else None
-    return make_report(out, model, plan, losses, seconds, verified)
+        verified = _verify(model, source, work, onto, trained_over, total_loss(losses)) if verify == "answers" else None
+    return make_report(out, model, plan, losses, seconds, proof, verified)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -97,7 +105,14 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _write(plan: Plan, base: BaseModel, work: Path, rounding: Rounding, progress: Progress | None) -> dict[str, Loss]:
+def _write(
+    plan: Plan,
+    base: BaseModel,
+    work: Path,
+    rounding: Rounding,
+    progress: Progress | None,
+    trial: Trial | None,
+) -> dict[str, Loss]:
     losses: dict[str, Loss] = {}
     done, total = 0, plan.size
 
@@ -111,7 +126,7 @@ def _write(plan: Plan, base: BaseModel, work: Path, rounding: Rounding, progress
         flushed = []
         for name, tensors in plan.shards.items():
             metadata = base.files[name].metadata or {"format": "pt"}
-            losses |= write_shard(work / name, tensors, metadata, rounding, advance)
+            losses |= write_shard(work / name, tensors, metadata, rounding, advance, trial)
             flushed.append(flusher.submit(sync, work / name))
         for future in flushed:
             future.result()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowrank.weights.basemodel import BaseModel
 from lowrank.weights.plan import Plan
+from lowrank.weights.proof import Proof
 from lowrank.weights.rounding import Loss
 from lowrank.weights.verify import Verification
 
@@ -25,6 +26,7 @@ class MergeReport:
         rounding_loss: Norm of what rounding took away, as a share of the norm of the adapter's effect; measured on a
             quarter of the blocks of large tensors.
         worst: The tensor with the largest such share, and the share; None without low-rank updates.
+        proof: How many tensors were tried on a random vector each; None where none was.
         verified: How near its answers are to base and adapter; None where that was not compared.
         notes: What the user should know (weights untied, a large loss), as sentences.
     """
@@ -37,12 +39,19 @@ class MergeReport:
     seconds: float
     rounding_loss: float
     worst: tuple[str, float] | None
+    proof: Proof | None
     verified: Verification | None
     notes: list[str] = field(default_factory=list)
 
 
 def make_report(
-    out: Path, base: BaseModel, plan: Plan, losses: dict[str, Loss], seconds: float, verified: Verification | None
+    out: Path,
+    base: BaseModel,
+    plan: Plan,
+    losses: dict[str, Loss],
+    seconds: float,
+    proof: Proof | None,
+    verified: Verification | None,
 ) -> MergeReport:
     """What is told of a merge."""
     whole = total_loss(losses)
@@ -63,6 +72,7 @@ def make_report(
         seconds=seconds,
         rounding_loss=whole.share,
         worst=None if worst is None else (worst, losses[worst].share),
+        proof=proof,
         verified=verified,
         notes=notes,
     )

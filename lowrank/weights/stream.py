@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from lowrank.weights.blocks import Block, blocks_of, copy_bytes, merge_block
+from lowrank.weights.blocks import MEASURED, Block, blocks_of, copy_bytes, merge_block, rows_at_once
 from lowrank.weights.plan import Planned
+from lowrank.weights.proof import Trial
 from lowrank.weights.rounding import Loss, Rounding
 from lowrank.weights.tensorfile import Entry, encode_header, write_bytes
 
@@ -40,6 +41,7 @@ def write_shard(
     metadata: Mapping[str, str],
     rounding: Rounding,
     advance: Callable[[int], None],
+    trial: Trial | None = None,
 ) -> dict[str, Loss]:
     """Writes one file.
 
@@ -49,12 +51,14 @@ def write_shard(
         metadata: Its metadata table.
         rounding: How computed values become the tensors' dtypes.
         advance: Called with the number of bytes after each piece of work.
+        trial: Tries what is written; None does not.
 
     Returns:
         What rounding lost, for each tensor with a low-rank update.
 
     Raises:
         InputError: The base holds values that are not finite, or the result does not fit the dtype.
+        JobError: The trial failed.
         OSError: The disk is full or cannot be written.
     """
     header, places = encode_header(((t.name, t.dtype, t.shape) for t in tensors), metadata)
@@ -65,13 +69,15 @@ def write_shard(
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         try:
             pieces = _some_at_a_time(_work(tensors, places))
-            for done in pool.map(lambda some: [_do(work, files, path, rounding) for work in some], pieces):
+            for done in pool.map(lambda some: [_do(work, files, path, rounding, trial) for work in some], pieces):
                 for work, loss in done:
                     if loss is not None and isinstance(work, Block):
                         losses.setdefault(work.planned.name, Loss()).add(loss)
                 advance(sum(work.size for work, _ in done))
         finally:
             pool.shutdown(cancel_futures=True)
+        if trial is not None:
+            trial.file(path, MEASURED, rows_at_once, tensors)
     return losses
 
 
@@ -82,10 +88,10 @@ def _some_at_a_time(work: Iterator[_Copy | Block]) -> Iterator[list[_Copy | Bloc
 
 
 def _do(
-    work: _Copy | Block, files: Mapping[Path, int], out: Path, rounding: Rounding
+    work: _Copy | Block, files: Mapping[Path, int], out: Path, rounding: Rounding, trial: Trial | None
 ) -> tuple[_Copy | Block, Loss | None]:
     if isinstance(work, Block):
-        return work, merge_block(work, files, out, rounding)
+        return work, merge_block(work, files, out, rounding, trial)
     copy_bytes(files[work.path], work.start, files[out], work.to, work.size)
     return work, None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -45,6 +45,11 @@ class Update(Protocol):
         """Whether it adds something to the base, of which rounding can lose a share."""
         ...
 
+    @property
+    def steps(self) -> tuple[Update, ...]:
+        """The updates that it consists of, in their order; itself where it is one."""
+        ...
+
     def of_expert(self, expert: int) -> Update:
         """The update of one matrix, where the parameter holds one for each expert."""
         ...
@@ -56,6 +61,11 @@ class Update(Protocol):
 
 class Whole:
     """What most updates have in common: one parameter, not one for each expert."""
+
+    @property
+    def steps(self: Any) -> tuple[Update, ...]:
+        """See `Update.steps`."""
+        return (self,)
 
     @property
     def stacked(self) -> bool:
@@ -138,6 +148,11 @@ class ExpertsUpdate:
     shape: None = None
     before_tie: None = None
     low_rank: bool = True
+
+    @property
+    def steps(self) -> tuple[Update, ...]:
+        """See `Update.steps`."""
+        return (self,)
 
     def of_expert(self, expert: int) -> Update:
         """See `Update.of_expert`."""
@@ -241,6 +256,11 @@ class Sequence(Whole):
 
     parts: tuple[Update, Update]
     low_rank: bool = field(default=True, init=False)
+
+    @property
+    def steps(self) -> tuple[Update, ...]:
+        """The parts'."""
+        return tuple(step for part in self.parts for step in part.steps)
 
     @property
     def splits(self) -> bool:

@@ -1,16 +1,19 @@
-"""Whether a merged model answers as base and adapter do: logits and greedy answers, compared on a few prompts."""
+"""Whether a merged model answers as base and adapter do: logits and greedy choices, compared on a few prompts.
+
+Prompts and answers to them are given as one pack, so that each model runs once. In a model whose state crosses the
+borders of a pack, it crosses them alike before and after.
+"""
 
 from __future__ import annotations
 
 import gc
-import os
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
@@ -21,12 +24,12 @@ from lowrank.weights.basemodel import BaseModel
 from lowrank.weights.saving import load
 
 PROMPTS = (
-    "The capital of France is",
-    "Write one sentence about the sea.",
-    "def fibonacci(n):",
-    "Q: What is 17 + 25?\nA:",
+    ("The capital of France is", " Paris, on the Seine."),
+    ("Write one sentence about the sea.", "The sea keeps no footprints, but it remembers every shore."),
+    ("def fibonacci(n):", "\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n"),
+    ("Q: What is 17 + 25?\nA:", " 42"),
 )
-_NEW_TOKENS = 16
+_RANDOM = 32  # tokens of each prompt where there is no tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,14 @@ class Verification:
     """How near the merged model is to base and adapter.
 
     Attributes:
+        prompts: How many prompts, with an answer to each.
         tokens: How many positions were compared.
         same_greedy: The share of positions at which both choose the same token.
         logit_error: Norm of the difference of the logits, as a share of the norm of the adapter's effect on them.
         largest: The largest difference of one logit.
     """
 
+    prompts: int
     tokens: int
     same_greedy: float
     logit_error: float
@@ -51,14 +56,10 @@ class Verification:
         return not self.logit_error < 1.0
 
 
-def fits_in_memory(base: BaseModel) -> bool:
-    """Whether the model, in float32 beside its files' dtype, takes less than half of the memory that is free."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        cached = _available()
-    except (ValueError, OSError):
-        return False
-    return 3 * base.size < max(free, cached) / 2
+def check_verify(how: object) -> None:
+    """InputError when there is no such way to verify."""
+    if how not in (True, False, "answers"):
+        raise InputError(f'There is no verification {how!r}; there are True, False and "answers".')
 
 
 def verify_merge(
@@ -66,9 +67,9 @@ def verify_merge(
     adapter: AdapterFile,
     merged: Path,
     quantization: dict[str, Any] | None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[tuple[str, str]] = PROMPTS,
 ) -> Verification:
-    """Compares on prompts, with the greedy answers that base and adapter give to them.
+    """Compares on prompts with answers, each model in one pass over all of them.
 
     One model is in memory at a time, in float32, so that the difference is the merge's and not the arithmetic's.
 
@@ -77,41 +78,38 @@ def verify_merge(
         adapter: The adapter.
         merged: The merged folder.
         quantization: How the base is quantised while the adapter acts (BitsAndBytesConfig's fields), None for not.
-        prompts: Texts; the tokenizer's chat template is put around them where it has one.
+        prompts: Texts and answers; the tokenizer's chat template is put around them where it has one.
 
     Raises:
         InputError: The model is no causal language model.
     """
-    if not can_verify(base):
-        raise InputError(f"Only causal language models can be verified, not a {type(base.skeleton).__name__}.")
-    inputs = _inputs(merged, base, prompts)
+    refuse_unanswering(base)
+    pack = _pack(merged, base, prompts)
     model: Any = load(_model(base.folder, base, quantization), adapter.path)
-    with torch.no_grad():
-        answers = [_greedy(model, ids) for ids in inputs]
-        wanted = [model(ids).logits.float() for ids in answers]
-        with disabled(model):
-            without = [model(ids).logits.float() for ids in answers]
+    wanted = _logits(model, pack)
+    with disabled(model):
+        without = _logits(model, pack)
     del model
     gc.collect()
-    model = _model(merged, base, None)
-    with torch.no_grad():
-        got = [model(ids).logits.float() for ids in answers]
-    width = min(wanted[0].shape[-1], without[0].shape[-1])
-    differences = [a - b for a, b in zip(got, wanted, strict=True)]
-    effects = [a[..., :width] - b[..., :width] for a, b in zip(wanted, without, strict=True)]
-    agree = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(got, wanted, strict=True)])
-    effect, error = _norm(effects), _norm(differences)
+    got = _logits(_model(merged, base, None), pack)
+    width = min(wanted.shape[-1], without.shape[-1])
+    effect, error = _norm(wanted[:, :width] - without[:, :width]), _norm(got - wanted)
     return Verification(
-        tokens=agree.numel(),
-        same_greedy=agree.float().mean().item(),
+        prompts=len(pack),
+        tokens=len(got),
+        same_greedy=(got.argmax(-1) == wanted.argmax(-1)).float().mean().item(),
         logit_error=error / effect if effect else float(error > 1e-3),
-        largest=max(difference.abs().max().item() for difference in differences),
+        largest=(got - wanted).abs().max().item(),
     )
 
 
-def can_verify(base: BaseModel) -> bool:
-    """Whether the model generates text from text alone."""
-    return base.skeleton.can_generate() and not base.config.is_encoder_decoder
+def refuse_unanswering(base: BaseModel) -> None:
+    """InputError for a model that does not generate text from text alone."""
+    if not base.skeleton.can_generate() or base.config.is_encoder_decoder:
+        raise InputError(
+            f"Only causal language models answer prompts, and this is a {type(base.skeleton).__name__}.",
+            fix="Merge without comparing answers: each tensor is tried all the same.",
+        )
 
 
 def _model(folder: Path, base: BaseModel, quantization: dict[str, Any] | None) -> PreTrainedModel:
@@ -126,42 +124,42 @@ def _model(folder: Path, base: BaseModel, quantization: dict[str, Any] | None) -
     return model.eval()
 
 
-def _inputs(folder: Path, base: BaseModel, prompts: Sequence[str]) -> list[Tensor]:
+def _pack(folder: Path, base: BaseModel, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """The tokens of each prompt and its answer, shortened to what the model has positions for all together."""
+    text = base.config.get_text_config()
+    most = (getattr(text, "max_position_embeddings", None) or 4096) // len(prompts)
     if not (folder / "tokenizer_config.json").is_file():
         generator = torch.Generator().manual_seed(0)
-        vocabulary = base.config.get_text_config().vocab_size
-        return [torch.randint(vocabulary, (1, 16), generator=generator) for _ in prompts]
+        return torch.randint(text.vocab_size, (len(prompts), min(most, _RANDOM)), generator=generator).tolist()
     try:
-        return [torch.tensor([ids]) for ids in _tokens(folder, prompts)]
+        return [ids[:most] for ids in _tokens(folder, prompts)]
     except Exception as error:  # tokenizers and templates raise whatever they like
         raise InputError(
             f"The prompts cannot be tokenised: {type(error).__name__}: {error}",
             where=str(base.folder),
-            fix="Mend the tokenizer or its chat template, or merge without comparing (--no-verify, verify=False).",
+            fix="Mend the tokenizer or its chat template, or merge without comparing answers.",
         ) from error
 
 
-def _tokens(folder: Path, prompts: Sequence[str]) -> list[list[int]]:
+def _tokens(folder: Path, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None:
-        return [tokenizer(prompt).input_ids for prompt in prompts]
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    made = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True) for chat in chats]
-    return [ids["input_ids"] for ids in made]
+        return [tokenizer(prompt + answer).input_ids for prompt, answer in prompts]
+    chats = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for prompt, answer in prompts
+    ]
+    return [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
 
 
-def _greedy(model: Any, ids: Tensor) -> Tensor:
-    settings = transformers.GenerationConfig(max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0)
-    return model.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))
+@torch.no_grad()
+def _logits(model: Any, pack: list[list[int]]) -> Tensor:
+    """(tokens, vocabulary), one pass over all prompts."""
+    ids = torch.tensor([[token for tokens in pack for token in tokens]])
+    positions = torch.tensor([[place for tokens in pack for place in range(len(tokens))]])
+    takes = inspect.signature(type(model).forward).parameters
+    more = {"position_ids": positions, "use_cache": False}
+    return model(input_ids=ids, **{name: value for name, value in more.items() if name in takes}).logits[0].float()
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    return sum(tensor.double().square().sum().item() for tensor in tensors) ** 0.5
-
-
-def _available() -> int:
-    """Linux's estimate, which counts caches that can be given up."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _norm(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()

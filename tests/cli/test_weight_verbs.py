@@ -60,11 +60,15 @@ def test_merge_verifies_and_says_what_rounding_lost(base: Path, adapter: Path, t
     out = capsys.readouterr().out
     assert re.search(r"merged into .*/merged: 4 of 21 tensors changed, 0 MiB in .* s \(.* MiB/s\)", out)
     assert re.search(r"rounding lost \d+\.\d\d% of the adapter's effect \(most in model\.", out)
-    assert re.search(r"verified on \d+ tokens: .*% of the greedy choices are the same, logits off by", out)
+    assert "verified: 4 tensors, each on a random vector" in out
+    assert run("merge", adapter, tmp_path / "answering", "--verify", "answers") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"verified: answers to 4 prompts \(\d+ tokens\): .*% of the greedy choices are the same", out)
     torch.testing.assert_close(
         weight(tmp_path / "merged").float(), weight(base) + 2 * delta(adapter), rtol=4e-3, atol=0
     )
     assert run("merge", adapter, tmp_path / "again", "--no-verify") == 0
+    assert "not verified" in capsys.readouterr().out
     assert "verified" not in capsys.readouterr().out
 
 

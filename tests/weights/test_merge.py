@@ -225,16 +225,20 @@ def test_stochastic_rounding_keeps_small_effects_on_average(tmp_path: Path) -> N
 def test_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tiny_llama(), tmp_path / "base")
     adapter, _ = adapted(base, LoraConfig(r=4, init_lora_weights=False), tmp_path)
-    report = merge_checkpoint(base, adapter, tmp_path / "merged", verify=None)
+    report = merge_checkpoint(base, adapter, tmp_path / "merged", verify="answers")
     assert report.verified is not None
+    assert report.verified.prompts == 4
     assert report.verified.same_greedy == 1.0
     assert report.verified.logit_error < 1e-5
     assert report.verified.tokens > 100
-    assert merge_checkpoint(base, adapter, tmp_path / "unverified").verified is None
+    assert merge_checkpoint(base, adapter, tmp_path / "unverified", verify=False).proof is None
     monkeypatch.setattr(merge_module, "find_updates", lambda *_: {})
+    monkeypatch.setattr(merge_module.Trial, "finish", lambda self: None)
     with pytest.raises(JobError, match="differ from base and adapter by 100% of the adapter's effect"):
-        merge_checkpoint(base, adapter, tmp_path / "wrong", verify=True)
+        merge_checkpoint(base, adapter, tmp_path / "wrong", verify="answers")
     assert not (tmp_path / "wrong").exists()
+    with pytest.raises(InputError, match="no verification 'all'"):
+        merge_checkpoint(base, adapter, tmp_path / "wrong", verify="all")
 
 
 @pytest.mark.parametrize("damage", [("tokenizer.json", "{"), ("chat_template.jinja", "{{ raise_exception('no') }}")])
@@ -242,10 +246,10 @@ def test_a_tokenizer_that_cannot_be_used(damage: tuple[str, str], tmp_path: Path
     base = save_base(tiny_llama(), tmp_path / "base")
     adapter, _ = adapted(base, LoraConfig(r=4), tmp_path)
     (base / damage[0]).write_text(damage[1])
-    with pytest.raises(InputError, match=r"(?s)cannot be tokenised.*--no-verify"):
-        merge_checkpoint(base, adapter, tmp_path / "merged", verify=True)
+    with pytest.raises(InputError, match=r"(?s)cannot be tokenised.*without comparing answers"):
+        merge_checkpoint(base, adapter, tmp_path / "merged", verify="answers")
     assert not (tmp_path / "merged").exists()
-    merge_checkpoint(base, adapter, tmp_path / "merged", verify=False)
+    merge_checkpoint(base, adapter, tmp_path / "merged")
 
 
 def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
