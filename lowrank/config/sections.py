@@ -171,6 +171,10 @@ class DataSection(_Section):
     chat_template: PathText | None = None
     """chatml, llama3, gemma, phi, mistral or plain; or a .jinja file. By default the tokenizer's own."""
 
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    """The date, as 2026-11-26, for chat templates that write the day's (Llama 3.2's, gpt-oss'); by default the day on
+    which the run began, which a resumed run keeps."""
+
     format: Format | None = None
     """What a row holds; found by looking at the rows where it is not named."""
 

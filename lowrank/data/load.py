@@ -36,6 +36,7 @@ def load_examples(
     bad_rows: str = "error",
     max_rows: int | None = None,
     workers: int | None = None,
+    today: str | None = None,
 ) -> Examples:
     """Read a data set and turn it into examples.
 
@@ -50,12 +51,13 @@ def load_examples(
         bad_rows: What to do with rows that cannot be used: `error`, or `skip` them, if they are few.
         max_rows: Read only so many rows, the same number from each source.
         workers: Processes that tokenise; None: one for each core where that is worth it.
+        today: The date (2026-11-26) for chat templates that write the day's; None: the day it is.
 
     Raises:
         InputError: names the file and line of what cannot be used.
     """
     rows = Joined(open_sources(source, format, columns), max_rows)
-    examples = tokenised(rows, tokenizer, Options(train_on, max_length, too_long, bad_rows), workers)
+    examples = tokenised(rows, tokenizer, Options(train_on, max_length, too_long, bad_rows, today), workers)
     return mixed(examples, rows)
 
 
@@ -73,6 +75,7 @@ def load_train_eval(
     max_train_rows: int | None = None,
     max_eval_rows: int | None = None,
     workers: int | None = None,
+    today: str | None = None,
 ) -> tuple[Examples, Examples | None]:
     """Read the examples to train on and those to evaluate on.
 
@@ -91,11 +94,12 @@ def load_train_eval(
         max_train_rows: Read only so many rows of `train`.
         max_eval_rows: Evaluate on only so many rows.
         workers: See there.
+        today: See there.
 
     Raises:
         InputError: names the file and line of what cannot be used, or a share that leaves one side empty.
     """
-    options = Options(train_on, max_length, too_long, bad_rows)
+    options = Options(train_on, max_length, too_long, bad_rows, today)
     rows = Joined(open_sources(train, format, columns), max_train_rows)
     examples = tokenised(rows, tokenizer, options, workers)
     if eval is None:

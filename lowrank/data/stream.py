@@ -186,6 +186,7 @@ def stream_batches(
     pad_token_id: int,
     seed: int,
     buffer: int = WINDOW,
+    today: str | None = None,
 ) -> BatchStream:
     """Batches of rows that are never all in memory, nor on this machine's disk if they come from a hub.
 
@@ -205,6 +206,7 @@ def stream_batches(
         pad_token_id: See there.
         seed: See there.
         buffer: Examples that are shuffled and packed together.
+        today: As in `load_examples`.
 
     Raises:
         InputError: a source is not there, or packs are smaller than examples may be.
@@ -219,7 +221,7 @@ def stream_batches(
     for form in (format, *(each.format for each in sources)):
         checked_format(form)
     checked_columns(columns)
-    tokeniser = Tokeniser(tokenizer, Options(train_on, max_length, too_long, bad_rows))
+    tokeniser = Tokeniser(tokenizer, Options(train_on, max_length, too_long, bad_rows, today))
     return BatchStream(
         sources, format, tokenizer, tokeniser, packing, batch_size, max_tokens, pad_token_id, seed, buffer, columns
     )

@@ -42,7 +42,7 @@ def assess(
         value, supervised = mean_loss(model, plan.batches(0), loss, advance, ranks)
     if not generate:
         return Evaluation(value, supervised)
-    questions = questions_of(examples, tokenizer, config.data.format)
+    questions = questions_of(examples, tokenizer, config.data.format, config.data.date)
     prompts = [question.prompt for question in questions]
     expected = expected_answers(questions, tokenizer, config)
     sharers = ALONE if config.training.fsdp else ranks  # a sharded base takes all processes for every token

@@ -83,7 +83,7 @@ def refuse_what_would_stop_it_later(config: RunConfig, setup: Setup) -> None:
     run = new_run(config, setup)
     rank_budget(setup.model, run.total_steps)
     if setup.held_out is not None and config.training.predict_with_generate:
-        questions = questions_of(setup.held_out, setup.tokenizer, config.data.format)
+        questions = questions_of(setup.held_out, setup.tokenizer, config.data.format, config.data.date)
         expected_answers(questions, setup.tokenizer, config)
 
 

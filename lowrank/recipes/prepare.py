@@ -86,6 +86,7 @@ def stream_plan(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         format=data.format,
         columns=data.columns,
         bad_rows=data.bad_rows,
+        today=data.date,
         packing=data.packing,
         batch_size=training.per_device_train_batch_size,
         max_tokens=training.tokens_per_batch or data.max_length,
@@ -104,6 +105,7 @@ def stream_plan(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         format=data.format,
         columns=data.columns,
         bad_rows=data.bad_rows,
+        today=data.date,
         max_rows=data.max_eval_rows,
     )
     check_supervision(held_out, tokenizer)
@@ -123,6 +125,7 @@ def read_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
         format=section.format,
         columns=section.columns,
         bad_rows=section.bad_rows,
+        today=section.date,
         max_train_rows=section.max_train_rows,
         max_eval_rows=section.max_eval_rows,
     )

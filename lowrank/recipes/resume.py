@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,24 @@ def checkpoint_to_resume(config: RunConfig, output: Path) -> Path | None:
     earlier = load_config(output / CONFIG)
     refuse_another_config(earlier, config, output)
     return there[-1] if there else None
+
+
+def dated(config: RunConfig, resumed: Path | None) -> RunConfig:
+    """The config with the date that the run's chat template writes: today's, or that on which it began.
+
+    Args:
+        config: Of the run; a date that it names stays.
+        resumed: The folder of the run that is resumed.
+    """
+    if config.data.date is not None:
+        return config
+    if resumed is not None and (resumed / CONFIG).is_file():
+        return _with_date(config, load_config(resumed / CONFIG).data.date)
+    return _with_date(config, str(date.today()))
+
+
+def _with_date(config: RunConfig, day: str | None) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
 
 
 def refuse_another_config(earlier: RunConfig, now: RunConfig, output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from lowrank.config import RunConfig
 from lowrank.config.sections import TrainingSection
 from lowrank.data import BatchPlan, BatchStream, Examples
 from lowrank.data.choose import added_prompt, missing_prompt
+from lowrank.data.template import writes_date
 from lowrank.ops.cross_entropy import LossOptions
 from lowrank.recipes.prepare import (
     base_model,
@@ -49,6 +51,7 @@ class Setup:
         attention: What was chosen, and why.
         loss: Exact for this model.
         plain_loss: The same without label smoothing and z-loss, for evaluations.
+        date: What the chat template writes as the day's date, None for the day it is.
         ends: The tokens that end the model's answers: those that end trained turns first.
     """
 
@@ -62,6 +65,7 @@ class Setup:
     attention: AttentionChoice
     loss: Loss
     plain_loss: Loss
+    date: str | None
     ends: list[int]
 
     @property
@@ -73,8 +77,15 @@ class Setup:
             prompt = f"the chat template writes none: {added!r} is added to it, here and in the files that are written"
         else:
             prompt = f"the chat template writes none: {missing!r} is added here, and servers will not add it"
-        lines = {"answers end at": ends, "generation prompt": prompt}
-        return lines if added or missing else {"answers end at": ends}
+        lines = {"answers end at": ends}
+        lines |= {"generation prompt": prompt} if added or missing else {}
+        lines |= {"date": f"{self.date or date.today()}, which the chat template writes"} if self.writes_date else {}
+        return lines
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the rows' text depends on the date."""
+        return writes_date(self.tokenizer)
 
 
 def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
@@ -110,7 +121,7 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     loss = exact_loss(model, dtype, options)
     plain = loss if options == LossOptions() else exact_loss(model, dtype)
     ends = stop_at(model, tokenizer, ends_of(plan, tokenizer))
-    return Setup(tokenizer, plan, size, length, held_out, model, dtype, attention, loss, plain, ends)
+    return Setup(tokenizer, plan, size, length, held_out, model, dtype, attention, loss, plain, config.data.date, ends)
 
 
 def plan_and_held_out(

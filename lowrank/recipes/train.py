@@ -21,6 +21,7 @@ from lowrank.recipes.prepare import batch_plan
 from lowrank.recipes.resume import (
     CONFIG,
     checkpoint_to_resume,
+    dated,
     describe_start,
     refuse_a_run_in,
     refuse_another_schedule,
@@ -94,6 +95,7 @@ def train(
     output = Path(config.training.output_dir)
     accelerator = accelerator_for(config)
     ranks = joined_ranks(config.training.num_processes)
+    given, config = config, ranks.first(dated(config, output if resume else None))
     checkpoint = checkpoint_to_resume(config, output) if resume else refuse_a_run_in(output)
     ranks.wait()
     console = open_console(quiet=not ranks.main)
@@ -113,7 +115,7 @@ def train(
 
     crew = crew_of(config, setup, run, console, summary, accelerator, ranks, callbacks)
     run.callbacks = crew.callbacks
-    begin(run, config, checkpoint, ranks)
+    begin(run, config if setup.writes_date else given, checkpoint, ranks)
     with run.underway(), told_when_short(run.model.device, "training", advice(config)):
         if crew.evaluate is not None and config.training.eval_on_start and run.step == 0:
             with disabled(run.model) if describe(run.model) else nullcontext():

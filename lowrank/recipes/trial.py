@@ -52,7 +52,9 @@ def _answer_the_longest(config: RunConfig, setup: Setup) -> None:
     """One batch of answers: the cache of keys and values is at its largest for the longest prompts."""
     examples, batch_size = setup.held_out, config.training.per_device_eval_batch_size
     assert examples is not None, "the config has refused it"
-    prompts = [question.prompt for question in questions_of(examples, setup.tokenizer, config.data.format)]
+    prompts = [
+        question.prompt for question in questions_of(examples, setup.tokenizer, config.data.format, config.data.date)
+    ]
     with freed_blocks_kept(False):
         answer_all(
             setup.model,
