@@ -12,6 +12,7 @@ from lowrank.data.conversation import Conversation, Plain, Preference
 from lowrank.data.example import Examples
 from lowrank.data.formats import detect, read_row
 from lowrank.data.rowerror import RowError
+from lowrank.data.sources import Joined
 from lowrank.data.tokenise import Options, Tokeniser
 from lowrank.errors import InputError
 
@@ -39,12 +40,13 @@ def questions_of(
     Args:
         examples: The set, of rows that can be trained on.
         tokenizer: With the chat template that they were made with.
-        format: A key of `FORMATS`, or None to find it for each row.
+        format: A key of `FORMATS`, or None for the one that each source has been found to have.
         today: The date (2026-11-26) for chat templates that write the day's; None: the day it is.
     """
     tokeniser = _tokeniser(tokenizer, examples.train_on, today)
     rows = dict.fromkeys(examples.table.example_rows[examples.order].tolist())
-    return [_question(tokeniser, examples.rows[row], format, examples.rows.where(row)) for row in rows]
+    forms = {row: examples.rows.formats(row, row + 1)[0] if isinstance(examples.rows, Joined) else None for row in rows}
+    return [_question(tokeniser, examples.rows[row], format or forms[row], examples.rows.where(row)) for row in rows]
 
 
 def prompt_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, format: str | None = None) -> list[int]:

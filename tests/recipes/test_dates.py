@@ -76,7 +76,7 @@ def test_a_run_that_is_resumed_on_the_next_day_keeps_its_date(config, days, caps
 def test_another_date_than_the_runs_is_refused(config, days):
     days("2026-11-26")
     lowrank.train(config, callbacks=[StopAfterTwo()])
-    with pytest.raises(InputError, match="data.date"):
+    with pytest.raises(InputError, match=r"data\.date"):
         lowrank.train(config, ["data.date=2026-01-01"], resume=True)
 
 
