@@ -6,6 +6,9 @@ failed (exit code 1). Anything else that escapes is a bug of this project.
 
 from __future__ import annotations
 
+# What `git lfs` leaves where a file should be begins so; models and data both meet it.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 class LowrankError(Exception):
     """Base of both kinds of error.

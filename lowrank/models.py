@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank.errors import InputError
+from lowrank.errors import LFS_POINTER, InputError
 
 _DTYPE_KEYS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 _SHOWN = 5
@@ -88,7 +90,7 @@ def load_tokenizer(
         tokenizer: Any = AutoTokenizer.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # the library tokenizers raises nothing more exact
         raise cannot_load(f"the tokenizer of {name_or_path}", error) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -106,6 +108,8 @@ def check_folder(name_or_path: str, *, holds_model: bool = True) -> None:
             f"there is no model folder {name_or_path}",
             fix="Give the folder of a saved model, or a name on the hub such as HuggingFaceTB/SmolLM2-135M-Instruct.",
         )
+    if path.is_dir():
+        _check_files(path)
     if not path.is_dir() or not holds_model:
         return
     if not (path / "config.json").exists():
@@ -118,6 +122,27 @@ def check_folder(name_or_path: str, *, holds_model: bool = True) -> None:
         )
 
 
+def _check_files(folder: Path) -> None:
+    """Raises InputError for files that stand for others, and for JSON files that hold no object."""
+    for file in sorted(folder.glob("*")):
+        if file.suffix not in (".json", ".safetensors", ".model", ".jinja", ".txt") or not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(
+                    f"{file} is a Git LFS pointer: the text that stands for a file that was not fetched",
+                    fix=f"Fetch it: git -C {folder} lfs pull.",
+                )
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+        if (folder / name).is_file():
+            try:
+                value = json.loads((folder / name).read_bytes())
+            except ValueError as error:
+                raise InputError(f"{folder / name} is not valid JSON: {error}") from None
+            if not isinstance(value, dict):
+                raise InputError(f"{folder / name} holds no JSON object but a {type(value).__name__}")
+
+
 def cannot_load(what: str, error: Exception) -> InputError:
     """What a person is told where transformers could not load."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -125,6 +150,11 @@ def cannot_load(what: str, error: Exception) -> InputError:
         return InputError(
             f"{what} brings Python code of its own, which is not run unasked",
             fix="Read that code; if you trust it, set model.trust_remote_code: true (or --trust-remote-code).",
+        )
+    if "untagged enum" in lines[0]:
+        return InputError(
+            f"{what} is of a kind that the installed library tokenizers {tokenizers.__version__} does not know",
+            fix="Bring tokenizers and transformers up to date, or save the tokenizer again with what it was made with.",
         )
     if "connect" in lines[0]:
         return InputError(

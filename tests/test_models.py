@@ -110,3 +110,39 @@ def test_evaluating_a_quantised_base_first_spoils_nothing(folder):
         evaluated = model(ids).logits
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(model(ids).logits, evaluated)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_told_as_that(folder, name):
+    (folder / name).write_bytes(POINTER)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(InputError, match=rf"{name} is a Git LFS pointer.*\nFetch it: git -C .* lfs pull"):
+            load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[]", r"config.json holds no JSON object but a list"),
+        ("config.json", "{", r"config.json is not valid JSON: Expecting"),
+        ("tokenizer.json", "3", r"tokenizer.json holds no JSON object but a int"),
+        ("tokenizer_config.json", "[1]", r"tokenizer_config.json holds no JSON object but a list"),
+        ("generation_config.json", "", r"generation_config.json is not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_object(folder, name, content, message):
+    (folder / name).write_text(content)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(InputError, match=message):
+            load(str(folder))
+
+
+@pytest.mark.parametrize("part", ["model", "normalizer", "pre_tokenizer", "decoder"])
+def test_a_tokenizer_of_a_kind_that_is_not_known(folder, part):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, part: {"type": "OfNextYear"}}))
+    with pytest.raises(InputError, match=r"the tokenizer of .*(does not know|cannot be loaded)"):
+        load_tokenizer(str(folder))

@@ -100,6 +100,8 @@ def read_document(path: Path) -> Document:
         document.problems.append(Problem(str(path), "", "is not UTF-8 text"))
     except yaml.YAMLError as error:
         document.problems.append(invalid(str(path), error))
+    except RecursionError:
+        document.problems.append(Problem(str(path), "", "is nested too deeply"))
     else:
         if isinstance(root, yaml.MappingNode):
             document.values = values_of(document, None, root, ())

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowrank.data.rowerror import RowError
-from lowrank.errors import InputError
+from lowrank.errors import LFS_POINTER, InputError
 
 Content = bytes | mmap.mmap
 
 # Smaller files are read whole: a file that is rewritten while it is mapped ends the process that looks at it.
 MAP_FROM = 64 * 2**20
-# What `git lfs` leaves where a file should be begins so.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 TEXTS = (".txt", ".md")
 BEGINNINGS: tuple[tuple[bytes, tuple[str, ...], str], ...] = (

@@ -101,6 +101,7 @@ def test_anchors_aliases_and_merges(load, good):
         ("model: {}\n---\nmodel: {}\n", "run.yaml:2: not valid YAML: but found another document"),
         ("model: &a [*a]\n", "run.yaml:1: not valid YAML: an alias stands inside of what it stands for"),
         ("model: *a\n", "run.yaml:1: not valid YAML: found undefined alias 'a'"),
+        ("model: " + "[" * 3000 + "]" * 3000, "run.yaml: is nested too deeply"),
         (BOMB, "run.yaml:1: not valid YAML: aliases repeat too much"),
         (
             "model: \x00\n",
@@ -164,7 +165,10 @@ def test_a_resolved_config_loads_as_the_same(load, good, overrides):
 
 
 @given(
-    name=st.text(min_size=1), revision=st.none() | st.text(), rate=st.floats(1e-12, 1e3), modules=st.lists(st.text())
+    name=st.text(st.characters(codec="utf-8", exclude_characters="~$"), min_size=1),  # which begin and name other paths
+    revision=st.none() | st.text(),
+    rate=st.floats(1e-12, 1e3),
+    modules=st.lists(st.text()),
 )
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_survives_writing_and_reading(tmp_path, good, name, revision, rate, modules):
