@@ -134,11 +134,13 @@ def base_tensors(model: nn.Module, file: AdapterFile) -> dict[str, nn.Parameter]
 
 
 def tied_tokens(model: nn.Module, file: AdapterFile) -> set[str]:
-    """Trained rows that peft's file holds a second time, for a head that is tied to the embedding."""
+    """Trained rows that peft's file holds a second time, for a head that follows the embedding that it is tied to."""
     ends = list(vocabulary_ends(model).items())
     if len(ends) < 2 or getattr(ends[0][1], "weight", None) is not getattr(ends[1][1], "weight", None):
         return set()
     (embedding, _), (head, _) = ends
+    if head in find_token_places(model, file.config):
+        return set()
     return {f"{head}{TOKENS}"} if {f"{embedding}{TOKENS}", f"{head}{TOKENS}"} <= file.tensors.keys() else set()
 
 
