@@ -131,8 +131,10 @@ def _plain_names(tensors: dict[str, Entry]) -> dict[str, Entry]:
     """Without peft's wrappers: it may write a module saved whole three times, and a trained embedding's base deeper."""
     plain: dict[str, Entry] = {}
     for name, entry in tensors.items():
-        if ".original_module." not in name:
-            plain.setdefault(name.replace(".modules_to_save.", ".").replace(".token_adapter.base_", ".base_"), entry)
+        path, wrapper, inside = name.partition(".modules_to_save.")
+        copies = {f"{path}.{inside}", f"{path}.{inside.partition('.')[2]}"} if wrapper else set()
+        if ".original_module." not in name and not copies & tensors.keys():
+            plain[name.replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".base_layer.")] = entry
     return plain
 
 

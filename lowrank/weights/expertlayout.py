@@ -6,7 +6,12 @@ are transposed. Before, they stood for (experts, in, out) always. Where W is squ
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from lowrank.adapters.experts import ExpertsLayer, is_transposed, name_in_file
+from lowrank.adapters.host import hosts
+from lowrank.adapters.parameters import parameter_names
+from lowrank.weights.adapterfile import AdapterFile
 
 
 def is_turned(
@@ -38,3 +43,23 @@ def turned_about(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     new_A = of_expert_B.permute(2, 1, 0).reshape(-1, B.shape[0])
     new_B = of_expert_A.permute(2, 1, 0).reshape(A.shape[1], -1)
     return new_A, new_B
+
+
+def turned_experts(model: nn.Module, adapter: str, file: AdapterFile) -> dict[str, Tensor]:
+    """The factors of fused experts that a file holds the older way, as the model has them, by name in the file."""
+    found: dict[str, Tensor] = {}
+    for path, module, adapters in hosts(model) if file.before_turn else ():
+        layer = adapters.layers().get(adapter)
+        if not isinstance(layer, ExpertsLayer):
+            continue
+        names = [name for name in parameter_names(module) if name in layer]
+        for name in names:
+            nested = f"{path}.{name_in_file(names, name)}"
+            name_A, name_B = f"{nested}lora_A.weight", f"{nested}lora_B.weight"
+            shape = tuple(getattr(module, name).shape)
+            if is_transposed(module) or len(shape) != 3 or not {name_A, name_B} <= file.tensors.keys():
+                continue
+            A, B = file.read(name_A), file.read(name_B)
+            if is_turned(shape, False, A.shape[0], (tuple(A.shape), tuple(B.shape)), before=True):
+                found[name_A], found[name_B] = turned_about(A, B, shape[0])
+    return found

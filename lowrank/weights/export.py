@@ -206,7 +206,16 @@ def _plain_config(adapter: AdapterFile, rank: int, factors: dict[str, Factors]) 
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted({path.rpartition(".")[2] for path in factors}),
+        target_modules=_targets(adapter, factors),
         fan_in_fan_out=adapter.config.fan_in_fan_out,
         task_type=adapter.config.task_type,
     )
+
+
+def _targets(adapter: AdapterFile, factors: dict[str, Factors]) -> list[str]:
+    """The last parts of the modules' names, where those meant all modules of the name; else the whole names."""
+    config = adapter.config
+    narrowed = config.layers_to_transform is not None or config.exclude_modules
+    ends = {path.rpartition(".")[2] for path in factors}
+    named = config.target_modules
+    return sorted(ends if isinstance(named, list) and ends <= set(named) and not narrowed else factors)

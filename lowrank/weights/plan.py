@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from lowrank.errors import InputError
+from lowrank.weights.adapterfile import shorten
 from lowrank.weights.basemodel import BaseModel
 from lowrank.weights.decoding import Decoding
 from lowrank.weights.names import Piece
@@ -103,6 +105,7 @@ def make_plan(base: BaseModel, updates: dict[str, Update], dtype: torch.dtype | 
             else:
                 shard.append(_decoded(entry, file.path, changes, dtype, decoder))
         shards[file_name] = shard
+    _refuse_missing(base, updates)
     config: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     if hasattr(base.config, "quantization_config"):
         config["quantization_config"] = None
@@ -119,6 +122,29 @@ def make_plan(base: BaseModel, updates: dict[str, Update], dtype: torch.dtype | 
             )
         shards[next(iter(shards))].append(_new(name, update, base, dtype))
     return Plan(shards, config, notes + _made_up(updates))
+
+
+def _refuse_missing(base: BaseModel, updates: dict[str, Update]) -> None:
+    """A head that neither has would be made up anew at every loading of the merged model."""
+    model = base.skeleton
+    if model.base_model is model:
+        return
+    has = {piece.parameter for pieces in base.pieces.values() for piece in pieces}
+    has |= {name for name, update in updates.items() if update.shape is not None}
+    has |= {name for pair in model.all_tied_weights_keys.items() if has & set(pair) for name in pair}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or []]
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in has and not any(pattern.search(name) for pattern in ignored)
+    ]
+    if missing:
+        raise InputError(
+            f"Neither base nor adapter holds {shorten(missing)}, which a {type(model).__name__} needs.",
+            where=str(base.folder),
+            fix="In training they were made up and never saved. Train them whole (modules_to_save), or give the base "
+            "that has them.",
+        )
 
 
 def _changes(entry: Entry, pieces: list[Piece], updates: dict[str, Update]) -> tuple[tuple[Piece, Update], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank.adapters import adapter_tensors, config_of, delete, wrap
-from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
+from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
 from lowrank.adapters.conversion import as_lora as lora_form
 from lowrank.adapters.conversion import portable
 from lowrank.adapters.kinds import kind_of
@@ -20,6 +21,7 @@ from lowrank.adapters.record import find_record
 from lowrank.adapters.targets import matches_end
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
+from lowrank.weights.expertlayout import turned_experts
 from lowrank.weights.fingerprint import Fingerprint, commit_of, text_config
 from lowrank.weights.relocation import named_as_in
 from lowrank.weights.targetnames import target_names
@@ -117,9 +119,10 @@ def _put_in(model: nn.Module, file: AdapterFile, adapter: str, strict: bool, tra
     """Wraps and fills; returns what does not fit. The model carries what it carried before if that fails."""
     record = find_record(model)
     active = () if record is None else record.activity.names
-    wrap(model, _for_this_head(model, file.config), adapter, trainable=trainable)
+    wrap(model, _for_this_model(model, file.config), adapter, trainable=trainable)
     try:
-        return _fill(model, adapter_tensors(model, adapter), file, strict)
+        turned = turned_experts(model, adapter, file)
+        return _fill(model, adapter_tensors(model, adapter), file, strict, turned)
     except BaseException:
         delete(model, adapter)
         if record is not None:
@@ -127,46 +130,61 @@ def _put_in(model: nn.Module, file: AdapterFile, adapter: str, strict: bool, tra
         raise
 
 
-def _for_this_head(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """peft asks a classifier for "classifier" and "score" to be saved whole, of which a model has one."""
-    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
-        return config
+def _for_this_model(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """Without names that match nothing beside others that do: peft takes such lists, and asks every classifier for
+    "classifier" and "score". What the file holds is compared with the model in any case.
+    """
     paths = [path for path, _ in model.named_modules()]
-    saved = [
-        name
-        for name in config.modules_to_save or []
-        if name not in ("classifier", "score") or any(matches_end(path, name) for path in paths)
-    ]
-    return config.model_copy(update={"modules_to_save": saved or None})
+
+    def found(names: object) -> object:
+        if not isinstance(names, list):
+            return names
+        return [name for name in names if any(matches_end(path, name) for path in paths)] or names
+
+    update: dict[str, Any] = {"target_modules": found(config.target_modules)}
+    if isinstance(config, LoraConfig):
+        names = paths + [name for name, _ in model.named_parameters()]
+        update |= {field: _matching(getattr(config, field), names) for field in ("rank_pattern", "alpha_pattern")}
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        saved = [
+            name
+            for name in config.modules_to_save or []
+            if name not in ("classifier", "score") or any(matches_end(path, name) for path in paths)
+        ]
+        update["modules_to_save"] = saved or None
+    return config.model_copy(update=update)
+
+
+def _matching(patterns: dict[str, float], names: list[str]) -> dict[str, float]:
+    """Those of peft's patterns that match one of the names at its end."""
+    whole = {re.escape(name) for name in names}
+    return {
+        pattern: value
+        for pattern, value in patterns.items()
+        if pattern in whole or any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+    }
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, live: dict[str, Tensor], file: AdapterFile, strict: bool) -> list[str]:
-    """Copies the file's tensors into the live ones; returns what does not fit."""
+def _fill(
+    model: nn.Module, live: dict[str, Tensor], file: AdapterFile, strict: bool, turned: dict[str, Tensor]
+) -> list[str]:
+    """Copies the file's tensors (`turned` in place of some) into the live ones; returns what does not fit."""
+    sizes = {name: tuple(turned[name].shape) if name in turned else file.tensors[name].shape for name in file.tensors}
     missing = [name for name in live if name not in file.tensors]
     handled = base_tensors(model, file).keys() | tied_tokens(model, file)
-    unexpected = [
-        name for name in file.tensors if name not in live and name not in handled and not _is_base(model, file, name)
-    ]
+    unexpected = [name for name in file.tensors if name not in live and name not in handled]
     both = [name for name in live if name in file.tensors]
-    misshapen = [name for name in both if file.tensors[name].shape != tuple(live[name].shape)]
-    shapes = [f"{name} {list(file.tensors[name].shape)} (here {list(live[name].shape)})" for name in misshapen]
+    misshapen = [name for name in both if sizes[name] != tuple(live[name].shape)]
+    shapes = [f"{name} {list(sizes[name])} (here {list(live[name].shape)})" for name in misshapen]
     lists = {"missing": missing, "unexpected": unexpected, "misshapen": shapes}
     problems = [f"{what}: {shorten(names, 20)}" for what, names in lists.items() if names]
     if problems and strict:
         _refuse(file, problems)
     for name in both:
         if name not in misshapen:
-            live[name].copy_(file.read(name))
+            live[name].copy_(turned[name] if name in turned else file.read(name))
     return problems
-
-
-def _is_base(model: nn.Module, file: AdapterFile, name: str) -> bool:
-    """Whether a tensor is a copy of the base's own embedding, which peft adds to the file of an adapted one."""
-    parameter = dict(model.named_parameters(remove_duplicate=False)).get(name.replace(".base_layer.", "."))
-    if parameter is None or parameter.shape != file.tensors[name].shape:
-        return False
-    return torch.equal(file.read(name).to(parameter.dtype), parameter.detach().cpu())
 
 
 def _refuse(file: AdapterFile, problems: list[str]) -> None:
