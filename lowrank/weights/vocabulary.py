@@ -19,7 +19,7 @@ from lowrank.adapters.copies import WholeCopy
 from lowrank.adapters.host import AdapterSet
 from lowrank.adapters.record import find_record
 from lowrank.adapters.targets import matches_end
-from lowrank.adapters.tokens import SharedTokens, TokenRows
+from lowrank.adapters.tokens import SharedTokens, TokenRows, find_token_places
 from lowrank.weights.adapterfile import TOKENS, AdapterFile
 from lowrank.weights.fingerprint import text_config
 from lowrank.weights.tensorfile import Entry, TensorFile
