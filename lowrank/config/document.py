@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lowrank.config.yamlcore import TAG, CoreLoader
+from lowrank.config.yamlcore import TAG, CoreDumper, CoreLoader
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands: ("training", "learning_rate"), ("adapter", "target_modules", 0)."""
@@ -108,6 +110,28 @@ def read_document(path: Path) -> Document:
         else:
             document.problems.append(Problem(str(path), "", "holds no sections; a config begins with `model:`"))
     return document
+
+
+def document_of(values: Mapping[str, Any]) -> Document:
+    """A config that Python gives as a mapping, by the same rules as a file's."""
+    document = Document("config")
+    try:
+        root = CoreLoader(yaml.dump(_plain(values), Dumper=CoreDumper, sort_keys=False)).get_single_node()
+    except yaml.representer.RepresenterError as error:
+        what = f"{error.args[-1]!r} is neither a text, a number, true, false, null, a list nor a mapping"
+        document.problems.append(Problem("config", "", what))
+    else:
+        assert root is not None, "a mapping is written as one"
+        document.values = values_of(document, "config", root, ())
+    return document
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def invalid(where: str, error: yaml.YAMLError) -> Problem:

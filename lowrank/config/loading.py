@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ from pydantic import BaseModel
 from lowrank.config.assignments import override
 from lowrank.config.checking import check
 from lowrank.config.contradictions import without_effect
-from lowrank.config.document import Problem, read_document
+from lowrank.config.document import Problem, document_of, read_document
 from lowrank.config.run import RunConfig
 from lowrank.config.yamlcore import CoreDumper
 from lowrank.errors import InputError
 from lowrank.paths import expanded
+
+CONFIG = "config.yaml"
+"""The name of a run's config in its folder."""
 
 
 class ConfigError(InputError):
@@ -34,18 +37,19 @@ class ConfigError(InputError):
         return type(self), (self.problems,)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's config.
 
     Args:
-        path: A YAML file. Relative paths inside of it are relative to the current folder, not to the file; here and
-            there `~` and `$NAME` are replaced.
+        path: A YAML file; a run's folder, for the config that it was run with; or the sections as a mapping. Relative
+            paths inside of it are relative to the current folder, not to the file; here and there `~` and `$NAME` are
+            replaced.
         overrides: `section.key=value` each (`lowrank.config.assignments`); they stand before what the file says.
 
     Raises:
         ConfigError: whatever is wrong, all of it, each with its line.
     """
-    document = read_document(Path(expanded(path)))
+    document = document_of(path) if isinstance(path, Mapping) else read_document(_file(Path(expanded(path))))
     if document.problems and not document.values:
         raise ConfigError(document.problems)
     for assignment in overrides:
@@ -54,6 +58,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if config is None or problems:
         raise ConfigError(problems)
     return config
+
+
+def _file(path: Path) -> Path:
+    return path / CONFIG if (path / CONFIG).is_file() else path
 
 
 def dump_config(config: RunConfig) -> str:

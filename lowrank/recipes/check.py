@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lowrank.adapters import describe
 from lowrank.config import RunConfig, load_config
@@ -28,14 +29,14 @@ from lowrank.training.trackers import chosen_trackers
 SPARE_DISK = 64 * 2**20  # metrics, report, config
 
 
-def check(config: RunConfig | str | Path, overrides: Sequence[str] = ()) -> MemoryEstimate:
+def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> MemoryEstimate:
     """Checks config, files, rows, model, targets, attention, optimiser, trackers, disk space; takes a few steps on
     the largest batches and measures the memory. All in one process, for a run of any number; a base that the run shards
     is whole here.
 
     Args:
-        config: A config, or the path of one.
-        overrides: `section.key=value`, for a path.
+        config: A config, its sections as a mapping, or the path of one.
+        overrides: `section.key=value`, for a mapping or a path.
 
     Returns:
         What the run will need at its peak, in a process that holds no more than this one before.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lowrank.config import RunConfig, load_config
 from lowrank.data import end_tokens
@@ -21,7 +22,7 @@ from lowrank.weights.notes import noted_ends, stop_at
 
 
 def evaluate(
-    config: RunConfig | str | Path, adapter: str | Path | None = None, overrides: Sequence[str] = ()
+    config: RunConfig | Mapping[str, Any] | str | Path, adapter: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> Evaluation:
     """Evaluates, and prints the figures.
 
@@ -29,9 +30,9 @@ def evaluate(
     a template, and on the revision of the base that it names.
 
     Args:
-        config: A config, or the path of one.
+        config: A config, its sections as a mapping, or the path of one.
         adapter: An adapter's folder; the base alone without it.
-        overrides: `section.key=value`, for a path.
+        overrides: `section.key=value`, for a mapping or a path.
 
     Raises:
         InputError: the config names no evaluation data, or something cannot be used.

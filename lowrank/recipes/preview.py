@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lowrank.config import RunConfig, load_config
 from lowrank.data import BatchStream
@@ -20,7 +21,7 @@ from lowrank.training.steps import run_length
 
 
 def preview(
-    config: RunConfig | str | Path,
+    config: RunConfig | Mapping[str, Any] | str | Path,
     overrides: Sequence[str] = (),
     *,
     row: int | None = None,
@@ -31,8 +32,8 @@ def preview(
     Of a stream it reads, shows and counts the first rows alone.
 
     Args:
-        config: A config, or the path of one. The model's weights are not loaded.
-        overrides: `section.key=value`, for a path.
+        config: A config, its sections as a mapping, or the path of one. The model's weights are not loaded.
+        overrides: `section.key=value`, for a mapping or a path.
         row: A row of the training data, from 1.
         html: Write a page there, instead of showing it in the terminal.
 

@@ -11,13 +11,12 @@ import torch
 
 from lowrank.adapters import AdaLoraConfig
 from lowrank.config import RunConfig, load_config
+from lowrank.config.loading import CONFIG
 from lowrank.config.sections import TrainingSection
 from lowrank.errors import InputError
 from lowrank.recipes.optimisation import schedule_for
 from lowrank.training.checkpoint import checkpoints_in, step_of
 from lowrank.training.files import unfinished
-
-CONFIG = "config.yaml"
 
 # Changes here cannot alter what is trained, and neither can the run's length where its schedule does not look ahead.
 FREE = frozenset(

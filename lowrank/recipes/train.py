@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from accelerate.utils import ProjectConfiguration, set_seed
 
 from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
+from lowrank.config.loading import CONFIG
 from lowrank.data import BatchPlan, BatchStream
 from lowrank.recipes.crew import Crew, crew_of, save_adapter
 from lowrank.recipes.optimisation import optimizer_for, schedule_for
 from lowrank.recipes.prepare import batch_plan
 from lowrank.recipes.resume import (
-    CONFIG,
     checkpoint_to_resume,
     dated,
     describe_start,
@@ -70,7 +70,7 @@ class RunResult:
 
 
 def train(
-    config: RunConfig | str | Path,
+    config: RunConfig | Mapping[str, Any] | str | Path,
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
@@ -79,8 +79,8 @@ def train(
     """Fine-tunes a model.
 
     Args:
-        config: A config, or the path of one.
-        overrides: `section.key=value`, for a path.
+        config: A config, its sections as a mapping, or the path of one.
+        overrides: `section.key=value`, for a mapping or a path.
         resume: Go on with the run in `training.output_dir` from its newest checkpoint, bit for bit as if it had never
             stopped.
         callbacks: Told of every moment of the run (`lowrank.Callback`).
@@ -243,7 +243,7 @@ def farewell(run: Run, best: Best | None, plan: BatchPlan | BatchStream) -> str:
         ended += f" {run.skipped} steps were skipped."
     if isinstance(plan, BatchStream):
         ended += f" From the stream: {plan.counts}."
-    return f"{ended}\nTo go on: lowrank train {run.output_dir / CONFIG} --resume" if run.interrupted else ended
+    return f"{ended}\nTo go on: lowrank train {run.output_dir} --resume" if run.interrupted else ended
 
 
 def advice(config: RunConfig) -> list[str]:
