@@ -19,9 +19,13 @@ class Method(StrEnum):
     svd = "svd"
     linear = "linear"
     ties = "ties"
+    ties_svd = "ties_svd"
     dare_linear = "dare_linear"
+    dare_linear_svd = "dare_linear_svd"
     dare_ties = "dare_ties"
+    dare_ties_svd = "dare_ties_svd"
     magnitude_prune = "magnitude_prune"
+    magnitude_prune_svd = "magnitude_prune_svd"
 
 
 Rank = Annotated[int | None, typer.Option(min=1, help="The rank of the result.")]

@@ -16,13 +16,28 @@ from lowrank.adapters.config import LoraConfig
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import AdapterFile, open_adapter, shorten
 from lowrank.weights.combine import FACTOR_METHODS, MajoritySign
+from lowrank.weights.compose_rest import Rest, compose_rest, rest_of
 from lowrank.weights.factors import Product, distance, norm, total, truncated
 from lowrank.weights.folders import refuse_inside
 from lowrank.weights.modulefactors import Factors, read_factors
 from lowrank.weights.writing import write_adapter
 
-ComposeMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-_PRUNING = {"ties", "dare_linear", "dare_ties", "magnitude_prune"}
+ComposeMethod = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+_ON_FACTORS = {"linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"}
+_ON_PRODUCTS = {f"{method}_svd": method for method in _ON_FACTORS - {"linear"}}
+_PRUNING = {*_ON_PRODUCTS, *_ON_PRODUCTS.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +82,10 @@ def compose(
         out: The new adapter's folder.
         weights: One for each adapter; 1 by default.
         method: "cat": the exact weighted sum, ranks add. "svd": the nearest to it at a lower rank. "linear", "ties",
-            "dare_linear", "dare_ties", "magnitude_prune": on the factors, as peft's `add_weighted_adapter`.
-        rank: For "svd": of every module; the largest of the adapters' by default.
-        energy: For "svd": instead of a rank, the share of ‖ΔW‖² that each module keeps.
+            "dare_linear", "dare_ties", "magnitude_prune": on the factors, as peft's `add_weighted_adapter`; with "_svd"
+            at the end on each module's ΔW, formed, and then the nearest product of a lower rank.
+        rank: For "svd" and its kin: of every module; the largest of the adapters' by default.
+        energy: For "svd" and its kin: instead of a rank, the share of ‖ΔW‖² that each module keeps.
         density: For pruning methods: the share of values that is kept.
         majority_sign: For TIES: whose sign wins, by "total" value or by "frequency".
         seed: For DARE.
@@ -78,8 +94,8 @@ def compose(
         Ranks, and the distance from the plain weighted sum.
 
     Raises:
-        InputError: An adapter cannot be read or composed (DoRA, whole modules), shapes or bases differ, an argument
-            does not go with the method.
+        InputError: An adapter cannot be read or composed (DoRA, experts, two that hold the same module whole), shapes
+            or bases differ, an argument does not go with the method.
     """
     chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     _check_arguments(adapters, chosen, method, rank, energy, density, majority_sign)
@@ -87,7 +103,7 @@ def compose(
     for file in files:
         refuse_inside(Path(out), file.path)
     notes = _check_bases(files)
-    read = [read_factors(file) for file in files]
+    read = [read_factors(file, rest_of(file)) for file in files]
     limit = rank if rank is not None or energy is not None else max(f.product.rank for r in read for f in r.values())
     composed: dict[str, Factors] = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -101,10 +117,13 @@ def compose(
             product = truncated(exact, limit, energy)
         else:
             generator = torch.Generator().manual_seed(seed + zlib.crc32(path.encode()))
-            product = _on_factors(method, present, density or 1.0, majority_sign, generator)
+            way = _on_factors if method in _ON_FACTORS else _on_products
+            product = way(method.removesuffix("_svd"), present, density or 1.0, majority_sign, generator)
+            product = product if method in _ON_FACTORS else truncated(product, limit, energy)
         composed[path] = present[0][0].with_factors(product.A, product.B)
         errors[path] = (distance(product, exact), norm(exact))
-    _write(Path(out), files, composed)
+    rest = compose_rest(files, chosen, {path: factors.B.shape[0] for path, factors in composed.items()})
+    _write(Path(out), files, composed, rest)
     return _report(Path(out), method, composed, errors, notes)
 
 
@@ -160,12 +179,27 @@ def _on_factors(
     return Product(A, combine(stacked_B, roots, density, sign, generator))
 
 
+def _on_products(
+    method: str,
+    present: list[tuple[Factors, float]],
+    density: float,
+    sign: MajoritySign,
+    generator: torch.Generator,
+) -> Product:
+    """On each ΔW (out, in), formed; the result as the product of itself and the identity."""
+    formed = torch.stack([factors.product.B @ factors.product.A for factors, _ in present])
+    weights = torch.tensor([weight for _, weight in present])
+    combined = FACTOR_METHODS[method](formed, weights, density, sign, generator)
+    out, into = combined.shape
+    return Product(combined, torch.eye(out)) if out <= into else Product(torch.eye(into), combined)
+
+
 def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
     missing = rank - tensor.shape[dim]
     return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
-def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors]) -> None:
+def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors], rest: Rest) -> None:
     first = files[0]
     ranks = {path: factors.product.rank for path, factors in composed.items()}
     common = max(ranks.values(), key=list(ranks.values()).count)
@@ -178,8 +212,10 @@ def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors]) ->
         alpha_pattern={path: float(rank) for path, rank in others.items()},
         fan_in_fan_out=first.config.fan_in_fan_out,
         task_type=first.config.task_type,
+        **rest.fields,
     )
     tensors = {name: tensor for factors in composed.values() for name, tensor in factors.in_file().items()}
+    tensors |= rest.tensors
     write_adapter(
         out,
         config,
@@ -217,15 +253,15 @@ def _check_arguments(
     density: float | None,
     majority_sign: str,
 ) -> None:
-    known = ["cat", "svd", *FACTOR_METHODS]
+    known = get_args(ComposeMethod)
     if method not in known:
         raise InputError(f"There is no method {method!r}; there are {', '.join(known)}.")
     if not adapters:
         raise InputError("No adapter is given.")
     if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
         raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters; one finite number each.")
-    if (rank is not None or energy is not None) and method != "svd":
-        raise InputError(f"A rank or an energy is chosen by the method svd, not by {method}.")
+    if (rank is not None or energy is not None) and not method.endswith("svd"):
+        raise InputError(f"A rank or an energy is chosen by the method svd and its kin, not by {method}.")
     if rank is not None and rank < 1:
         raise InputError(f"The rank is {rank}; it is at least 1.")
     if energy is not None and not 0 < energy <= 1:

@@ -104,6 +104,9 @@ def _read(adapter: AdapterFile, path: str, names: dict[str, str]) -> Factors:
             f"{path} is a convolution with {shape_A[0] // shape_B[1]} groups, and its factors are no product B · A.",
             where=str(adapter.path),
         )
+    if adapter.config.method_name == "adalora" and len(shape_A) == len(shape_B) == 2 and shape_A[0] == shape_B[1] == 0:
+        tensors |= _one_of_zeros(shape_A[1], shape_B[0])
+        shape_A, shape_B = (1, shape_A[1]), (shape_B[0], 1)
     if len(shape_A) < 2 or len(shape_B) < 2 or shape_A[0] != shape_B[1] or 0 in (*shape_A, *shape_B):
         raise InputError(
             f"{path} has factors {shape_A} and {shape_B}, which do not go together.", where=str(adapter.path)
@@ -111,3 +114,8 @@ def _read(adapter: AdapterFile, path: str, names: dict[str, str]) -> Factors:
     flat = {name: tensor.float().flatten(1) for name, tensor in tensors.items()}
     term = METHODS[adapter.config.method_name].from_file(adapter.config, path, flat, torch.empty(0))
     return Factors(path, term.A, term.B, term.scale, shape_A, shape_B, embedding, tensors["lora_A"].dtype)
+
+
+def _one_of_zeros(into: int, out: int) -> dict[str, Tensor]:
+    """A module whose every rank AdaLoRA has pruned: ΔW = 0, in a form that every reader takes."""
+    return {"lora_A": torch.zeros(1, into), "lora_B": torch.zeros(out, 1), "lora_E": torch.zeros(1, 1)}

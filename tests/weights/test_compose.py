@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_gpt2, tiny_llama
+from tiny import tiny_gpt2, tiny_llama, tiny_qwen2
 from weight_helpers import logits, randomise, reload, save_base, with_peft
 
 import lowrank
@@ -65,6 +65,15 @@ def peft_composed(base: Path, adapters: list[Path], weights: list[float], **kwar
         ("magnitude_prune", {"density": 0.3}, {"density": 0.3}),
         ("dare_linear", {"density": 1.0}, {"density": 1.0}),
         ("dare_ties", {"density": 1.0}, {"density": 1.0}),
+        ("ties_svd", {"density": 0.5, "rank": 3}, {"density": 0.5, "svd_rank": 3}),
+        (
+            "ties_svd",
+            {"density": 0.4, "majority_sign": "frequency"},
+            {"density": 0.4, "majority_sign_method": "frequency"},
+        ),
+        ("magnitude_prune_svd", {"density": 0.3}, {"density": 0.3}),
+        ("dare_linear_svd", {"density": 1.0, "rank": 5}, {"density": 1.0, "svd_rank": 5}),
+        ("dare_ties_svd", {"density": 1.0}, {"density": 1.0}),
     ],
 )
 def test_equal_to_peft(base: Path, two: list[Path], method: str, ours: dict, theirs: dict, weights: list) -> None:
@@ -74,7 +83,7 @@ def test_equal_to_peft(base: Path, two: list[Path], method: str, ours: dict, the
     torch.testing.assert_close(with_peft(base, base.parent / "both"), wanted, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
 def test_random_pruning_is_pefts_for_the_same_random_numbers(base: Path, tmp_path: Path, method: str) -> None:
     path = "model.layers.1.self_attn.q_proj"
     config = LoraConfig(r=4, target_modules=[path], init_lora_weights=False)
@@ -217,11 +226,96 @@ def test_arguments_that_do_not_go_together(two: list[Path], tmp_path: Path, argu
 
 def test_adapters_that_cannot_be_composed(base: Path, two: list[Path], tmp_path: Path) -> None:
     dora = make(base, tmp_path / "dora", LoraConfig(target_modules=["q_proj"], use_dora=True), 3)
+    with pytest.raises(InputError, match="lora_magnitude_vector"):
+        compose([two[0], dora], out=tmp_path / "out")
     whole = make(base, tmp_path / "whole", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), 3)
-    for adapter, why in ((dora, "lora_magnitude_vector"), (whole, r"lm_head\.weight")):
-        with pytest.raises(InputError, match=why):
-            compose([two[0], adapter], out=tmp_path / "out")
+    for given, weights in (([whole, whole], None), ([two[0], whole], [1.0, 0.5])):
+        with pytest.raises(InputError, match=r"(?s)lm_head\.weight is saved whole.*sum to 1"):
+            compose(given, out=tmp_path / "out", weights=weights)
+    biased = make(base, tmp_path / "biased", LoraConfig(target_modules=["q_proj"], bias="lora_only"), 3)
+    with pytest.raises(InputError, match=r"down_proj: its bias is the base's"):
+        compose([two[1], biased], out=tmp_path / "out")
     other = save_base(tiny_gpt2(), tmp_path / "gpt2")
     stranger = make(other, tmp_path / "stranger", LoraConfig(target_modules=["c_attn"]), 3)
     with pytest.raises(InputError, match="different bases"):
         compose([two[0], stranger], out=tmp_path / "out")
+
+
+def effects(base: Path, adapters: list[Path], weights: list[float]) -> dict[str, torch.Tensor]:
+    """W + Σ wᵢ(Wᵢ - W) of every parameter, each Wᵢ from a merge of its own."""
+    before = reload(base).state_dict()
+    merged = [lowrank.merge(lowrank.load(reload(base), adapter)).state_dict() for adapter in adapters]
+    return {
+        name: value + sum(weight * (one[name] - value) for one, weight in zip(merged, weights, strict=True))
+        for name, value in before.items()
+    }
+
+
+WHOLE = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], init_lora_weights=False)
+OTHER_WHOLE = LoraConfig(r=3, target_modules=["up_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+TOKENS = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 7], init_lora_weights=False)
+OTHER_TOKENS = LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices=[7, 9], init_lora_weights=False)
+BIASED = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], bias="lora_only", init_lora_weights=False)
+ALL_BIASES = LoraConfig(r=2, target_modules=["q_proj"], bias="all", init_lora_weights=False)
+ADDED = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True, init_lora_weights=False)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.parametrize(
+    ("configs", "weights"),
+    [
+        ([WHOLE, OTHER_WHOLE], [1.0, 1.0]),
+        ([WHOLE, WHOLE], [0.3, 0.7]),
+        ([TOKENS, OTHER_WHOLE], [1.0, 1.0]),
+        ([BIASED, BIASED], [0.5, 0.5]),
+        ([ALL_BIASES], [1.0]),
+        ([ADDED, BIASED.model_copy(update={"bias": "none"})], [0.7, -0.5]),
+    ],
+)
+def test_what_is_no_factor_is_composed_too(method: str, configs: list, weights: list, tmp_path: Path) -> None:
+    base = save_base(tiny_qwen2(tie_word_embeddings=False), tmp_path / "base")
+    adapters = [make(base, tmp_path / str(i), config, i) for i, config in enumerate(configs)]
+    rank = {"rank": 8} if method == "svd" else {}
+    compose(adapters, out=tmp_path / "both", weights=weights, method=method, **rank)
+    got = lowrank.merge(lowrank.load(reload(base), tmp_path / "both")).state_dict()
+    for name, wanted in effects(base, adapters, weights).items():
+        torch.testing.assert_close(got[name], wanted, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_single_tokens_of_two_adapters(base: Path, tmp_path: Path) -> None:
+    """A token that both have trained is averaged; one that a single adapter has needs the weight 1."""
+    adapters = [make(base, tmp_path / name, TOKENS, seed) for name, seed in (("one", 1), ("other", 2))]
+    compose(adapters, out=tmp_path / "both", weights=[0.25, 0.75])
+    got = lowrank.merge(lowrank.load(reload(base), tmp_path / "both")).state_dict()
+    for name, wanted in effects(base, adapters, [0.25, 0.75]).items():
+        torch.testing.assert_close(got[name], wanted, atol=1e-5, rtol=1e-5, msg=name)
+    apart = make(base, tmp_path / "apart", OTHER_TOKENS, 3)
+    with pytest.raises(InputError, match=r"token 3 of .*is saved whole"):
+        compose([adapters[0], apart], out=tmp_path / "wrong", weights=[0.5, 0.5])
+
+
+def test_adalora_modules_without_a_rank_pass_through(base: Path, tmp_path: Path) -> None:
+    """Through composing, resizing and exports; peft and lowrank read what comes out."""
+    adapter = make(
+        base, tmp_path / "ada", AdaLoraConfig(init_r=4, target_r=2, total_step=9, init_lora_weights=False), 1
+    )
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, fields = load_file(weights), json.loads(config.read_text())
+    gone = "model.layers.0.self_attn.q_proj"
+    for name, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+        key = f"base_model.model.{gone}.{name}"
+        tensors[key] = tensors[key].narrow(dim, 0, 0).contiguous()
+    kept = {
+        name.removeprefix("base_model.model."): tensors[name].shape[0] for name in tensors if name.endswith("lora_E")
+    }
+    fields["rank_pattern"] = {name: [i < rank for i in range(4)] for name, rank in kept.items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config.write_text(json.dumps(fields))
+    wanted = logits(lowrank.load(reload(base), adapter))
+    report = compose([adapter], out=tmp_path / "composed")
+    assert report.ranks[gone] == 1
+    resize(adapter, 4, out=tmp_path / "resized")
+    lowrank.weights.export(adapter, tmp_path / "vllm", to="vllm")
+    for name in ("composed", "resized", "vllm"):
+        torch.testing.assert_close(logits(lowrank.load(reload(base), tmp_path / name)), wanted, atol=2e-5, rtol=0)
+        torch.testing.assert_close(with_peft(base, tmp_path / name), wanted, atol=2e-5, rtol=0)
