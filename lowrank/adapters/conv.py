@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank.adapters.kinds import HostModule, groups_of, in_place_of_own
+from lowrank.adapters.forwards import acts_as, channels_in
+from lowrank.adapters.kinds import HostModule, groups_of, holds_weight, in_place_of_own
 from lowrank.ops.low_rank import LowRank
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -25,8 +26,9 @@ class ConvKind:
     looked_up = False
 
     def fits(self, module: HostModule) -> bool:
-        """Whether it is one of the three."""
-        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        """Whether it is one of the three, by what its forward computes (a causal one that cuts its output is none)."""
+        plain = next((cls for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, cls)), None)
+        return plain is not None and holds_weight(module) and acts_as(module, plain.forward, channels_in, plain.forward)
 
     def shape(self, module: HostModule) -> tuple[int, int]:
         """(out_channels, in_channels · kernel size)."""

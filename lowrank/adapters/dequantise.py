@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank.adapters.host import move
 from lowrank.adapters.kinds import HostModule, kind_of
+from lowrank.adapters.modules import named_modules, submodule
 from lowrank.adapters.parameters import make_parameters_dense, quantised_names
 
 
@@ -29,17 +30,17 @@ def make_dense(model: HostModule, undo: ExitStack) -> None:
         undo: Gets what puts the quantised layers back, should anything go wrong before it is emptied.
     """
     dtype = dense_dtype(model)
-    for path, module in list(model.named_modules()):
+    for path, module in list(named_modules(model)):
         if quantised_names(module):
             undo.callback(_give_back, module, type(module), module.parametrizations)
             make_parameters_dense(module, dtype)
         elif is_quantised(module):
             dense = dense_twin(module, dtype)
             parent, _, name = path.rpartition(".")
-            undo.callback(setattr, model.get_submodule(parent), name, module)
+            undo.callback(setattr, submodule(model, parent), name, module)
             undo.callback(move, dense, module)
             move(module, dense)
-            setattr(model.get_submodule(parent), name, dense)
+            setattr(submodule(model, parent), name, dense)
 
 
 def forget_quantisation(model: HostModule) -> None:

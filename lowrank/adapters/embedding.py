@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowrank.adapters.kinds import HostModule
+from lowrank.adapters.forwards import acts_as, tokens_in
+from lowrank.adapters.kinds import HostModule, holds_weight
 from lowrank.ops.low_rank import LowRank
 
 
@@ -17,9 +18,10 @@ class EmbeddingKind:
     looked_up = True
 
     def fits(self, module: HostModule) -> bool:
-        """An embedding that is looked up with token ids, nothing cleverer."""
-        plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-        return isinstance(module, nn.Embedding) and plain and module.max_norm is None
+        """An embedding that is looked up with token ids and perhaps scaled, nothing cleverer."""
+        if not isinstance(module, nn.Embedding) or module.max_norm is not None or not holds_weight(module):
+            return False
+        return acts_as(module, nn.Embedding.forward, tokens_in, _scaled_rows)
 
     def shape(self, module: HostModule) -> tuple[int, int]:
         """(dim, vocabulary)."""
@@ -58,3 +60,9 @@ class EmbeddingKind:
     def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """`lora_embedding_A` (r, vocabulary) and `lora_embedding_B` (dim, r), no `.weight`."""
         return (name.replace("lora_", "lora_embedding_") if name in ("lora_A", "lora_B") else name), factor
+
+
+def _scaled_rows(module: HostModule, ids: torch.Tensor) -> torch.Tensor:
+    rows = module.weight[ids]
+    scale = getattr(module, "embed_scale", None)
+    return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, torch.Tensor) else scale)

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from lowrank.adapters.config import AdapterConfig, LoraConfig
 from lowrank.adapters.kinds import HostModule, Kind, kind_of
 from lowrank.adapters.method import JointLayer, Layer, own_bias, rank_and_scale
+from lowrank.adapters.modules import submodule
 from lowrank.adapters.parameters import find_parameters, parameter_names, parametrised_names, write_parameter
 from lowrank.adapters.setting import Setting
 from lowrank.errors import InputError
@@ -162,7 +163,7 @@ def experts_layers(model: nn.Module, config: AdapterConfig) -> dict[str, Experts
         return {}
     layers = {}
     for path, names in find_parameters(model, config)[0].items():
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         layers[path] = ExpertsLayer(None if kind_of(module) is None else own_bias(config, module))
         for name in names:
             r, scale = rank_and_scale(config, f"{path}.{name}")

@@ -16,6 +16,7 @@ from torch import nn
 
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import JointLayer, Layer
+from lowrank.adapters.modules import ADAPTERS, named_modules
 from lowrank.adapters.recomputation import pin_recomputation
 from lowrank.adapters.routing import Routing
 from lowrank.adapters.setting import Setting
@@ -62,7 +63,7 @@ class Activity(Setting[Choice]):
 class AdapterSet(nn.ModuleDict):
     """The adapters on one module, by name."""
 
-    CHILD = "adapters"
+    CHILD = ADAPTERS
 
     def __init__(self, kind: Kind | None, activity: Activity) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ def _slot(module: nn.Module) -> str:
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSet]]:
     """Every module that carries adapters: its path, itself, its adapters."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(child := module._modules.get(AdapterSet.CHILD), AdapterSet):
             yield path, module, child
 

@@ -22,6 +22,7 @@ class AdapterInfo:
         active: Whether it acts now.
         scale: What its trained scale is multiplied with now.
         matched: How many modules each pattern of `target_modules` matched.
+        left_out: Linear layers that "all-linear" leaves out because an adapter would not act there, and why.
         modules: The paths of the modules that carry it.
         parameters: How many values it holds.
         trainable: How many of them require gradients.
@@ -32,6 +33,7 @@ class AdapterInfo:
     active: bool
     scale: float
     matched: dict[str, int]
+    left_out: dict[str, str]
     modules: tuple[str, ...]
     parameters: int
     trainable: int
@@ -55,6 +57,7 @@ def _info(model: nn.Module, name: str) -> AdapterInfo:
         active=name in record.activity.now.names,
         scale=record.strengths[name].now,
         matched=record.matched[name],
+        left_out=record.left_out[name],
         modules=tuple(layers),
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),

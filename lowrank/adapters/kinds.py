@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from lowrank.ops.low_rank import LowRank
 
@@ -71,6 +72,24 @@ def kind_of(module: HostModule) -> Kind | None:
 def is_multihead(module: HostModule) -> bool:
     """Whether it is torch's `nn.MultiheadAttention`, run by its own forward: it has a layer of its own."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+
+
+def holds_weight(module: HostModule) -> bool:
+    """Whether its weight is a parameter, and not what a hook computes from others before every call (pruning,
+    `torch.nn.utils.weight_norm`): an adapter could not be merged there."""
+    return "weight" in module._parameters or parametrize.is_parametrized(module, "weight")
+
+
+def why_unfit(module: HostModule) -> str:
+    """What keeps an adapter from a module that looks like one of a known kind; "" where it looks like none."""
+    if not isinstance(module, nn.Linear | nn.Embedding | _ConvNd):
+        return ""
+    if not holds_weight(module):
+        return (
+            "a hook computes its weight before every call (torch.nn.utils.weight_norm, pruning); one by "
+            "torch.nn.utils.parametrizations is taken"
+        )
+    return f"its forward is not that of a {type(module).__mro__[1].__name__}"
 
 
 def groups_of(module: HostModule) -> int:

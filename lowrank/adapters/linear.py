@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank.adapters.kinds import HostModule, in_place_of_own
+from lowrank.adapters.forwards import acts_as, features_in
+from lowrank.adapters.kinds import HostModule, holds_weight, in_place_of_own
 from lowrank.ops.dense import dense
 from lowrank.ops.lora_linear import lora_linear
 from lowrank.ops.low_rank import LowRank
@@ -51,8 +52,11 @@ class LinearKind:
     looked_up = False
 
     def fits(self, module: HostModule) -> bool:
-        """A linear layer, but not one whose owner reads the weight without calling it (nn.MultiheadAttention)."""
-        return isinstance(module, nn.Linear) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
+        """A linear layer by what its forward computes."""
+        if not isinstance(module, nn.Linear) or not holds_weight(module):
+            return False
+        quantised = type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+        return quantised or acts_as(module, nn.Linear.forward, features_in, _product)
 
     def shape(self, module: HostModule) -> tuple[int, int]:
         """(out_features, in_features): a quantised weight's own shape says nothing."""
@@ -101,7 +105,7 @@ class Conv1DKind:
 
     def fits(self, module: HostModule) -> bool:
         """Whether it is a Conv1D."""
-        return isinstance(module, Conv1D)
+        return isinstance(module, Conv1D) and acts_as(module, Conv1D.forward, features_in, Conv1D.forward)
 
     def shape(self, module: HostModule) -> tuple[int, int]:
         """(out, in)."""
@@ -131,6 +135,10 @@ class Conv1DKind:
     def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
         """As for a linear layer: A (r, in), B (out, r)."""
         return _in_file(name), factor
+
+
+def _product(module: HostModule, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, module.weight, module.bias)
 
 
 def _in_file(name: str) -> str:

@@ -14,7 +14,9 @@ from torch.nn.utils import parametrize
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
 from lowrank.adapters.kinds import HostModule, kind_of
-from lowrank.adapters.targets import fused_experts, is_kept, matches_end
+from lowrank.adapters.modules import base_modules
+from lowrank.adapters.patterns import matches_end
+from lowrank.adapters.targets import fused_experts, is_kept
 from lowrank.errors import InputError
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +41,7 @@ def find_parameters(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, 
     _check_fields(config)
     found: dict[str, list[str]] = {}
     counts = dict.fromkeys(config.target_parameters, 0)
-    modules = {path: module for path, module in model.named_modules() if path and "adapters" not in path.split(".")}
+    modules = base_modules(model)
     for path, module in modules.items():
         for name in parameter_names(module):
             matching = [pattern for pattern in counts if matches_end(f"{path}.{name}", pattern)]

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.foreign import refuse_foreign
 from lowrank.adapters.host import Activity
+from lowrank.adapters.modules import bare
 from lowrank.adapters.setting import Setting
 from lowrank.errors import InputError
 
@@ -23,6 +25,7 @@ class Record:
         configs: Each adapter's config.
         strengths: For each adapter, what its trained scale is multiplied with; shared with its layers.
         matched: For each adapter, how many modules each pattern matched.
+        left_out: For each adapter, the layers that "all-linear" leaves out because nothing calls them, and why.
         trained_before: The base parameters that required gradients before the first `wrap`, by name.
         patched: The attributes that stand on the model before its class's, until its adapters are gone.
     """
@@ -31,6 +34,7 @@ class Record:
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     strengths: dict[str, Setting[float]] = field(default_factory=dict)
     matched: dict[str, dict[str, int]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     trained_before: set[str] = field(default_factory=set)
     patched: set[str] = field(default_factory=set)
 
@@ -48,13 +52,14 @@ class Record:
 
 def find_record(model: nn.Module) -> Record | None:
     """The model's record, None if it carries no adapter."""
-    return model.__dict__.get(_ATTRIBUTE)
+    return bare(model).__dict__.get(_ATTRIBUTE)
 
 
 def record_of(model: nn.Module) -> Record:
     """The model's record. Raises InputError if it carries no adapter."""
     record = find_record(model)
     if record is None:
+        refuse_foreign(model)
         raise InputError(
             f"this {type(model).__name__} carries no adapter", fix="Call lowrank.wrap or lowrank.load first."
         )
@@ -63,11 +68,12 @@ def record_of(model: nn.Module) -> Record:
 
 def attach(model: nn.Module, record: Record) -> None:
     """Hangs a record on a model."""
-    model.__dict__[_ATTRIBUTE] = record
+    bare(model).__dict__[_ATTRIBUTE] = record
 
 
 def detach(model: nn.Module) -> None:
     """Takes it off, and what it put before the class's own."""
-    record = model.__dict__.pop(_ATTRIBUTE, None)
+    inner = bare(model)
+    record = inner.__dict__.pop(_ATTRIBUTE, None)
     for name in () if record is None else record.patched:
-        model.__dict__.pop(name, None)
+        inner.__dict__.pop(name, None)

@@ -13,6 +13,7 @@ import torch
 
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import Layer
+from lowrank.adapters.modules import bare, submodule
 from lowrank.errors import InputError
 
 _TURNED = re.compile(r"(transpose|swapaxes)\(\s*(0\s*,\s*1|1\s*,\s*0)\s*\)|permute\(\s*\(?\s*1\s*,\s*0\b")
@@ -88,7 +89,7 @@ class Routing:
 def turning(model: HostModule, paths: list[str]) -> tuple[str, ...]:
     """The classes above the modules at `paths` that may put the sequence before the batch."""
     above = {path.rpartition(".")[0][:end] for path in paths for end in _ends(path)}
-    owners = [model, *(model.get_submodule(path) for path in above)]
+    owners = [bare(model), *(submodule(model, path) for path in above)]
     named = {type(o).__name__ for o in owners if _turns(type(o)) or getattr(o, "batch_first", True) is False}
     return tuple(sorted(named))
 

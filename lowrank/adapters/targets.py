@@ -2,62 +2,90 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.kinds import HostModule, is_multihead, kind_of
-from lowrank.adapters.uncalled import check_called, reader_of
+from lowrank.adapters.kinds import HostModule, is_multihead, kind_of, why_unfit
+from lowrank.adapters.modules import bare, base_modules
+from lowrank.adapters.patterns import layer_number, listed, matches_end, matches_pattern, nearest
+from lowrank.adapters.routers import routers
+from lowrank.adapters.uncalled import Calls, check_called
 from lowrank.errors import InputError
 
 ALL_LINEAR = "all-linear"
 
 
-def find_targets(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, nn.Module], dict[str, int]]:
+@dataclass(frozen=True)
+class Targets:
+    """What an adapter's factors go to.
+
+    Attributes:
+        modules: The modules by path, in the model's order.
+        matched: How many modules each pattern of `target_modules` matched.
+        left_out: Linear layers that "all-linear" leaves out because an adapter would not act there, and why.
+    """
+
+    modules: dict[str, nn.Module]
+    matched: dict[str, int]
+    left_out: dict[str, str]
+
+
+def find_targets(model: nn.Module, config: AdapterConfig, calls: Calls) -> Targets:
     """The modules to adapt.
 
-    Returns:
-        Their paths and modules in the model's order, and how many each pattern of `target_modules` matched.
+    Args:
+        model: Bare or wrapped.
+        config: Of the adapter.
+        calls: Who calls the model's modules.
 
     Raises:
-        InputError: a pattern matches nothing, or a module that no adapter fits.
+        InputError: a pattern matches nothing, a module that no adapter fits, or one that nothing calls.
     """
-    modules = {path: module for path, module in model.named_modules() if path and "adapters" not in path.split(".")}
+    modules = base_modules(model)
     if not config.target_modules:
         if getattr(config, "target_parameters", None) or getattr(config, "trainable_token_indices", None):
-            return {}, {}
+            return Targets({}, {}, {})
         raise InputError("target_modules is empty", fix='Name modules, or take "all-linear".')
-    found, counts = _match(model, modules, config.target_modules)
+    if config.target_modules == ALL_LINEAR:
+        return _all_linear(model, modules, config, calls)
+    found, counts = _match(modules, config.target_modules)
     kept = {path: modules[path] for path in found if is_kept(path, config)}
+    _check_some(kept, found, config)
+    for path, module in kept.items():
+        if kind_of(module) is None and not is_multihead(module):
+            why = calls.fault(path) or why_unfit(module)
+            raise InputError(
+                f"{path} is a {type(module).__name__}, and no adapter fits that{f': {why}' if why else ''}",
+                fix="Name linear layers, embeddings or convolutions; name the layers inside a block, not the block.",
+            )
+        check_called(calls, path)
+    return Targets(kept, counts, {})
+
+
+def _check_some(kept: Collection[str], found: list[str], config: AdapterConfig) -> None:
     if not kept:
         raise InputError(
             f"no module is left to adapt: target_modules matched {len(found)}, and exclude_modules, modules_to_save or "
             "layers_to_transform leave none of them"
         )
-    for path, module in kept.items():
-        if kind_of(module) is None and not is_multihead(module):
+    anywhere = config.model_copy(update={"layers_to_transform": None, "layers_pattern": None})
+    for name in config.target_modules if isinstance(config.target_modules, list) else ():
+        of_name = [path for path in found if matches_end(path, name) and is_kept(path, anywhere)]
+        if of_name and not set(of_name) & set(kept):
             raise InputError(
-                f"{path} is a {type(module).__name__}, and no adapter fits that",
-                fix="Name linear layers, embeddings or convolutions; name the layers inside a block, not the block.",
+                f"target_modules: {name!r} matches {of_name[0]}, and layers_to_transform leaves it out",
+                fix="Name it by its full path, which is taken as it stands, or leave it out.",
             )
-        check_called(path, modules)
-    return kept, counts
 
 
-def _match(
-    model: nn.Module, modules: Mapping[str, nn.Module], targets: list[str] | str
-) -> tuple[list[str], dict[str, int]]:
-    if targets == ALL_LINEAR:
-        found = _all_linear(model, modules)
-        if not found:
-            raise InputError(f"{ALL_LINEAR!r} matches nothing: {type(model).__name__} has no linear layer")
-        return found, {ALL_LINEAR: len(found)}
+def _match(modules: Mapping[str, nn.Module], targets: list[str] | str) -> tuple[list[str], dict[str, int]]:
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
@@ -84,9 +112,7 @@ def _match(
 
 
 def _nothing(target: str, modules: Mapping[str, nn.Module]) -> str:
-    names = sorted({path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()})
-    near = difflib.get_close_matches(target.rpartition(".")[2], names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"this model has {', '.join(names)}"
+    hint = nearest(target, modules)
     fused = fused_experts(modules)
     if fused:
         hint += f"; its experts are parameters, {', '.join(fused)}: name those in target_parameters"
@@ -106,70 +132,53 @@ def fused_experts(modules: Mapping[str, nn.Module]) -> list[str]:
     )
 
 
-def matches_end(path: str, name: str) -> bool:
-    """Whether `name` is `path` or stands at its end, at a dot."""
-    return path == name or path.endswith(f".{name}")
-
-
 _T = TypeVar("_T")
 
 
 def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
     """The value of the first pattern that matches at the end of `path` (peft's rule for rank_pattern)."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if matches_pattern(path, pattern):
             return value
     return default
 
 
-def _all_linear(model: HostModule, modules: Mapping[str, nn.Module]) -> list[str]:
+def _all_linear(model: HostModule, modules: Mapping[str, nn.Module], config: AdapterConfig, calls: Calls) -> Targets:
     """Every linear layer but the output head, a classification head, routers of experts, and what is not called."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    heads = {id(head)} | {id(modules[name]) for name in ("score", "classifier", "qa_outputs") if name in modules}
-    experts = _expert_count(model)
-    return [
-        path
-        for path, module in modules.items()
-        if (kind := kind_of(module)) is not None
-        and kind.linear
-        and id(module) not in heads
-        and not _is_router(path, module, experts)
-        and reader_of(path, modules) is None
-    ]
-
-
-def _expert_count(model: nn.Module) -> set[int]:
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return {value for name in names if isinstance(value := getattr(text, name, None), int)}
-
-
-def _is_router(path: str, module: nn.Module, experts: set[int]) -> bool:
-    name = path.rpartition(".")[2]
-    return getattr(module, "out_features", None) in experts and bool(re.search(r"gate|router|classifier", name))
+    inner: HostModule = bare(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    passed = {id(head)} | {id(modules[name]) for name in ("score", "classifier", "qa_outputs") if name in modules}
+    passed |= {id(modules[path]) for path in routers(modules)}
+    found, left_out = [], {}
+    for path, module in modules.items():
+        kind = kind_of(module)
+        if id(module) in passed or not (isinstance(module, nn.Linear) if kind is None else kind.linear):
+            continue
+        why = calls.fault(path) or (why_unfit(module) if kind is None else None)
+        if why is None:
+            found.append(path)
+        elif is_kept(path, config):
+            left_out[path] = why
+    if not found:
+        raise InputError(f"{ALL_LINEAR!r} matches nothing: {type(inner).__name__} has no linear layer that is called")
+    kept = {path: modules[path] for path in found if is_kept(path, config)}
+    _check_some(kept, found, config)
+    return Targets(kept, {ALL_LINEAR: len(found)}, left_out)
 
 
 def is_kept(path: str, config: AdapterConfig) -> bool:
-    """Whether neither exclude_modules nor modules_to_save nor layers_to_transform leaves the module out."""
+    """Whether neither exclude_modules nor modules_to_save nor layers_to_transform leaves the module out.
+
+    A module named by its full path is taken in whatever layer it is, or outside of all of them.
+    """
     excluded = config.exclude_modules
     if isinstance(excluded, str) and re.fullmatch(excluded, path):
         return False
     if isinstance(excluded, list) and any(matches_end(path, name) for name in excluded):
         return False
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or []):
+    if any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in config.modules_to_save or []):
         return False
-    return _in_layers(path, config)
-
-
-def _in_layers(path: str, config: AdapterConfig) -> bool:
-    if config.layers_to_transform is None:
+    if config.layers_to_transform is None or path in listed(config.target_modules):
         return True
-    layers = (
-        config.layers_to_transform if isinstance(config.layers_to_transform, list) else [config.layers_to_transform]
-    )
-    patterns = config.layers_pattern or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path):
-            return int(match.group(1)) in layers
-    return False
+    given = config.layers_to_transform
+    return layer_number(path, config) in (given if isinstance(given, list) else [given])

@@ -12,8 +12,9 @@ from torch import nn
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import precise
-from lowrank.adapters.targets import matches_end
-from lowrank.adapters.uncalled import check_called
+from lowrank.adapters.modules import bare, named_modules
+from lowrank.adapters.patterns import matches_end, nearest
+from lowrank.adapters.uncalled import Calls, check_called
 from lowrank.errors import InputError
 
 
@@ -133,7 +134,7 @@ def find_token_places(model: HostModule, config: AdapterConfig) -> dict[str, Tok
         InputError: a name that is no embedding or head.
     """
     asked = _asked(model, config)
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     first = find_input_embedding(model)
     places: dict[str, TokenPlace] = {}
     for path, tokens in asked.items():
@@ -149,19 +150,19 @@ def find_token_places(model: HostModule, config: AdapterConfig) -> dict[str, Tok
     return places
 
 
-def token_layers(model: HostModule, config: AdapterConfig) -> dict[str, nn.Module]:
+def token_layers(model: HostModule, config: AdapterConfig, calls: Calls) -> dict[str, nn.Module]:
     """The layers that `trainable_token_indices` asks for, by module path.
 
     Raises:
         InputError: a name that is no embedding or head, a token beyond the table, a module that nothing calls.
     """
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     layers: dict[str, nn.Module] = {}
     for path, place in find_token_places(model, config).items():
         module: HostModule = modules[path]
         _check_indices(path, module, place.tokens)
         if not place.followers:
-            check_called(path, modules)
+            check_called(calls, path)
         layers[path] = rows = TokenRows(module, place.tokens)
         rows.obstacle = place.obstacle
         layers |= {other: _follower(path, other, modules[other], rows) for other in place.followers}
@@ -171,10 +172,10 @@ def token_layers(model: HostModule, config: AdapterConfig) -> dict[str, nn.Modul
 def find_input_embedding(model: HostModule) -> str | None:
     """The path of the model's input embedding; None for a model that does not say which that is."""
     try:
-        embedding = model.get_input_embeddings()
+        embedding = bare(model).get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return next((path for path, module in model.named_modules() if module is embedding), None)
+    return next((path for path, module in named_modules(model) if module is embedding), None)
 
 
 def tied_to(modules: Mapping[str, nn.Module], path: str) -> list[str]:
@@ -194,15 +195,21 @@ def _asked(model: HostModule, config: AdapterConfig) -> dict[str, list[int]]:
     for name, indices in wanted.items():
         found = [
             path
-            for path, module in model.named_modules()
+            for path, module in named_modules(model)
             if matches_end(path, name) and isinstance(module, nn.Embedding | nn.Linear)
         ]
         if not found:
-            raise InputError(f"trainable_token_indices: {name!r} names no embedding and no head")
+            raise InputError(
+                f"trainable_token_indices: {name!r} names no embedding and no head; {nearest(name, _tables(model))}"
+            )
         if twice := [path for path in found if path in asked]:
             raise InputError(f"trainable_token_indices: {twice[0]} is named twice")
         asked |= dict.fromkeys(found, indices)
     return asked
+
+
+def _tables(model: nn.Module) -> list[str]:
+    return [path for path, module in named_modules(model) if isinstance(module, nn.Embedding)]
 
 
 def _check_indices(path: str, module: HostModule, indices: list[int]) -> None:

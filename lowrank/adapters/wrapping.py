@@ -14,18 +14,23 @@ from lowrank.adapters.copies import BiasCopy, WholeCopy
 from lowrank.adapters.dequantise import is_quantised
 from lowrank.adapters.experts import ExpertFactors, experts_layers
 from lowrank.adapters.fastpath import give_back, take_dense
+from lowrank.adapters.foreign import refuse_foreign
+from lowrank.adapters.heads import with_head
 from lowrank.adapters.host import Activity, AdapterSet, hosts, install, remove
 from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
 from lowrank.adapters.kinds import Kind, is_multihead, kind_of
 from lowrank.adapters.lora import LoraLayer
 from lowrank.adapters.method import LowRankLayer
+from lowrank.adapters.modules import bare, base_modules, named_parameters, submodule
 from lowrank.adapters.multihead import MultiheadLayer, biases
 from lowrank.adapters.parameters import find_parameters
+from lowrank.adapters.patterns import check_patterns, matches_end, nearest, without_idle, without_missing
 from lowrank.adapters.record import Record, attach, detach, find_record, record_of
 from lowrank.adapters.registry import METHODS
 from lowrank.adapters.setting import Setting
-from lowrank.adapters.targets import find_targets, matches_end
+from lowrank.adapters.targets import Targets, find_targets
 from lowrank.adapters.tokens import token_layers
+from lowrank.adapters.uncalled import Calls, check_called, check_copy_called
 from lowrank.errors import InputError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,18 +68,25 @@ def wrap(
     record = find_record(model)
     _check_name(adapter, record)
     _check_level(model, record)
-    targets, counts = find_targets(model, config)
-    _check_layout(config, targets)
-    counts |= find_parameters(model, config)[1]
-    outside = Outside(model, config, targets, batches, originals)
+    refuse_foreign(model)
+    calls = Calls(model)
+    config = with_head(model, config)
+    targets = find_targets(model, config, calls)
+    parameters, parameter_counts = find_parameters(model, config)
+    check_patterns(config, base_modules(model), adapted_paths(targets, parameters))
+    for path, names in parameters.items():
+        check_called(calls, path, names)
+    _check_layout(config, targets.modules)
+    outside = Outside(bare(model), config, targets.modules, batches, originals)
     if record is None:
-        record = Record(trained_before={name for name, p in model.named_parameters() if p.requires_grad})
+        record = Record(trained_before={name for name, p in named_parameters(model) if p.requires_grad})
         model.requires_grad_(False)
         attach(model, record)
-    record.configs[adapter], record.matched[adapter] = outside.config, counts
+    record.configs[adapter], record.matched[adapter] = outside.config, targets.matched | parameter_counts
+    record.left_out[adapter] = targets.left_out
     record.strengths[adapter] = Setting(1.0)
     try:
-        _put_in(model, outside, adapter, record, targets)
+        _put_in(model, outside, adapter, record, targets.modules, calls)
     except BaseException:
         delete(model, adapter)
         raise
@@ -91,7 +103,7 @@ def unwrap(model: Model) -> Model:
     record = record_of(model)
     for _, module, _ in list(hosts(model)):
         remove(module)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         parameter.requires_grad_(name in record.trained_before)
     give_back(model)
     detach(model)
@@ -106,7 +118,8 @@ def delete(model: nn.Module, adapter: str) -> None:
         unwrap(model)
         return
     _check_free(record, adapter)
-    del record.configs[adapter], record.matched[adapter], record.strengths[adapter]
+    for told in (record.configs, record.matched, record.left_out, record.strengths):
+        del told[adapter]
     record.activity.names = tuple(name for name in record.activity.names if name != adapter)
     for _, module, adapters in list(hosts(model)):
         if adapter in adapters:
@@ -124,13 +137,30 @@ def rename(model: nn.Module, adapter: str, to: str) -> None:
     record.configs[to] = record.configs.pop(adapter)
     record.matched[to] = record.matched.pop(adapter)
     record.strengths[to] = record.strengths.pop(adapter)
+    record.left_out[to] = record.left_out.pop(adapter)
     record.activity.names = tuple(to if name == adapter else name for name in record.activity.names)
     for _, _, adapters in hosts(model):
         if adapter in adapters:
             adapters[to] = adapters.pop(adapter)
 
 
-def _put_in(model: nn.Module, outside: Outside, adapter: str, record: Record, targets: dict[str, nn.Module]) -> None:
+def for_this_model(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+    """The config of an adapter from a file, without the entries that name nothing on this model: other programs pass
+    over them. That each of the file's tensors has a place is proved when they are filled in."""
+    modules = base_modules(model)
+    config = without_missing(config, modules)
+    targets = find_targets(model, config, Calls(model))
+    return without_idle(config, modules, adapted_paths(targets, find_parameters(model, config)[0]))
+
+
+def adapted_paths(targets: Targets, parameters: dict[str, list[str]]) -> list[str]:
+    """What factors go to: the paths of modules, and of parameters."""
+    return [*targets.modules, *(f"{path}.{name}" for path, names in parameters.items() for name in names)]
+
+
+def _put_in(
+    model: nn.Module, outside: Outside, adapter: str, record: Record, targets: dict[str, nn.Module], calls: Calls
+) -> None:
     config = outside.config
     method = METHODS[config.method_name]
     for path, module in targets.items():
@@ -143,17 +173,17 @@ def _put_in(model: nn.Module, outside: Outside, adapter: str, record: Record, ta
             outside.fill(path, module, layer)
         _place(path, module, kind, layer, adapter, record)
     for path, layer in experts_layers(model, config).items():
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         _place(path, module, kind_of(module), layer, adapter, record)
-    for path, module in _modules_to_save(model, config).items():
+    for path, module in _modules_to_save(model, config, calls).items():
         _place(path, module, kind_of(module), WholeCopy(module), adapter, record)
-    for path, rows in token_layers(model, config).items():
+    for path, rows in token_layers(model, config, calls).items():
         if outer := _enclosing(path, _saved_whole(model, adapter)):
             raise InputError(f"trainable_token_indices: {path} is in {outer}, which modules_to_save trains whole")
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         _place(path, module, kind_of(module), rows, adapter, record)
     if config.bias == "all":
-        for path, module in _with_bias(model, adapter).items():
+        for path, module in _with_bias(model, adapter, calls).items():
             _place(path, module, kind_of(module), BiasCopy(module), adapter, record)
 
 
@@ -175,18 +205,16 @@ def _place(path: str, module: nn.Module, kind: Kind | None, layer: nn.Module, ad
     adapters[adapter] = layer
 
 
-def _modules_to_save(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+def _modules_to_save(model: nn.Module, config: AdapterConfig, calls: Calls) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
+    modules = base_modules(model)
     for name in config.modules_to_save or []:
-        matching = {
-            path: module
-            for path, module in model.named_modules()
-            if matches_end(path, name) and AdapterSet.CHILD not in path.split(".")
-        }
+        matching = {path: module for path, module in modules.items() if matches_end(path, name)}
         if not matching:
-            raise InputError(f"modules_to_save: {name!r} matches no module")
+            raise InputError(f"modules_to_save: {name!r} matches no module; {nearest(name, modules)}")
         found |= matching
     for path, module in found.items():
+        check_copy_called(calls, path)
         if outer := _enclosing(path, found):
             raise InputError(f"modules_to_save names {path} and {outer}, which holds it", fix="Name one of them.")
         if any(is_quantised(inner) for inner in module.modules()):
@@ -207,7 +235,7 @@ def _enclosing(path: str, others: Iterable[str]) -> str | None:
     return next((other for other in others if path.startswith(f"{other}.")), None)
 
 
-def _with_bias(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
+def _with_bias(model: nn.Module, adapter: str, calls: Calls) -> dict[str, nn.Module]:
     """Modules of the base with a bias that this adapter does not hold yet.
 
     Raises:
@@ -219,14 +247,16 @@ def _with_bias(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
     held |= {id(bias) for module in ours_too if is_multihead(module) for bias in biases(module)}
     whole = _saved_whole(model, adapter)
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         path, _, last = name.rpartition(".")
         if "bias" not in last or id(parameter) in ours | held or _enclosing(path, whole):
             continue
-        module = model.get_submodule(path)
-        if last != "bias" or (kind_of(module) is None and not isinstance(module, nn.LayerNorm)):
+        module = submodule(model, path)
+        why = calls.fault(path, ("bias",))
+        if why or last != "bias" or (kind_of(module) is None and not isinstance(module, nn.LayerNorm)):
             raise InputError(
-                f"bias: all cannot train {name}: a {type(module).__name__} does not simply add it to its output",
+                f"bias: all cannot train {name}: "
+                + (why or f"a {type(module).__name__} does not simply add it to its output"),
                 fix="Take bias: lora_only, or name the module in modules_to_save.",
             )
         found[path] = module

@@ -97,7 +97,17 @@ def _adapter(config: RunConfig, model: Any) -> str:
     if info is None:
         return config.adapter.method
     matched = ", ".join(f"{pattern} {count}" for pattern, count in info.matched.items())
-    return f"{config.adapter.method}, r = {info.config.r}, on {len(info.modules)} modules ({matched})"
+    told = f"{config.adapter.method}, r = {info.config.r}, on {len(info.modules)} modules ({matched})"
+    return told + "".join(f"\n{reason}" for reason in _passed_over(info.left_out))
+
+
+def _passed_over(reasons: Mapping[str, str]) -> list[str]:
+    """What "all-linear" has passed over, each layer's name once for all layers that have it."""
+    paths: dict[tuple[str, str], int] = {}
+    for path, why in reasons.items():
+        name = (".".join(path.rsplit(".", 2)[-2:]), why)
+        paths[name] = paths.get(name, 0) + 1
+    return [f"{count} times {name} left out: {why}" for (name, why), count in paths.items()]
 
 
 def show_plan(console: Console, plan: Mapping[str, str]) -> None:

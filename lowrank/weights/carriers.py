@@ -16,7 +16,7 @@ from lowrank.adapters.kinds import Kind, kind_of
 from lowrank.adapters.method import merge_obstacle
 from lowrank.adapters.parameters import parameter_names
 from lowrank.adapters.targets import matches_end
-from lowrank.adapters.uncalled import reader_of
+from lowrank.adapters.uncalled import Calls
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import shorten
 from lowrank.weights.approximate import leading
@@ -44,6 +44,7 @@ class Carriers:
     def __init__(self, pair: Pair, r: int | None, energy: float | None, dtype: torch.dtype) -> None:
         self.pair, self.r, self.energy, self.dtype = pair, r, energy, dtype
         self.modules: dict[str, nn.Module] = dict(pair.base.skeleton.named_modules())
+        self.calls = Calls(pair.base.skeleton)
         self.tensors: dict[str, Tensor] = {}
         self.ranks: dict[str, int] = {}
         self.energies: dict[str, tuple[float, float]] = {}
@@ -129,7 +130,7 @@ class Carriers:
     def _fitting(self, path: str) -> Kind | None:
         """The module's kind, where factors on it act: it is called, and its matrix is one product."""
         module = self.modules[path]
-        apart = merge_obstacle(module) is not None or reader_of(path, self.modules) is not None
+        apart = merge_obstacle(module) is not None or self.calls.fault(path) is not None
         return None if apart else kind_of(module)
 
     def _lent(self, name: str) -> bool:
@@ -138,8 +139,8 @@ class Carriers:
         others = [other for other in self.pair.tied_with(name) if self._fitting(other.rpartition(".")[0])]
         if not others:
             return False
-        if reader := reader_of(path, self.modules):
-            return reader in self.modules
+        if self.calls.fault(path) is not None:
+            return self.calls.stand_in(path) is not None
         module: nn.Module = self.modules[path]
         alone = kind_of(module) is None and leaf in module._parameters
         return alone and not re.search(rf"self\.{leaf}\b", inspect.getsource(type(module).forward))
@@ -166,7 +167,7 @@ class Carriers:
             InputError: That would be the model itself.
         """
         path = name.rpartition(".")[0]
-        while isinstance(self.modules[path], _CONTAINERS) or (path and reader_of(path, self.modules)):
+        while isinstance(self.modules[path], _CONTAINERS) or (path and self.calls.fault_of_copy(path)):
             path = path.rpartition(".")[0]
         if path in ("", self.pair.base.skeleton.base_model_prefix):
             raise InputError(

@@ -23,6 +23,7 @@ from lowrank.adapters.multihead import OUT_PROJ, OUT_PROJ_TWICE
 from lowrank.adapters.parameters import find_parameters
 from lowrank.adapters.targets import find_targets
 from lowrank.adapters.tokens import find_token_places
+from lowrank.adapters.uncalled import Calls
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, TOKENS, AdapterFile, shorten
 from lowrank.weights.basemodel import BaseModel
@@ -168,7 +169,7 @@ class _Fit:
     def _lacking(self, factors: Mapping[str, object]) -> None:
         """Modules that the config's patterns name and the file holds nothing for."""
         try:
-            targets = find_targets(self.base.skeleton, self.config)[0]
+            targets = find_targets(self.base.skeleton, self.config, Calls(self.base.skeleton)).modules
         except InputError:  # single experts, that only the files have
             return
         outer = {f"{path}.{OUT_PROJ}" for path, module in targets.items() if is_multihead(module)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank.adapters import adapter_tensors, config_of, delete, wrap
-from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
+from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
 from lowrank.adapters.conversion import as_lora as lora_form
 from lowrank.adapters.conversion import portable
 from lowrank.adapters.kinds import kind_of
 from lowrank.adapters.record import find_record
-from lowrank.adapters.targets import matches_end
+from lowrank.adapters.wrapping import for_this_model
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
 from lowrank.weights.expertlayout import turned_experts
@@ -119,7 +118,7 @@ def _put_in(model: nn.Module, file: AdapterFile, adapter: str, strict: bool, tra
     """Wraps and fills; returns what does not fit. The model carries what it carried before if that fails."""
     record = find_record(model)
     active = () if record is None else record.activity.names
-    wrap(model, _for_this_model(model, file.config), adapter, trainable=trainable)
+    wrap(model, for_this_model(model, file.config), adapter, trainable=trainable)
     try:
         turned = turned_experts(model, adapter, file)
         return _fill(model, adapter_tensors(model, adapter), file, strict, turned)
@@ -128,41 +127,6 @@ def _put_in(model: nn.Module, file: AdapterFile, adapter: str, strict: bool, tra
         if record is not None:
             record.activity.names = active
         raise
-
-
-def _for_this_model(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """Without names that match nothing beside others that do: peft takes such lists, and asks every classifier for
-    "classifier" and "score". What the file holds is compared with the model in any case.
-    """
-    paths = [path for path, _ in model.named_modules()]
-
-    def found(names: object) -> object:
-        if not isinstance(names, list):
-            return names
-        return [name for name in names if any(matches_end(path, name) for path in paths)] or names
-
-    update: dict[str, Any] = {"target_modules": found(config.target_modules)}
-    if isinstance(config, LoraConfig):
-        names = paths + [name for name, _ in model.named_parameters()]
-        update |= {field: _matching(getattr(config, field), names) for field in ("rank_pattern", "alpha_pattern")}
-    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        saved = [
-            name
-            for name in config.modules_to_save or []
-            if name not in ("classifier", "score") or any(matches_end(path, name) for path in paths)
-        ]
-        update["modules_to_save"] = saved or None
-    return config.model_copy(update=update)
-
-
-def _matching(patterns: dict[str, float], names: list[str]) -> dict[str, float]:
-    """Those of peft's patterns that match one of the names at its end."""
-    whole = {re.escape(name) for name in names}
-    return {
-        pattern: value
-        for pattern, value in patterns.items()
-        if pattern in whole or any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
-    }
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lowrank.adapters import LoraConfig
 from lowrank.adapters.targets import find_targets
+from lowrank.adapters.uncalled import Calls
 from lowrank.errors import InputError
 from lowrank.models import cannot_load, check_folder
 
@@ -82,7 +83,7 @@ def _refuse_other_tasks(name: str, config: PreTrainedConfig) -> None:
 
 def _sizes(name: str, model: Any) -> Base:
     text = model.config.get_text_config()
-    targets: list[Any] = list(find_targets(model, LoraConfig(target_modules="all-linear"))[0].values())
+    targets: list[Any] = list(find_targets(model, LoraConfig(), Calls(model)).modules.values())
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     inner = max(inner) if isinstance(inner, list) else inner
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
