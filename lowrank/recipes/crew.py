@@ -96,7 +96,7 @@ def trackers_of(config: RunConfig, accelerator: Accelerator, run: Run, told: Tol
     """TensorBoard and the like, where the accelerator was made with any."""
     if not accelerator.log_with:
         return []
-    return [Trackers(accelerator, run.output_dir.name, flat(config.model_dump(mode="json")), told)]
+    return [Trackers(accelerator, run.output_dir.resolve().name, flat(config.model_dump(mode="json")), told)]
 
 
 def evaluation_of(config: RunConfig, setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:

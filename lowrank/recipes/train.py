@@ -139,11 +139,13 @@ def accelerator_for(config: RunConfig) -> Accelerator:
     """Joins the other processes, if there are any, and knows the trackers."""
     refuse_launcher_options(fsdp=config.training.fsdp)
     output = config.training.output_dir
-    return Accelerator(
+    trackers = chosen_trackers(config.training.report_to)
+    accelerator = Accelerator(
         cpu=config.model.device == "cpu" or not torch.cuda.is_available(),
-        log_with=[*chosen_trackers(config.training.report_to)] or None,
         project_config=ProjectConfiguration(output, logging_dir=str(Path(output) / LOGS)),
     )
+    accelerator.log_with = [*trackers]  # given to the accelerator, those that it does not find would be left out unsaid
+    return accelerator
 
 
 def try_the_longest(run: Run, config: RunConfig, setup: Setup, accelerator: Accelerator) -> None:
