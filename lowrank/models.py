@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def load_model(
             and missing.
     """
     check_folder(name_or_path)
+    if device is not None:
+        usable_device(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
@@ -75,6 +78,27 @@ def load_model(
         if type(module).__name__ == "Linear4bit" and hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return (model if quantization is not None else model.to(where)).eval()
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: there is none on this machine, or this build of torch cannot use it.
+    """
+    try:
+        device = torch.device(name)
+        with suppress(torch.OutOfMemoryError):  # it is there
+            torch.empty(1, device=device).to("cpu")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        why = "" if found else f" ({str(error).strip().splitlines()[0].partition('. ')[0].rstrip('.')[:100]})"
+        raise InputError(
+            f"there is no device {name!r} here{why}",
+            where="model.device",
+            fix=f"Take one of {', '.join(['cpu', *found])}, or leave it out.",
+        ) from error
+    return device
 
 
 def load_tokenizer(

@@ -11,7 +11,7 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from lowrank import models
 from lowrank.errors import InputError
-from lowrank.models import load_model, load_tokenizer
+from lowrank.models import load_model, load_tokenizer, usable_device
 
 
 @pytest.fixture
@@ -146,3 +146,16 @@ def test_a_tokenizer_of_a_kind_that_is_not_known(folder, part):
     (folder / "tokenizer.json").write_text(json.dumps({**content, part: {"type": "OfNextYear"}}))
     with pytest.raises(InputError, match=r"the tokenizer of .*(does not know|cannot be loaded)"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("name", ["banana", "meta", "cuda:99", "mps", "", "cpu:x"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(InputError) as raised:
+        usable_device(name)
+    assert f"there is no device {name!r} here" in str(raised.value)
+    assert raised.value.where == "model.device"
+    assert len(str(raised.value)) < 250
+
+
+def test_a_device_that_is_there():
+    assert usable_device("cpu").type == "cpu"

@@ -20,7 +20,7 @@ def told(error: Exception) -> int:
     """
     if isinstance(error, LowrankError):
         # A mistake in what was given is every process's, and one tells it; a job may fail in one of them alone.
-        if isinstance(error, JobError) or int(os.environ.get("RANK", "0")) == 0:
+        if isinstance(error, JobError) or not _beside_others():
             _print(str(error))
         return error.exit_code
     with tempfile.NamedTemporaryFile("w", prefix="lowrank-", suffix=".txt", delete=False, encoding="utf-8") as file:
@@ -28,6 +28,13 @@ def told(error: Exception) -> int:
     what = str(error).strip().splitlines() or ["no message"]
     _print(f"{type(error).__name__}: {what[0]}\nlowrank did not expect this; where it comes from is in {file.name}")
     return 1
+
+
+def _beside_others() -> bool:
+    """Whether another process of this run is there to tell the same."""
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    launched = rank.isdecimal() and count.isdecimal() and "MASTER_ADDR" in os.environ
+    return launched and 0 < int(rank) < int(count)
 
 
 def _print(message: str) -> None:

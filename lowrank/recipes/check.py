@@ -21,10 +21,13 @@ from lowrank.recipes.show import open_console, plan_of, show_plan
 from lowrank.recipes.train import advice, advice_for_loading, new_run
 from lowrank.recipes.trial import estimate_memory
 from lowrank.training.estimate import ADAM_BYTES, MemoryEstimate
+from lowrank.training.joining import refuse_half_a_launch
+from lowrank.training.launch import refuse_launcher_options
 from lowrank.training.memory import few_kernels_kept, forget_peak, resident_bytes
 from lowrank.training.parallel import Ranks
 from lowrank.training.shortage import told_when_short
 from lowrank.training.trackers import chosen_trackers
+from lowrank.weights.lock import held
 
 SPARE_DISK = 64 * 2**20  # metrics, report, config
 
@@ -46,11 +49,15 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
+    refuse_launcher_options(fsdp=config.training.fsdp)
+    refuse_half_a_launch()
     few_kernels_kept()
     forget_peak(own_device(config))
     program = resident_bytes()
     output = Path(config.training.output_dir)
     refuse_a_run_in(output)
+    with held(output):
+        pass  # it can be made and written to
     chosen_trackers(config.training.report_to)
     console = open_console()
     whole = config.model_copy(update={"training": config.training.model_copy(update={"fsdp": False})})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from lowrank.errors import InputError
 from lowrank.recipes.optimisation import schedule_for
 from lowrank.training.checkpoint import checkpoints_in, step_of
 from lowrank.training.files import unfinished
+from lowrank.training.parallel import Ranks
+from lowrank.weights.lock import FILE as LOCK
+from lowrank.weights.lock import held, holder
 
 # Changes here cannot alter what is trained, and neither can the run's length where its schedule does not look ahead.
 FREE = frozenset(
@@ -36,8 +42,8 @@ HOW_JUDGED = frozenset(
 
 def refuse_a_run_in(output: Path) -> None:
     """Raises InputError where a run, or anything else, is in the output folder already."""
-    left = unfinished(output / CONFIG)  # by a run that died as it began
-    if output.exists() and (not output.is_dir() or any(path != left for path in output.iterdir())):
+    left = {unfinished(output / CONFIG), output / LOCK}  # by a run that died as it began
+    if os.path.exists(output) and (not output.is_dir() or any(path not in left for path in contents(output))):
         going_on = (output / CONFIG).exists()
         raise InputError(
             f"{output} holds {'a run' if going_on else 'something'} already; nothing in it was changed",
@@ -47,15 +53,63 @@ def refuse_a_run_in(output: Path) -> None:
         )
 
 
+def contents(output: Path) -> list[Path]:
+    """What is in the output folder."""
+    try:
+        return list(output.iterdir())
+    except OSError as error:
+        raise InputError(f"{output} cannot be read: {error.strerror}", where="training.output_dir") from error
+
+
+@contextmanager
+def own_folder(config: RunConfig, output: Path, ranks: Ranks, *, resume: bool) -> Iterator[Path | None]:
+    """The output folder for this run alone, while it lasts.
+
+    Args:
+        config: Of the run.
+        output: Its folder; made where it is missing.
+        ranks: The run's processes: the first holds the folder, for all.
+        resume: Whether to go on with the run in it.
+
+    Yields:
+        The checkpoint to go on from, None for a run that begins.
+
+    Raises:
+        InputError: another run is at work in it, or holds it; on all processes.
+    """
+
+    def look() -> Path | None:
+        return checkpoint_to_resume(config, output) if resume else refuse_a_run_in(output)
+
+    at_work = holder(output) is not None  # then that is what is told
+    if not at_work:
+        look()
+    ranks.wait()
+    with ExitStack() as stack:
+        found: Path | InputError | None = None
+        if ranks.main:
+            try:
+                stack.enter_context(held(output))
+                found = look()  # another run may have come and gone
+            except InputError as error:
+                found = error
+        found = ranks.first(found)
+        if isinstance(found, InputError):
+            raise found
+        yield found
+
+
 def checkpoint_to_resume(config: RunConfig, output: Path) -> Path | None:
     """The newest checkpoint of the run in `output`; None where it was stopped before its first.
 
     Raises:
         InputError: there is no run, or its config differs in what decides about the numbers.
     """
-    if not (output / CONFIG).is_file():
+    if not os.path.isfile(output / CONFIG):
         raise InputError(
-            f"{output} holds no run to resume", where="training.output_dir", fix="Start it without --resume."
+            f"{output} holds no run to resume",
+            where="training.output_dir",
+            fix="Start it without --resume, or, if its folder was moved, give that: --set training.output_dir=...",
         )
     there = checkpoints_in(output)
     earlier = load_config(output / CONFIG)
@@ -72,7 +126,7 @@ def dated(config: RunConfig, resumed: Path | None) -> RunConfig:
     """
     if config.data.date is not None:
         return config
-    if resumed is not None and (resumed / CONFIG).is_file():
+    if resumed is not None and os.path.isfile(resumed / CONFIG):
         return _with_date(config, load_config(resumed / CONFIG).data.date)
     return _with_date(config, str(date.today()))
 

@@ -14,6 +14,7 @@ from lowrank.config.sections import TrainingSection
 from lowrank.data import BatchPlan, BatchStream, Examples
 from lowrank.data.choose import added_prompt, missing_prompt
 from lowrank.data.template import writes_date
+from lowrank.models import usable_device
 from lowrank.ops.cross_entropy import LossOptions
 from lowrank.recipes.prepare import (
     base_model,
@@ -144,7 +145,7 @@ def step_size(training: TrainingSection, ranks: Ranks) -> StepSize:
 def own_device(config: RunConfig) -> torch.device:
     """The accelerator that this process has, or the CPU."""
     if config.model.device is not None:
-        return torch.device(config.model.device)
+        return usable_device(config.model.device)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

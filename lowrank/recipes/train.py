@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
+from rich.console import Console
 
 from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
@@ -20,10 +21,9 @@ from lowrank.recipes.crew import Crew, crew_of, save_adapter
 from lowrank.recipes.optimisation import optimizer_for, schedule_for
 from lowrank.recipes.prepare import batch_plan
 from lowrank.recipes.resume import (
-    checkpoint_to_resume,
     dated,
     describe_start,
-    refuse_a_run_in,
+    own_folder,
     refuse_another_schedule,
 )
 from lowrank.recipes.setup import Setup, own_device, set_up
@@ -34,6 +34,7 @@ from lowrank.training.checkpoint import FOLDER
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.files import write_whole
 from lowrank.training.interrupt import stopping_softly
+from lowrank.training.joining import join, not_joined, refuse_half_a_launch
 from lowrank.training.launch import refuse_launcher_options
 from lowrank.training.loop import fit
 from lowrank.training.memory import few_kernels_kept, freed_blocks_kept
@@ -96,11 +97,24 @@ def train(
     accelerator = accelerator_for(config)
     ranks = joined_ranks(config.training.num_processes)
     given, config = config, ranks.first(dated(config, output if resume else None))
-    checkpoint = checkpoint_to_resume(config, output) if resume else refuse_a_run_in(output)
-    ranks.wait()
-    console = open_console(quiet=not ranks.main)
-    if resume:
-        console.print(describe_start(checkpoint, output), highlight=False, soft_wrap=True)
+    with own_folder(config, output, ranks, resume=resume) as checkpoint:
+        console = open_console(quiet=not ranks.main)
+        if resume:
+            console.print(describe_start(checkpoint, output), highlight=False, soft_wrap=True)
+        return run_from(checkpoint, config, given, console, accelerator, ranks, callbacks)
+
+
+def run_from(
+    checkpoint: Path | None,
+    config: RunConfig,
+    given: RunConfig,
+    console: Console,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    callbacks: Sequence[Callback],
+) -> RunResult:
+    """The run itself, in a folder that is its own; `given` is its config before the day was added."""
+    output = Path(config.training.output_dir)
     set_seed(config.training.seed)
 
     # Rows to packs; the base model, adapter put in, attention chosen; what will happen is shown before any work.
@@ -138,12 +152,16 @@ def train(
 def accelerator_for(config: RunConfig) -> Accelerator:
     """Joins the other processes, if there are any, and knows the trackers."""
     refuse_launcher_options(fsdp=config.training.fsdp)
+    refuse_half_a_launch()
+    device = own_device(config)  # refused where this machine has none of that name
+    join(cuda=device.type == "cuda")
     output = config.training.output_dir
     trackers = chosen_trackers(config.training.report_to)
-    accelerator = Accelerator(
-        cpu=config.model.device == "cpu" or not torch.cuda.is_available(),
-        project_config=ProjectConfiguration(output, logging_dir=str(Path(output) / LOGS)),
-    )
+    options = ProjectConfiguration(output, logging_dir=str(Path(output) / LOGS))
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", project_config=options)
+    except (RuntimeError, ValueError) as error:
+        raise not_joined(error) from error
     accelerator.log_with = [*trackers]  # given to the accelerator, those that it does not find would be left out unsaid
     return accelerator
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
 from lowrank.errors import InputError
 from lowrank.weights.fingerprint import Fingerprint
+from lowrank.weights.lock import holder
 from lowrank.weights.places import local_folder
 from lowrank.weights.tensorfile import MAX_HEADER, Entry, TensorFile, open_tensors, parse_json_object
 
@@ -142,9 +143,19 @@ def _open_folder(path: str | Path) -> tuple[TensorFile, dict[str, Any], Path]:
     folder = local_folder(path, "adapter")
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
-        raise InputError(f"This is no adapter folder: it has no {CONFIG_NAME}.", where=str(folder))
+        raise InputError(
+            f"This is no adapter folder: it has no {CONFIG_NAME}.", where=str(folder), fix=_under_way(folder)
+        )
     _refuse_pickle(folder, weights_path)
     return open_tensors(weights_path), read_json(config_path), config_path
+
+
+def _under_way(folder: Path) -> str | None:
+    """Where a run's adapters are while it has not ended."""
+    who = holder(folder)
+    there = "" if who is None else f"A run is at work in it ({who}). "
+    checkpoints = folder / "checkpoints"
+    return f"{there}Its checkpoints are in {checkpoints}." if checkpoints.is_dir() else there.strip() or None
 
 
 def _open_file(path: Path) -> tuple[TensorFile, dict[str, Any], Path]:

@@ -149,6 +149,16 @@ def test_debug_shows_where_an_error_comes_from(failing, error, arguments):
         main(arguments)
 
 
+@pytest.mark.parametrize("left_over", [{"RANK": "3"}, {"RANK": "x"}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": ""}])
+def test_a_left_over_rank_silences_nobody(failing, capsys, monkeypatch, left_over):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    failing(InputError("there is no such thing"))
+    assert run("init") == 2
+    assert "there is no such thing" in capsys.readouterr().err
+
+
 def test_an_interruption_exits_with_130(failing, capsys):
     failing(KeyboardInterrupt())
     assert run("init", "rows.jsonl", "--model", "m") == 130
