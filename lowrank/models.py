@@ -19,6 +19,8 @@ from lowrank.errors import LFS_POINTER, InputError
 
 _DTYPE_KEYS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 _SHOWN = 5
+# What the tables of positions are called: modules with weights, or tensors of a module.
+_TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings", "pos_encoding")
 
 
 def load_model(
@@ -195,3 +197,26 @@ def _quantization(options: Mapping[str, Any]) -> transformers.BitsAndBytesConfig
         )
     known = {key: getattr(torch, value) if key in _DTYPE_KEYS else value for key, value in options.items()}
     return transformers.BitsAndBytesConfig(**known)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Rows of the model's input embedding: token ids are below."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a sequence may have where positions are looked up in a table; None where they are computed.
+
+    GPT-2, OPT and their like learn a vector for each position; GPT-J, CodeGen and CTRL hold a table of sines; MPT's
+    bias is built for so many. Beyond it they end in an IndexError.
+    """
+    config = model.config.get_text_config()
+    if config.model_type == "mpt":
+        return int(config.max_seq_len)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    found = [getattr(module, name, None) for module in model.modules() for name in _TABLES]
+    tables = [getattr(each, "weight", each) for each in found if not hasattr(each, "make_weights")]  # XGLM's grow
+    rows = {len(table) for table in tables if isinstance(table, torch.Tensor) and table.ndim == 2}
+    return positions if rows & {positions, positions + 2} else None

@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 
 from lowrank import models
 from lowrank.errors import InputError
-from lowrank.models import load_model, load_tokenizer, usable_device
+from lowrank.models import load_model, load_tokenizer, positions_of, usable_device, vocabulary_of
 
 
 @pytest.fixture
@@ -159,3 +160,37 @@ def test_a_device_that_is_not_there(name):
 
 def test_a_device_that_is_there():
     assert usable_device("cpu").type == "cpu"
+
+
+SMALL = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+GPT = {"vocab_size": 64, "n_layer": 1, "n_head": 4, "n_embd": 16, "n_positions": 32}
+FEED = {"ffn_dim": 16, "max_position_embeddings": 32}
+BOUNDED = {
+    "gpt2": transformers.GPT2Config(**GPT),
+    "openai-gpt": transformers.OpenAIGPTConfig(**GPT),
+    "gpt_bigcode": transformers.GPTBigCodeConfig(**GPT),
+    "gptj": transformers.GPTJConfig(**GPT, rotary_dim=4),
+    "codegen": transformers.CodeGenConfig(**GPT, n_ctx=32, rotary_dim=4),
+    "ctrl": transformers.CTRLConfig(**GPT, dff=16),
+    "opt": transformers.OPTConfig(**SMALL, **FEED, word_embed_proj_dim=16),
+    "biogpt": transformers.BioGptConfig(**SMALL, intermediate_size=16, max_position_embeddings=32),
+    "mpt": transformers.MptConfig(vocab_size=64, d_model=16, n_heads=2, n_layers=1, max_seq_len=32),
+    "llama": transformers.LlamaConfig(**SMALL, intermediate_size=16, max_position_embeddings=32),
+    "bloom": transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2),
+    "xglm": transformers.XGLMConfig(vocab_size=64, d_model=16, ffn_dim=16, num_layers=1, attention_heads=2, max_position_embeddings=32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_positions_are_those_that_a_forward_pass_takes(name):
+    model = transformers.AutoModelForCausalLM.from_config(BOUNDED[name])
+    positions = positions_of(model)
+    model(input_ids=torch.ones(1, 32, dtype=torch.long))
+    longer = torch.ones(1, 33, dtype=torch.long)
+    if positions is None:
+        model(input_ids=longer)
+    else:
+        assert positions == 32
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=longer)
+    assert vocabulary_of(model) == 64

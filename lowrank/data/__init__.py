@@ -1,7 +1,7 @@
 """Rows from anywhere become examples whose every supervised token is known, and examples become batches."""
 
 from lowrank.data.batch import Batch, packed_batch, padded_batch
-from lowrank.data.check import check_supervision
+from lowrank.data.check import check_fits, check_supervision
 from lowrank.data.choose import TEMPLATES, complete_template, use_template
 from lowrank.data.ends import end_tokens
 from lowrank.data.example import Example, Examples
@@ -30,6 +30,7 @@ __all__ = [
     "Question",
     "Source",
     "answer_of",
+    "check_fits",
     "check_supervision",
     "complete_template",
     "end_tokens",

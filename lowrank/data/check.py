@@ -49,6 +49,42 @@ def _whole_turns(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> tupl
     return (_before_white_space(table.ids, last, tokenizer) if examples.train_on == "all" else last), owner
 
 
+def check_fits(examples: Examples, tokenizer: PreTrainedTokenizerBase, vocabulary: int, positions: int | None) -> None:
+    """Prove that the model has a row of its embedding for every token, and a position for every place.
+
+    Args:
+        examples: The data set.
+        tokenizer: What its tokens mean.
+        vocabulary: Rows of the model's embedding.
+        positions: The longest sequence that the model can take; None: any.
+
+    Raises:
+        InputError: names the first example that does not fit, and how many do not.
+    """
+    table = examples.table
+    largest = np.maximum.reduceat(table.ids, table.starts[:-1]) if len(table.ids) else table.ids
+    over = np.flatnonzero(largest >= vocabulary)
+    if len(over):
+        token = int(largest[over[0]])
+        _refuse(
+            examples,
+            over,
+            f"holds the token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), and the model's embedding has only "
+            f"{vocabulary} rows",
+            "Take the tokenizer that belongs to the model, or save the model with an embedding that is large enough: "
+            "model.resize_token_embeddings(len(tokenizer)).",
+        )
+    lengths = np.diff(table.starts)
+    if positions is not None:
+        long = np.flatnonzero(lengths > positions)
+        _refuse(
+            examples,
+            long,
+            f"has {lengths[long[0]] if len(long) else 0} tokens, and the model has only {positions} positions",
+            f"Set data.max_length: {positions}, and data.too_long to drop or truncate (plain text: also split).",
+        )
+
+
 def _last_of_runs(supervised: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Positions of the last token of every run of supervised tokens; runs do not cross examples."""
     follows = np.append(supervised[1:], False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 import numpy as np
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.badrows import LISTED, reason, refusal, refuse_many
 from lowrank.data.batch import Batch, packed_batch, padded_batch
-from lowrank.data.check import check_supervision
+from lowrank.data.check import check_fits, check_supervision
 from lowrank.data.columns import checked_columns, with_columns
 from lowrank.data.example import Examples, IdsAndMask
 from lowrank.data.load import tokenised
@@ -49,6 +49,7 @@ class BatchStream:
     seed: int
     buffer: int
     columns: Mapping[str, str] | None = None
+    limits: tuple[int, int | None] | None = None
     counts: StreamCounts = field(default_factory=StreamCounts, compare=False)
 
     def sample(self, rows: int) -> Examples:
@@ -67,11 +68,16 @@ class BatchStream:
     def largest(self) -> Batch:
         """The largest batch that can come, of tokens without meaning."""
         longest = self.tokeniser.options.max_length
+        longest = min(longest, self.limits[1] or longest) if self.limits else longest
         lengths = [longest] * (self.max_tokens // longest if self.packing else self.batch_size)
         if self.packing and self.max_tokens % longest > 1:
             lengths.append(self.max_tokens % longest)
         parts = [(np.zeros(length, dtype=np.int32), np.arange(length) > 0) for length in lengths]
         return packed_batch(parts) if self.packing else padded_batch(parts, self.pad_token_id)
+
+    def for_model(self, vocabulary: int, positions: int | None) -> BatchStream:
+        """The stream with every row proved to fit a model as it is read; see `check_fits`."""
+        return replace(self, limits=(vocabulary, positions))
 
     @property
     def fingerprint(self) -> str:
@@ -151,7 +157,10 @@ class BatchStream:
                 where=rows.where(int(over[0])),
                 fix="Raise data.max_length, or set data.too_long to drop or truncate.",
             )
-        check_supervision(Examples(table, rows, train_on=options.train_on), self.tokenizer)
+        examples = Examples(table, rows, train_on=options.train_on)
+        check_supervision(examples, self.tokenizer)
+        if self.limits:
+            check_fits(examples, self.tokenizer, *self.limits)
         self.counts.add(table)
         if self.counts.rows >= CHUNK_ROWS:
             refuse_many(self.counts.bad, self.counts.rows, rows.name, self.counts.reasons)

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.config import RunConfig
 from lowrank.data import Examples, Question, questions_of
 from lowrank.errors import InputError
+from lowrank.models import positions_of
 from lowrank.recipes.prepare import batch_plan
 from lowrank.training.answers import MATCHES, answer_all, answer_text, is_json
 from lowrank.training.evaluate import Evaluation, Sample, mean_loss
@@ -45,6 +46,7 @@ def assess(
     questions = questions_of(examples, tokenizer, config.data.format, config.data.date)
     prompts = [question.prompt for question in questions]
     expected = expected_answers(questions, tokenizer, config)
+    _refuse_no_room(examples, prompts, positions_of(model), config)
     sharers = ALONE if config.training.fsdp else ranks  # a sharded base takes all processes for every token
     mine = prompts[sharers.index :: sharers.count]
     with task("answering", len(mine)) as advance, freed_blocks_kept(False):
@@ -64,6 +66,19 @@ def assess(
         for prompt, right, answer in zip(prompts, expected, answers, strict=True)
     )
     return Evaluation(value, supervised, sum(sample.correct for sample in samples) / len(samples), samples)
+
+
+def _refuse_no_room(
+    examples: Examples, prompts: Sequence[Sequence[int]], positions: int | None, config: RunConfig
+) -> None:
+    """Raises InputError where an answer to the longest prompt could go beyond the model's positions."""
+    longest, asked = max(map(len, prompts), default=0), config.training.generation_max_new_tokens
+    if positions is not None and longest + asked > positions:
+        raise InputError(
+            f"answers of {asked} tokens to prompts of up to {longest} go beyond the model's {positions} positions",
+            where="training.generation_max_new_tokens",
+            fix=f"Set it to {max(positions - longest, 1)} at most, or leave long rows out of {examples.rows.name}.",
+        )
 
 
 def expected_answers(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> list[str]:

@@ -11,7 +11,7 @@ from lowrank.data import end_tokens
 from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.recipes.assess import assess
-from lowrank.recipes.prepare import base_model, base_tokenizer, read_examples, swap_attention
+from lowrank.recipes.prepare import base_model, base_tokenizer, fitting, read_examples, swap_attention
 from lowrank.recipes.show import open_console
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.loss import supervised_loss
@@ -49,6 +49,7 @@ def evaluate(
     _, examples = read_examples(config, tokenizer)
     assert examples is not None, "data.eval is set"
     model = base_model(config)
+    fitting(model, tokenizer, None, examples)
     if file is not None:
         load(model, file.path)
     noted = [] if file is None else noted_ends(file.path)

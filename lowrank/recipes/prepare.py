@@ -17,6 +17,7 @@ from lowrank.data import (
     BatchPlan,
     BatchStream,
     Examples,
+    check_fits,
     check_supervision,
     complete_template,
     end_tokens,
@@ -27,7 +28,7 @@ from lowrank.data import (
     use_template,
 )
 from lowrank.errors import InputError
-from lowrank.models import load_model, load_tokenizer
+from lowrank.models import load_model, load_tokenizer, positions_of, vocabulary_of
 
 EVA_BATCHES = 8
 
@@ -139,6 +140,24 @@ def ends_of(plan: BatchPlan | BatchStream, tokenizer: PreTrainedTokenizerBase) -
     """The tokens that end trained turns; of a stream, those of its first rows."""
     examples = plan.sample(SAMPLE_ROWS) if isinstance(plan, BatchStream) else plan.examples
     return end_tokens(examples, tokenizer)
+
+
+def fitting(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: BatchPlan | BatchStream | None,
+    held_out: Examples | None,
+) -> Any:
+    """The plan, proved to hold nothing that the model has no embedding or no position for; so are the rows held out.
+
+    Raises:
+        InputError: a row does not fit.
+    """
+    limits = vocabulary_of(model), positions_of(model)
+    for examples in (plan.examples if isinstance(plan, BatchPlan) else None, held_out):
+        if examples is not None:
+            check_fits(examples, tokenizer, *limits)
+    return plan.for_model(*limits) if isinstance(plan, BatchStream) else plan
 
 
 def _sources(given: Any) -> Any:

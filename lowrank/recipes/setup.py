@@ -21,6 +21,7 @@ from lowrank.recipes.prepare import (
     base_tokenizer,
     batch_plan,
     ends_of,
+    fitting,
     put_in,
     read_examples,
     stream_plan,
@@ -107,6 +108,7 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
     model = base_model(config, device="cpu" if training.fsdp else None)
     dtype = model.dtype
+    plan = fitting(model, tokenizer, plan, held_out)
     put_in(model, config, plan)
     if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
         lean_norms(model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tiny import tiny_tokenizer
 
-from lowrank.data import Example, Examples, check_supervision, load_examples
+from lowrank.data import Example, Examples, check_fits, check_supervision, load_examples, stream_batches
 from lowrank.errors import InputError
 
 TOKENIZER = tiny_tokenizer()
@@ -47,3 +49,37 @@ def test_pieces_of_a_text_may_end_anywhere():
     examples = load_examples([{"text": "x" * 500}], TOKENIZER, max_length=100, too_long="split")
     assert len(examples) == 6
     check_supervision(examples, TOKENIZER)
+
+
+class TestFits:
+    rows = (CHAT, {**CHAT, "messages": [*CHAT["messages"], *CHAT["messages"]]}, CHAT)
+
+    def test_what_fits_passes(self):
+        examples = load_examples(list(self.rows), TOKENIZER, max_length=200)
+        check_fits(examples, TOKENIZER, int(examples.table.ids.max()) + 1, int(examples.lengths.max()))
+
+    def test_a_token_that_the_embedding_does_not_have_is_named_with_its_row(self):
+        examples = load_examples(list(self.rows), TOKENIZER, max_length=200)
+        most = int(examples.table.ids.max())
+        message = (
+            rf"row 1: the row holds the token {most} \('.*'\), and the model's embedding has only {most} rows \(and 2"
+        )
+        with pytest.raises(InputError, match=message):
+            check_fits(examples, TOKENIZER, most, None)
+
+    def test_a_row_beyond_the_positions_is_named(self):
+        examples = load_examples(list(self.rows), TOKENIZER, max_length=200)
+        most = int(examples.lengths.max())
+        message = rf"row 2: the row has {most} tokens, and the model has only {most - 1} positions\nSet data.max_length"
+        with pytest.raises(InputError, match=message):
+            check_fits(examples, TOKENIZER, 10**6, most - 1)
+
+    def test_a_stream_tells_at_the_row(self, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, self.rows)))
+        sizes = {"max_length": 200, "max_tokens": 200, "packing": True, "batch_size": 1, "pad_token_id": 0, "seed": 0}
+        stream = stream_batches(str(path), TOKENIZER, **sizes)
+        shortest = min(load_examples(path, TOKENIZER, max_length=200).lengths)
+        assert max(stream.for_model(10**6, int(shortest)).largest().segments) == shortest
+        with pytest.raises(InputError, match=rf"rows.jsonl:2: the row has .* only {shortest} positions"):
+            list(stream.for_model(10**6, int(shortest)).batches(0))
