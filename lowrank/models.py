@@ -201,7 +201,8 @@ def _quantization(options: Mapping[str, Any]) -> transformers.BitsAndBytesConfig
 
 def vocabulary_of(model: PreTrainedModel) -> int:
     """Rows of the model's input embedding: token ids are below."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

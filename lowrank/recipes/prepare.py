@@ -154,7 +154,8 @@ def fitting(
         InputError: a row does not fit.
     """
     limits = vocabulary_of(model), positions_of(model)
-    for examples in (plan.examples if isinstance(plan, BatchPlan) else None, held_out):
+    planned = plan.sample(SAMPLE_ROWS) if isinstance(plan, BatchStream) else plan and plan.examples
+    for examples in (planned, held_out):
         if examples is not None:
             check_fits(examples, tokenizer, *limits)
     return plan.for_model(*limits) if isinstance(plan, BatchStream) else plan
