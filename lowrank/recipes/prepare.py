@@ -154,10 +154,9 @@ def fitting(
         InputError: a row does not fit.
     """
     limits = vocabulary_of(model), positions_of(model)
-    planned = plan.sample(SAMPLE_ROWS) if isinstance(plan, BatchStream) else plan and plan.examples
-    for examples in (planned, held_out):
-        if examples is not None:
-            check_fits(examples, tokenizer, *limits)
+    planned = plan.sample(SAMPLE_ROWS) if isinstance(plan, BatchStream) else None if plan is None else plan.examples
+    for examples in filter(None, (planned, held_out)):
+        check_fits(examples, tokenizer, *limits)
     return plan.for_model(*limits) if isinstance(plan, BatchStream) else plan
 
 
