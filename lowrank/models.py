@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank.errors import LFS_POINTER, InputError
+from lowrank.paths import hub_commit
 
 _DTYPE_KEYS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 _SHOWN = 5
@@ -75,6 +76,7 @@ def load_model(
             f"{', '.join(missing[:_SHOWN])}{' ...' if len(missing) > _SHOWN else ''}",
             fix="Take a complete checkpoint of a causal language model.",
         )
+    model.config._commit_hash = hub_commit(name_or_path, revision)
     for module in model.modules():
         # On CPUs with AVX512-BF16 the first pass without gradients would repack the weights, and spoil all that follow.
         if type(module).__name__ == "Linear4bit" and hasattr(module, "support_avx512bf16_for_cpu"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from lowrank.errors import InputError
 
 _VARIABLE = re.compile(r"\$(?:\$|\{(?P<braced>[^}]*)\}|(?P<bare>[A-Za-z_][A-Za-z0-9_]*))")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/([0-9a-f]{40})/?$")
 
 
 def expanded(
@@ -75,3 +77,26 @@ def _from_home(written: str, where: str | None, environment: Mapping[str, str]) 
         whose = "no home folder is known" if part == "~" else f"there is no user {part[1:]!r}"
         raise InputError(f"{whose} for {written!r}", where=where, fix=f"Write ./{part} for a name that begins with ~.")
     return home.rstrip("/") if _behind_home(written) else home
+
+
+def hub_commit(name_or_path: str | Path, revision: str | None = None) -> str | None:
+    """The commit of a hub's repository that lies in the hub's cache; None for any other folder.
+
+    Args:
+        name_or_path: A repository's name, or its folder in the cache.
+        revision: A branch, a tag or a commit; for a name.
+    """
+    place = Path(name_or_path)
+    if not place.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            file = try_to_load_from_cache(str(name_or_path), "config.json", revision=revision)
+        except HFValidationError:
+            return None
+        if not isinstance(file, str):
+            return None
+        place = Path(file).parent
+    found = _SNAPSHOT.search(place.as_posix())
+    return found[1] if found else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.style import Style
 from transformers import TextStreamer
 
 from lowrank.attention import set_attention
@@ -140,10 +141,10 @@ def answers(model: Any, tokenizer: Any, asked: Sequence[Messages], max_new_token
         found = answer_all(
             model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=_AT_A_TIME, on_batch=advance
         )
-    console = open_console()
-    for messages, text in zip(asked, found, strict=True):
-        console.out(messages[-1]["content"], style="dim", highlight=False)  # as they are: no markup, no wrapping
-        console.out(text, highlight=False)
+    seen = Style(dim=open_console().is_terminal or None)
+    for messages, text in zip(asked, found, strict=True):  # printed as they are: rich would wrap, and expand tabs
+        print(seen.render(messages[-1]["content"]))
+        print(text)
     return found
 
 

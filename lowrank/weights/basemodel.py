@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lowrank.errors import InputError
+from lowrank.paths import hub_commit
 from lowrank.weights.adapterfile import read_json, shorten
 from lowrank.weights.fingerprint import text_config
 from lowrank.weights.names import Piece, find_pieces
@@ -134,9 +135,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     if isinstance(labels, int) and labels > _MOST_LABELS:  # transformers would name each of them
         raise InputError(f"The config has num_labels {labels}.", where=str(path))
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged value can fail anywhere in transformers
         raise InputError(f"The model's config cannot be used: {_first_line(error)}", where=str(path)) from error
+    config._commit_hash = hub_commit(folder)
+    return config
 
 
 def _check_depth(config: object, tensors: int, folder: Path) -> None:
