@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank.data.files import COMPRESSED, content_of, decoded, kind_of, lines, parsed_json
+from lowrank.data.files import COMPRESSED, content_of, decoded, glance, kind_of, lines, parsed_json
 from lowrank.data.folders import data_files
 from lowrank.data.rowerror import RowError
 from lowrank.data.rows import Chained, JsonLines, Row, RowList, Rows, digest, parsed_line
@@ -119,6 +119,14 @@ def local_files(path: str, split: str) -> list[Path] | None:
             known = f"{', '.join(FILES)}; compressed: {', '.join(COMPRESSED)}"
             raise InputError("cannot read such files", where=str(file), fix=f"Known endings: {known}.")
     return files
+
+
+def stream_fingerprint(path: str, split: str, subset: str | None) -> str:
+    """What tells a source of a stream from another: its files by a glance into each, what is on a hub by name."""
+    local = Path(path).expanduser()
+    saved = sorted(local.rglob("*.arrow")) if _saved(local, split) else None
+    files = saved or local_files(path, split)
+    return f"{path} {subset} {split} {' '.join(map(glance, files or ()))}"
 
 
 def stream_rows(path: str, split: str, subset: str | None) -> Iterator[Placed]:

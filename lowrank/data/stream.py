@@ -17,9 +17,9 @@ from lowrank.data.example import Examples, IdsAndMask
 from lowrank.data.load import tokenised
 from lowrank.data.packing import WINDOW, best_fit_decreasing
 from lowrank.data.prefetch import Prefetched
-from lowrank.data.readers import Placed, stream_rows
+from lowrank.data.readers import Placed, stream_fingerprint, stream_rows
 from lowrank.data.report import Outcome, StreamCounts
-from lowrank.data.rows import RowList, Rows
+from lowrank.data.rows import RowList, Rows, digest
 from lowrank.data.sources import Joined, Part, Source, Sources, checked_format, format_of, named_sources
 from lowrank.data.tokenise import Options, Tokeniser
 from lowrank.errors import InputError
@@ -81,8 +81,9 @@ class BatchStream:
 
     @property
     def fingerprint(self) -> str:
-        """Of where the rows come from; what they hold is known only when they are read."""
-        return " ".join(f"{source.path} {source.subset} {source.split} {source.weight}" for source in self.sources)
+        """Of where the rows come from, and of what the files there hold as far as a glance tells."""
+        told = [f"{stream_fingerprint(each.path, each.split, each.subset)} {each.weight}" for each in self.sources]
+        return digest("\n".join(told).encode())
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; what comes before is read and packed again, not built."""

@@ -291,3 +291,19 @@ def test_objects_of_mixed_types_are_read_as_they_were_written(tmp_path):
         read = open_sources(source if source is table else str(source))[0].rows.read(0, 2)
         called = [row["messages"][0]["tool_calls"][0]["function"]["arguments"] for row in read]
         assert [each["a"] for each in called] == [1, "one"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("large", [False, True])
+def test_a_stream_knows_when_its_files_were_rewritten(tmp_path, monkeypatch, name, large):
+    monkeypatch.setattr("lowrank.data.files.BLOCK", 32)
+    monkeypatch.setattr("lowrank.data.files.MAP_FROM", 1024 if large else 2**20)
+    prints = []
+    for word in ("red", "red", "sky"):
+        WRITERS[name](tmp_path / name, rows(word, 40))
+        for file in [tmp_path / name, *(tmp_path / name).rglob("*")]:
+            os.utime(file, (1_700_000_000, 1_700_000_000))
+        sizes = {"max_length": 64, "packing": True, "batch_size": 1, "max_tokens": 64, "pad_token_id": 0, "seed": 0}
+        prints.append(stream_batches(str(tmp_path / name), TOKENIZER, **sizes).fingerprint)
+    assert prints[0] == prints[1] or name.endswith(".gz")  # which holds the time
+    assert prints[1] != prints[2]
