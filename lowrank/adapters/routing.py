@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import Layer
@@ -90,8 +91,13 @@ def turning(model: HostModule, paths: list[str]) -> tuple[str, ...]:
     """The classes above the modules at `paths` that may put the sequence before the batch."""
     above = {path.rpartition(".")[0][:end] for path in paths for end in _ends(path)}
     owners = [bare(model), *(submodule(model, path) for path in above)]
-    named = {type(o).__name__ for o in owners if _turns(type(o)) or getattr(o, "batch_first", True) is False}
+    named = {type(o).__name__ for o in owners if _turns(type(o)) or _is_sequence_first(o)}
     return tuple(sorted(named))
+
+
+def _is_sequence_first(owner: nn.Module) -> bool:
+    """torch's flag, on a module or on the attention that it is built around."""
+    return any(getattr(module, "batch_first", True) is False for module in (owner, *owner.children()))
 
 
 def _ends(path: str) -> list[int]:

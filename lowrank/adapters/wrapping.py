@@ -25,10 +25,11 @@ from lowrank.adapters.modules import bare, base_modules, named_parameters, submo
 from lowrank.adapters.multihead import MultiheadLayer, biases
 from lowrank.adapters.parameters import find_parameters
 from lowrank.adapters.patterns import check_patterns, matches_end, nearest, without_idle, without_missing
+from lowrank.adapters.plain import check_none_hidden, check_plain, has_other_codes
 from lowrank.adapters.record import Record, attach, detach, find_record, record_of
 from lowrank.adapters.registry import METHODS
 from lowrank.adapters.setting import Setting
-from lowrank.adapters.targets import Targets, find_targets
+from lowrank.adapters.targets import ALL_LINEAR, Targets, find_targets
 from lowrank.adapters.tokens import token_layers
 from lowrank.adapters.uncalled import Calls, check_called, check_copy_called
 from lowrank.errors import InputError
@@ -72,6 +73,10 @@ def wrap(
     calls = Calls(model)
     config = with_head(model, config)
     targets = find_targets(model, config, calls)
+    for path, module in targets.modules.items():
+        check_plain(path, module)
+    if config.target_modules == ALL_LINEAR:
+        check_none_hidden(base_modules(model))
     parameters, parameter_counts = find_parameters(model, config)
     check_patterns(config, base_modules(model), adapted_paths(targets, parameters))
     for path, names in parameters.items():
@@ -217,7 +222,7 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig, calls: Calls) -> d
         check_copy_called(calls, path)
         if outer := _enclosing(path, found):
             raise InputError(f"modules_to_save names {path} and {outer}, which holds it", fix="Name one of them.")
-        if any(is_quantised(inner) for inner in module.modules()):
+        if has_other_codes(module) or any(is_quantised(inner) for inner in module.modules()):
             raise InputError(
                 f"modules_to_save: {path} is quantised, and a quantised weight cannot be trained whole",
                 fix="Adapt it, or leave it out when the base is quantised (llm_int8_skip_modules).",
