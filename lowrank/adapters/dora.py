@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.kept import Kept
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.lora import LoraLayer
 from lowrank.adapters.method import factor_parameter, rank_and_scale
@@ -19,8 +20,8 @@ class DoraLayer(LoraLayer):
     """One DoRA adapter on one module: LoRA's factors, and a magnitude (out,) for each row of W."""
 
     lora_magnitude_vector: nn.Parameter
-    _frozen_norm2: tuple[object, torch.Tensor]
-    _eval_norm: tuple[object, torch.Tensor]
+    _frozen_norm2: Kept | None
+    _eval_norm: Kept | None
 
     @classmethod
     def build(cls, config: LoraConfig, path: str, module: HostModule, kind: Kind) -> Self:
@@ -31,7 +32,7 @@ class DoraLayer(LoraLayer):
             norm = dora_norm(kind.weight(module), term.A, term.B, term.scale)
             layer.lora_magnitude_vector = factor_parameter(norm.shape, module)
             layer.lora_magnitude_vector.copy_(norm)
-        layer._frozen_norm2 = layer._eval_norm = (None, norm)
+        layer._frozen_norm2 = layer._eval_norm = None
         return layer
 
     @staticmethod
@@ -53,17 +54,25 @@ class DoraLayer(LoraLayer):
         """‖W + ΔW‖. ‖W‖² is kept for as long as W is the same; the whole norm too, where the factors are frozen."""
         if torch.compiler.is_compiling():
             return dora_norm(kind.weight(module), term.A, term.B, term.scale)
-        frozen = _identity(module.weight)
-        whole = (*frozen, *_identity(self.lora_A), *_identity(self.lora_B))
-        still = not (self.training or self.lora_A.requires_grad or self.lora_B.requires_grad)
-        if still and self._eval_norm[0] == whole:
-            return self._eval_norm[1]
         weight = kind.weight(module)
-        if self._frozen_norm2[0] != frozen:
-            self._frozen_norm2 = (frozen, row_norm2(weight, term.A.dtype))
-        norm = dora_norm(weight, term.A, term.B, term.scale, self._frozen_norm2[1])
-        self._eval_norm = (whole if still else None, norm)
+        still = not (self.training or self.lora_A.requires_grad or self.lora_B.requires_grad)
+        parts = (module.weight, self.lora_A, self.lora_B)
+        if still and self._eval_norm is not None and self._eval_norm.of(parts, term.scale):
+            return self._eval_norm.value
+        if self._frozen_norm2 is None or not self._frozen_norm2.of((module.weight,)):
+            self._frozen_norm2 = Kept(row_norm2(weight, term.A.dtype), (module.weight,))
+        norm = dora_norm(weight, term.A, term.B, term.scale, self._frozen_norm2.value)
+        self._eval_norm = Kept(norm, parts, term.scale) if still else None
         return norm
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; what is kept is made anew."""
+        self._frozen_norm2 = self._eval_norm = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._frozen_norm2 = self._eval_norm = None
+        return super()._apply(fn, recurse)
 
     def factors(self) -> dict[str, torch.Tensor]:
         """See `LowRankLayer.factors`."""
@@ -73,12 +82,3 @@ class DoraLayer(LoraLayer):
 def _gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """m / ‖·‖; a row of W that is all zero has no direction, and stays zero."""
     return magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-
-
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What changes when the tensor's values may have: in place, but for writes through `.data`, or by replacement.
-
-    An inference tensor does not count its changes: it is new each time.
-    """
-    version = object() if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.device

@@ -95,3 +95,42 @@ def test_inference_tensors_are_not_cached():
         for _ in range(2):
             torch.testing.assert_close(model(x), by_the_paper(model, x), atol=1e-5, rtol=1e-5)
             model[0].adapters["default"].lora_A.mul_(2)
+
+
+def by_data(model, x):
+    model[0].weight.data.mul_(2)
+
+
+def one_row(model, x):
+    model[0].weight.data[3] = torch.randn(WIDTH)
+
+
+def factors(model, x):
+    model[0].adapters["default"].lora_B.data.mul_(3)
+
+
+def replaced(model, x):
+    model[0].weight.data = torch.randn(WIDTH, WIDTH)
+
+
+def there_and_back(model, x):
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+def loaded(model, x):
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+
+
+def scaled(model, x):
+    lowrank.set_scale(model, "default", 0.3)
+
+
+@pytest.mark.parametrize("change", [by_data, one_row, factors, replaced, there_and_back, loaded, scaled])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_kept_norm_notices_every_change(change, frozen):
+    model, x = adapted().eval().requires_grad_(not frozen), torch.randn(3, WIDTH)
+    for _ in range(2):
+        model(x)
+    change(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), by_the_paper(model, x), atol=1e-4, rtol=1e-4)
