@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.adapters.host import AdapterSet
+from lowrank.adapters.modules import bare, base_modules, named_modules, submodule
 
 _FLAG = "tie_word_embeddings"
 
@@ -24,9 +24,10 @@ class Ties:
 
     def __init__(self, model: nn.Module) -> None:
         named = defaultdict(list)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if AdapterSet.CHILD not in name.split("."):
-                named[id(parameter)].append(name)
+        for path, module in ("", bare(model)), *base_modules(model).items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    named[id(parameter)].append(f"{path}.{name}".lstrip("."))
         self.model = model
         self.groups = [names for names in named.values() if len(names) > 1]
         self.declared = _declared(model)
@@ -67,7 +68,7 @@ class Ties:
         """The models inside of this one, by their paths, those together that read one config."""
         found: dict[int, dict[str, Any]] = defaultdict(dict)
         for path in self.declared:
-            owner: Any = self.model.get_submodule(path)
+            owner: Any = submodule(self.model, path)
             found[id(owner.config)][path] = owner
         return list(found.values())
 
@@ -87,24 +88,24 @@ class Ties:
         kept = {target: source for target, source in self.declared[path].items() if target not in targets}
         if len(kept) < len(self.declared[path]):
             owner._tied_weights_keys = {t.removeprefix(prefix): s.removeprefix(prefix) for t, s in kept.items()} or None
-        for module, cut in ((self.model, ""), (owner, prefix)):
+        for module, cut in ((bare(self.model), ""), (owner, prefix)):
             known = getattr(module, "all_tied_weights_keys", {})
             for target in targets:
                 known.pop(target.removeprefix(cut), None)
 
     def _get(self, name: str) -> torch.Tensor:
         path, _, last = name.rpartition(".")
-        return getattr(self.model.get_submodule(path), last)
+        return getattr(submodule(self.model, path), last)
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         path, _, last = name.rpartition(".")
-        setattr(self.model.get_submodule(path), last, value)
+        setattr(submodule(self.model, path), last, value)
 
 
 def _declared(model: nn.Module) -> dict[str, dict[str, str]]:
     """By transformers' own account: for each model inside of this one by its path, {target: source}."""
     found = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, PreTrainedModel):
             prefix = f"{path}." if path else ""
             keys = module.get_expanded_tied_weights_keys(all_submodels=False)

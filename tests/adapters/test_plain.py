@@ -54,7 +54,8 @@ def packed_linear() -> nn.Module:
 
 
 LAYERS = {
-    "fp8": (fp8, "stored as torch.float8_e4m3fn"),
+    "fp8": (fp8, "no adapter fits"),
+    "float8 in a plain layer": (lambda: of_another_type(torch.float8_e4m3fn), "stored as torch.float8_e4m3fn"),
     "int8": (lambda: of_another_type(torch.int8), "stored as torch.int8"),
     "uint8": (lambda: of_another_type(torch.uint8), "stored as torch.uint8"),
     "a tensor class": (coded, "stored as Coded"),
