@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ class Record:
             "ended_after": [end - job.launched for end in self.ends],
             "losses": self.losses,
             "sizes": self.sizes,
-            "versions": {name: version(name) for name in libraries},
+            "versions": {name: version_of(name) for name in libraries},
         }
         print(json.dumps(result), flush=True)
 
@@ -161,3 +162,11 @@ def _peak_mebibytes(device: str) -> float:
     import torch
 
     return torch.cuda.max_memory_allocated() / 2**20
+
+
+def version_of(name: str) -> str:
+    """An installed package's version, or that of one that is imported from where it lies."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return str(import_module(name).__version__)

@@ -20,6 +20,7 @@ from lowrank.attention.setting import Setting
 from lowrank.errors import InputError
 
 IMPLEMENTATION = "lowrank_flex"
+LEAST_HEAD = 16  # torch's kernels on CUDA: "NYI: embedding dimension ... must be at least 16"
 
 
 def flex_attention(
@@ -64,6 +65,8 @@ def _refusal(setting: Setting) -> str | None:
         return "it knows no attention sinks on CPU"
     if setting.packing and setting.device.type == "cpu":
         return "it has no backward pass on CPU"
+    if setting.device.type == "cuda" and setting.head_dim is not None and setting.head_dim < LEAST_HEAD:
+        return f"its kernels take heads of {LEAST_HEAD} and wider, the model's are {setting.head_dim} wide"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -92,3 +93,11 @@ def test_dropout_and_a_missing_mask_are_refused():
         flex_attention(module, q, q, q, None, dropout=0.1)
     with pytest.raises(InputError, match="gave a causal layer no mask"):
         flex_attention(module, q, q, q, None)
+
+
+def test_heads_that_its_kernels_on_a_card_do_not_take_are_refused():
+    setting = setting_of(zoo.build("llama"), packing=True)
+    on_card = dataclasses.replace(setting, device=torch.device("cuda"))
+    assert on_card.head_dim == 8
+    assert "heads of 16 and wider, the model's are 8 wide" in FLEX.refusal(on_card)
+    assert FLEX.refusal(dataclasses.replace(on_card, head_dim=64)) is None
