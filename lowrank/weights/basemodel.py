@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -67,6 +68,13 @@ class BaseModel:
     sharded: bool
     pieces: dict[str, list[Piece]]
     sizes: Sizes = Sizes()
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the files are quantised; a whole model's config may say it of a part. None for a dense model."""
+        parts = [self.config, *(getattr(self.config, name, None) for name in self.config.sub_configs)]
+        found = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
+        return found if found is None or isinstance(found, dict) else found.to_dict()
 
     @property
     def size(self) -> int:

@@ -94,14 +94,14 @@ def decode_stored(base: BaseModel) -> Decoding | None:
     Raises:
         InputError: It is quantised in another way than bitsandbytes', or its tensors do not go together.
     """
-    config = getattr(base.config, "quantization_config", None)
-    if config is None:
+    fields = base.quantization
+    if fields is None:
         return None
-    fields = config if isinstance(config, dict) else config.to_dict()
     method = fields.get("quant_method")
     if method != "bitsandbytes":
         raise InputError(
-            f"The base is quantised with {method}; adapters are merged into dense bases and bitsandbytes' ones.",
+            f"The base is quantised with {method or 'what its config does not name'}; adapters are merged into dense "
+            "bases and bitsandbytes' ones.",
             where=str(base.folder),
             fix="Give the dense model that it was made from as the base.",
         )

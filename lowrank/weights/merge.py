@@ -163,7 +163,7 @@ def _verify(
     trained_over: Mapping[str, Any] | None,
     loss: Loss,
 ) -> Verification:
-    stored = hasattr(base.config, "quantization_config")
+    stored = base.quantization is not None
     found = verify_merge(base, adapter, work, None if stored or onto == "original" else dict(trained_over or {}))
     if found.failed and loss.share < 0.5:
         raise JobError(

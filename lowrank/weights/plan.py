@@ -107,7 +107,7 @@ def make_plan(base: BaseModel, updates: dict[str, Update], dtype: torch.dtype | 
         shards[file_name] = shard
     _refuse_missing(base, updates)
     config: dict[str, object] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    if hasattr(base.config, "quantization_config"):
+    if base.quantization is not None:
         config["quantization_config"] = None
     rest = {name: update for name, update in updates.items() if name not in placed}
     if _untie(base, shards, updates, rest, dtype):

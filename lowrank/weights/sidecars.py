@@ -67,7 +67,8 @@ def write_config(base: Path, out: Path, changes: dict[str, Any], text_key: str |
     text = config.get(text_key) if text_key else None
     for key, value in changes.items():
         if value is None:
-            config.pop(key, None)
+            for part in [config, *(part for part in config.values() if isinstance(part, dict))]:
+                part.pop(key, None)
             continue
         old = "torch_dtype" if key == "dtype" and "torch_dtype" in config else key
         if isinstance(text, dict) and old in text:
