@@ -22,6 +22,7 @@ from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
 from lowrank.weights.expertlayout import turned_experts
 from lowrank.weights.fingerprint import Fingerprint, commit_of, text_config
+from lowrank.weights.presence import check_present
 from lowrank.weights.relocation import named_as_in
 from lowrank.weights.targetnames import target_names
 from lowrank.weights.vocabulary import base_tensors, new_rows, rows_to_save, tied_tokens
@@ -59,6 +60,7 @@ def save(
     """
     if as_lora and not isinstance(config_of(model, adapter), AdaLoraConfig):
         raise InputError(f"as_lora is for AdaLoRA, and {adapter!r} is none.")
+    check_present(model, adapter)
     config, live = (lora_form if as_lora else portable)(model, adapter)
     live = live | rows_to_save(model, adapter)
     update = {"target_modules": _targets(model, config, live), "task_type": config.task_type or _task_type(model)}

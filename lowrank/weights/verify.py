@@ -85,7 +85,7 @@ def verify_merge(
     """
     refuse_unanswering(base)
     pack = _pack(merged, base, prompts)
-    model: Any = load(_model(base.folder, base, quantization), adapter.path)
+    model: Any = load(_in_size(_model(base.folder, base, quantization), base), adapter.path)
     wanted = _logits(model, pack)
     with disabled(model):
         without = _logits(model, pack)
@@ -122,6 +122,13 @@ def _model(folder: Path, base: BaseModel, quantization: dict[str, Any] | None) -
         if hasattr(module, "support_avx512bf16_for_cpu"):  # the first pass would repack the weights and spoil them
             module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def _in_size(model: PreTrainedModel, base: BaseModel) -> PreTrainedModel:
+    """With as many tokens as the adapter was trained with."""
+    if base.sizes.vocabulary is not None:
+        model.resize_token_embeddings(base.sizes.vocabulary)
+    return model
 
 
 def _pack(folder: Path, base: BaseModel, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:

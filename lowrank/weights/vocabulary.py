@@ -6,6 +6,7 @@ brings them along, as peft's does.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +51,15 @@ def was_resized(model: nn.Module) -> bool:
     before = _vocabulary_of_checkpoint(model)
     if before is not None:
         return before != now
-    # Modules note their number when they are built; transformers renews the note of the outermost one alone.
+    # Modules note their number when they are built; a resize renews the note of the outermost one alone, or makes one.
     noted = {module.__dict__.get("vocab_size") for module in model.modules() if isinstance(module, PreTrainedModel)}
-    return bool({size for size in noted if isinstance(size, int)} - {now})
+    stale = {size for size in noted if isinstance(size, int)} - {now}
+    return bool(stale) or ("vocab_size" in model.__dict__ and not _notes_its_vocabulary(type(model)))
+
+
+def _notes_its_vocabulary(cls: type[PreTrainedModel]) -> bool:
+    """Whether building a model of this class sets `vocab_size` on it."""
+    return "self.vocab_size" in inspect.getsource(cls.__init__)
 
 
 def _vocabulary_of_checkpoint(model: PreTrainedModel) -> int | None:

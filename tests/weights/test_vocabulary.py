@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -28,6 +29,7 @@ CONFIGS = {
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 300, 305]},
 }
 GROWN, SHRUNK, PADDED = VOCAB + 3, VOCAB - 10, VOCAB + 64
+BODY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 IDS = torch.tensor([[3, 97, 300, 5, 99, 305, 309]])
 # peft does not save what of a resized base it did not adapt; the mean of the known rows is what a resize starts from.
 NEAR = 1e-2
@@ -172,3 +174,55 @@ def test_a_head_with_a_bias_keeps_it(tmp_path: Path) -> None:
     fresh = reload(tmp_path / "base")
     fresh.resize_token_embeddings(100)
     torch.testing.assert_close(logits(lowrank.load(fresh, tmp_path / "adapter"), ids), wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4)),
+        lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=96, **BODY)),
+        lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=96, **BODY)),
+    ],
+    ids=["gpt2", "neox", "bert"],
+)
+def test_models_whose_parts_do_not_note_their_vocabulary(
+    model: Callable[[], transformers.PreTrainedModel], tmp_path: Path
+) -> None:
+    def built() -> transformers.PreTrainedModel:
+        torch.manual_seed(0)
+        made = model()
+        made.resize_token_embeddings(100)
+        return made.eval()
+
+    trained, fresh = built(), built()
+    with torch.no_grad():
+        trained.get_input_embeddings().weight[96:] = torch.randn(4, 32)
+    lowrank.wrap(trained, LoraConfig())
+    lowrank.save(trained, tmp_path / "adapter")
+    ids = torch.tensor([[3, 97, 98]])
+    assert not torch.allclose(logits(trained, ids), logits(fresh, ids), atol=0.01)
+    lowrank.load(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh, ids), logits(trained, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("what", ["embedding", "head", "whole embedding", "whole head"])
+def test_an_adapter_that_a_resize_has_cut_off_is_not_saved(what: str, tmp_path: Path) -> None:
+    model = lowrank.wrap(tiny_llama(num_hidden_layers=1), LoraConfig(r=2, **CONFIGS[what]))
+    model.resize_token_embeddings(GROWN)
+    with pytest.raises(InputError, match=r"is gone from lm_head|embed_tokens has another size"):
+        lowrank.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_layer_that_was_replaced_is_missed(tmp_path: Path) -> None:
+    model = lowrank.wrap(tiny_llama(num_hidden_layers=1), LoraConfig(r=2))
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
+    with pytest.raises(InputError, match=r"gone from model\.layers\.0\.mlp\.up_proj"):
+        lowrank.save(model, tmp_path / "adapter")
+
+
+def test_answers_are_compared_in_the_new_size(tmp_path: Path) -> None:
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    adapted("lowrank", tmp_path / "base", GROWN, CONFIGS["tokens"], tmp_path / "adapter")
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", verify="answers")
+    assert report.verified is not None
