@@ -116,6 +116,9 @@ class LoraConfig(_Adapter):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     """Rows of the embedding that train; a dict names the embedding modules."""
 
+    ensure_weight_tying: bool = False
+    """Adapt, or save whole, all that is tied to the input embedding together with it, so that it stays tied."""
+
     eva_config: EvaConfig | None = None
     """For init_lora_weights: eva."""
 

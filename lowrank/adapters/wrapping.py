@@ -31,6 +31,7 @@ from lowrank.adapters.registry import METHODS
 from lowrank.adapters.setting import Setting
 from lowrank.adapters.targets import ALL_LINEAR, Targets, find_targets
 from lowrank.adapters.tokens import token_layers
+from lowrank.adapters.tying import check_fields, followers, tied_group, with_first
 from lowrank.adapters.uncalled import Calls, check_called, check_copy_called
 from lowrank.errors import InputError
 
@@ -167,8 +168,10 @@ def _put_in(
     model: nn.Module, outside: Outside, adapter: str, record: Record, targets: dict[str, nn.Module], calls: Calls
 ) -> None:
     config = outside.config
-    method = METHODS[config.method_name]
-    for path, module in targets.items():
+    method, group = METHODS[config.method_name], tied_group(model, outside.config)
+    if group is not None and any(path in targets for path in (group[0], *group[1])):
+        check_fields(config, group[0])
+    for path, module in with_first(targets, group, model).items():
         kind = kind_of(module)
         if kind is None:  # the one module with two matrices that find_targets lets through
             _place(path, module, None, MultiheadLayer.build(config, path, module), adapter, record)
@@ -180,8 +183,11 @@ def _put_in(
     for path, layer in experts_layers(model, config).items():
         module = submodule(model, path)
         _place(path, module, kind_of(module), layer, adapter, record)
-    for path, module in _modules_to_save(model, config, calls).items():
+    for path, module in with_first(_modules_to_save(model, config, calls), group, model).items():
         _place(path, module, kind_of(module), WholeCopy(module), adapter, record)
+    for path, layer in followers(model, adapter, group).items():
+        module = submodule(model, path)
+        _place(path, module, kind_of(module), layer, adapter, record)
     for path, rows in token_layers(model, config, calls).items():
         if outer := _enclosing(path, _saved_whole(model, adapter)):
             raise InputError(f"trainable_token_indices: {path} is in {outer}, which modules_to_save trains whole")

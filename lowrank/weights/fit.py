@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -23,6 +24,7 @@ from lowrank.adapters.multihead import OUT_PROJ, OUT_PROJ_TWICE
 from lowrank.adapters.parameters import find_parameters
 from lowrank.adapters.targets import find_targets
 from lowrank.adapters.tokens import find_token_places
+from lowrank.adapters.tying import tied_group
 from lowrank.adapters.uncalled import Calls
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, TOKENS, AdapterFile, shorten
@@ -94,6 +96,7 @@ class _Fit:
         self._experts(factors)
         for path, names in factors.items():
             self._low_rank(path, names)
+        self._kept_tied()
         for name in shifts:
             self._shift(name.removesuffix(_BIAS), name)
         if self.problems:
@@ -284,6 +287,25 @@ class _Fit:
                 own = self.updates.get(name)
                 if own is None or own.before_tie is own:
                     self.updates[name] = known[-1]
+
+    def _kept_tied(self) -> None:
+        """`ensure_weight_tying`: the embedding's update is that of all that is tied to it."""
+        group = tied_group(self.base.skeleton, self.config)
+        update = None if group is None else self.updates.get(f"{group[0]}.weight")
+        if group is None or not isinstance(update, LowRankUpdate | Replacement):
+            return
+        stored = {piece.parameter for pieces in self.base.pieces.values() for piece in pieces}
+        for path in group[1]:
+            self.updates.pop(f"{path}.weight", None)
+            for mine, its in (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")):
+                pair = f"{path}.{mine}", f"{group[0]}.{its}"
+                if set(pair) <= self.adapter.tensors.keys() and not self._transposed(*pair):
+                    self.problems.append(f"{pair[0]} is tied to {pair[1]}, and not its values")
+        for name in {f"{path}.weight" for path in group[1]} & stored | {f"{group[0]}.weight"}:
+            self.updates[name] = replace(update, tied=True)
+
+    def _transposed(self, name: str, other: str) -> bool:
+        return torch.equal(self.adapter.read(name), self.adapter.read(other).t())
 
     def _token_rows(self, path: str, name: str) -> None:
         key, place = f"{path}.weight", find_token_places(self.base.skeleton, self.config).get(path)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowrank.adapters.tying import tied_group
 from lowrank.errors import JobError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, shorten
 from lowrank.weights.basemodel import BaseModel
@@ -154,6 +155,8 @@ class Trial:
     def finish(self) -> Proof:
         """Whether every part of every parameter that the adapter changes was met."""
         factors = {match["path"] for name in self.adapter.tensors if (match := FACTOR.fullmatch(name))}
+        if (group := tied_group(self.base.skeleton, self.adapter.config)) is not None and group[0] in factors:
+            factors -= set(group[1])  # the same values once more
         sums = [step for update in self.updates.values() for step in update.steps if step.low_rank]
         if len(sums) < len(factors):
             raise JobError(f"the adapter has factors for {len(factors)} places, and {len(sums)} were merged")

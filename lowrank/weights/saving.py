@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lowrank.weights.fingerprint import Fingerprint, commit_of, text_config
 from lowrank.weights.presence import check_present
 from lowrank.weights.relocation import named_as_in
 from lowrank.weights.targetnames import target_names
-from lowrank.weights.vocabulary import base_tensors, new_rows, rows_to_save, tied_tokens
+from lowrank.weights.vocabulary import base_tensors, new_rows, rows_to_save, tied_tokens, vocabulary_ends
 from lowrank.weights.writing import write_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,6 +38,7 @@ def save(
     *,
     overwrite: bool = False,
     as_lora: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> Path:
     """Writes one adapter of a model as `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -50,19 +51,25 @@ def save(
         adapter: The adapter's name; it does not occur in the files.
         overwrite: Whether to replace an adapter that the folder holds already.
         as_lora: Write an AdaLoRA adapter as an ordinary LoRA with a rank pattern, which more programs read.
+        save_embedding_layers: Whether the base's own embedding and head go into the file too; "auto": where training
+            changed their number of tokens, for then no checkpoint of the base has these rows.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: No adapter of that name, a value that is not finite, or an adapter is there already.
+        InputError: No adapter of that name, a value that is not finite, an adapter is there already, or the model has
+            no embedding to save.
         JobError: The disk is full.
     """
+    if save_embedding_layers is True and not vocabulary_ends(model):
+        raise InputError(f"save_embedding_layers: a {type(model).__name__} does not say which its embeddings are.")
     if as_lora and not isinstance(config_of(model, adapter), AdaLoraConfig):
         raise InputError(f"as_lora is for AdaLoRA, and {adapter!r} is none.")
     check_present(model, adapter)
     config, live = (lora_form if as_lora else portable)(model, adapter)
-    live = live | rows_to_save(model, adapter)
+    if save_embedding_layers is not False:
+        live = live | rows_to_save(model, adapter, always=save_embedding_layers is True)
     update = {"target_modules": _targets(model, config, live), "task_type": config.task_type or _task_type(model)}
     known = isinstance(model, PreTrainedModel)
     write_adapter(
@@ -150,6 +157,14 @@ def _fill(
     for name in both:
         if name not in misshapen:
             live[name].copy_(turned[name] if name in turned else file.read(name))
+    if getattr(file.config, "ensure_weight_tying", False):
+        problems += [
+            f"{name} is tied to another tensor, and not its values"
+            for name in both
+            if name not in misshapen and not torch.equal(live[name].cpu(), file.read(name).to(live[name].dtype))
+        ]
+        if problems and strict:
+            _refuse(file, problems)
     return problems
 
 

@@ -85,6 +85,7 @@ class LowRankUpdate(Whole):
         load: Gives the factors by bare name ("lora_A"), two-dimensional, float32.
         transposed: The parameter is stored as Wᵀ (Conv1D, embeddings).
         has_gain: The method's gain is a norm over whole rows of W (DoRA).
+        tied: What is tied to the parameter stays so (`ensure_weight_tying`).
     """
 
     config: AdapterConfig
@@ -92,9 +93,14 @@ class LowRankUpdate(Whole):
     load: Callable[[], dict[str, Tensor]]
     transposed: bool
     has_gain: bool
+    tied: bool = False
     shape: None = None
-    before_tie: None = None
     low_rank: bool = True
+
+    @property
+    def before_tie(self) -> Update | None:
+        """All of it or nothing."""
+        return self if self.tied else None
 
     @property
     def splits(self) -> bool:

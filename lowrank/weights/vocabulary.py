@@ -81,9 +81,9 @@ def _vocabulary_of_checkpoint(model: PreTrainedModel) -> int | None:
     return getattr(text_config(config), "vocab_size", None)
 
 
-def rows_to_save(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The base's own embedding and head under peft's names, where they were resized; a tied one once."""
-    if not was_resized(model):
+def rows_to_save(model: nn.Module, adapter: str, always: bool = False) -> dict[str, Tensor]:
+    """The base's own embedding and head under peft's names, where they were resized, or always; a tied one once."""
+    if not always and not was_resized(model):
         return {}
     saved: dict[str, nn.Parameter] = {}
     for path, module in vocabulary_ends(model).items():
@@ -129,9 +129,12 @@ class BaseRows:
 
 def base_tensors(model: nn.Module, file: AdapterFile) -> dict[str, nn.Parameter]:
     """The file's tensors that are the base's own embedding or head, with the model's parameters."""
-    found = {}
-    for path, module in vocabulary_ends(model).items():
-        whole = any(matches_end(path, name) for name in file.config.modules_to_save or [])
+    found, ends = {}, vocabulary_ends(model)
+    wholes = {path for path in ends for name in file.config.modules_to_save or [] if matches_end(path, name)}
+    if getattr(file.config, "ensure_weight_tying", False) and wholes:
+        wholes = set(ends)  # what is tied is trained whole together
+    for path, module in ends.items():
+        whole = path in wholes
         for own, parameter in module.named_parameters(recurse=False):
             if own == "bias" and file.config.bias != "none":
                 continue

@@ -1,0 +1,117 @@
+"""`ensure_weight_tying`: what is tied to the input embedding stays tied while it is adapted, or trained whole."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lowrank.adapters.config import AdapterConfig, LoraConfig
+from lowrank.adapters.copies import WholeCopy
+from lowrank.adapters.embedding import EmbeddingKind
+from lowrank.adapters.host import AdapterSet
+from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.lora import LoraLayer
+from lowrank.adapters.modules import base_modules, submodule
+from lowrank.adapters.tokens import find_input_embedding, tied_to
+from lowrank.errors import InputError
+from lowrank.ops.low_rank import LowRank
+
+_EMBEDDING = EmbeddingKind()
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_Found = TypeVar("_Found", bound=dict[str, nn.Module])
+
+
+class TiedLayer(nn.Module):
+    """The embedding's adapter on a module that is tied to it: a head's W is the embedding's table, so ΔW is too."""
+
+    replaces = False
+
+    def __init__(self, source: LoraLayer) -> None:
+        super().__init__()
+        self.source = source
+
+    def term(self, module: HostModule, kind: Kind) -> LowRank:
+        """The embedding's term, as this module's matrix sees it."""
+        source = self.source
+        if kind.looked_up:
+            return source.term(module, kind)
+        dropout = source.dropout if source.training else 0.0
+        return LowRank(source.lora_B.t(), source.lora_A.t(), source.scale, dropout=dropout)
+
+    def output(self, module: HostModule, kind: Kind, x: torch.Tensor) -> torch.Tensor:
+        """See `Layer.output`."""
+        return kind.fused(module, x, self.term(module, kind), getattr(module, "bias", None))
+
+    def delta(self, module: HostModule, kind: Kind, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See `Layer.delta`."""
+        return kind.delta(module, x, y, self.term(module, kind))
+
+    def in_file(self, module: HostModule, kind: Kind) -> dict[str, torch.Tensor]:
+        """The same values once more, under the names of this module's own adapter, as in peft's files."""
+        term = self.term(module, kind)
+        return dict(kind.in_file(module, name, factor) for name, factor in (("lora_A", term.A), ("lora_B", term.B)))
+
+    def merge_into(self, module: HostModule, kind: Kind) -> None:
+        """The very sum that the embedding gets, so that the two can share it again."""
+        self.source.merge_into(module, _EMBEDDING)
+
+
+class TiedCopy(WholeCopy):
+    """A trained copy of a module whose weight is that of the embedding's trained copy."""
+
+    def __init__(self, module: HostModule, source: WholeCopy) -> None:
+        super().__init__(module)
+        self.module.weight = source.module.weight
+
+
+def tied_group(model: nn.Module, config: AdapterConfig) -> tuple[str, list[str]] | None:
+    """The input embedding and what is tied to it, where the config asks to keep them so; None where it does not."""
+    if not isinstance(config, LoraConfig) or not config.ensure_weight_tying:
+        return None
+    first = find_input_embedding(model)
+    tied = [] if first is None else tied_to(base_modules(model), first)
+    if first is None or not tied:
+        warnings.warn("ensure_weight_tying is set, and nothing is tied to the model's input embedding")
+        return None
+    _check_tokens(config, [first, *tied])
+    return first, tied
+
+
+def _check_tokens(config: LoraConfig, group: list[str]) -> None:
+    wanted = config.trainable_token_indices
+    if isinstance(wanted, dict):
+        asked = {name: ids for name, ids in wanted.items() if any(f".{path}".endswith(f".{name}") for path in group)}
+        if len({tuple(ids) for ids in asked.values()}) > 1:
+            raise InputError(f"ensure_weight_tying: {', '.join(asked)} are tied, and their tokens differ")
+
+
+def with_first(found: _Found, group: tuple[str, list[str]] | None, model: nn.Module) -> _Found:
+    """Modules to adapt, or to save whole, with the embedding in the place of whatever is tied to it."""
+    if group is None or not any(path in found for path in (group[0], *group[1])):
+        return found
+    kept = {path: module for path, module in found.items() if path not in group[1]}
+    return type(found)({group[0]: submodule(model, group[0]), **kept})
+
+
+def check_fields(config: AdapterConfig, first: str) -> None:
+    """Raises InputError for what a head and an embedding cannot share."""
+    if config.method_name != "lora" or config.init_lora_weights not in _INITIALISATIONS:
+        how = config.method_name if config.method_name != "lora" else config.init_lora_weights
+        raise InputError(f"ensure_weight_tying: {first} and what is tied to it cannot share {how}")
+
+
+def followers(model: nn.Module, adapter: str, group: tuple[str, list[str]] | None) -> dict[str, nn.Module]:
+    """Layers for what is tied to the embedding, which the adapter has a layer on by now."""
+    if group is None:
+        return {}
+    carried = submodule(model, group[0])._modules.get(AdapterSet.CHILD)
+    source = carried.layers().get(adapter) if isinstance(carried, AdapterSet) else None
+    modules: dict[str, HostModule] = {path: submodule(model, path) for path in group[1]}
+    if isinstance(source, LoraLayer) and isinstance(carried, AdapterSet) and isinstance(carried.kind, EmbeddingKind):
+        return {path: TiedLayer(source) for path in modules}
+    if isinstance(source, WholeCopy):
+        return {path: TiedCopy(module, source) for path, module in modules.items()}
+    return {}
