@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused():
         (Net(), LoraConfig(target_modules=["attn"], lora_bias=True), "lora_bias: True"),
         (Net(), LoraConfig(target_modules=["attn"], init_lora_weights="pissa"), "init_lora_weights: pissa"),
         (Net(), AdaLoraConfig(target_modules=["attn"]), "method: adalora"),
-        (Net(), LoraConfig(target_modules=["out_proj"]), "no adapter fits"),
+        (Net(), LoraConfig(target_modules=["out_proj"]), "would act on nothing"),
     ]
     for base, config, message in refused:
         with pytest.raises(InputError, match=message):
@@ -176,3 +176,9 @@ def test_bias_all_trains_the_rest_and_the_outputs_bias():
     expected = model(x)
     torch.testing.assert_close(lowrank.merge(model)(x), expected, atol=1e-5, rtol=1e-5)
     assert lowrank.wrap(Net(), LoraConfig()).attn._modules.keys() == {"out_proj"}  # all-linear: fc alone
+
+
+def test_rows_are_not_routed():
+    model = adapted(Net(batch_first=True), ["attn"])
+    with pytest.raises(InputError, match="rout"), lowrank.routed(model, ["default", None]):
+        model(torch.randn(2, 5, 8))
