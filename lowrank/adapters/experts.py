@@ -19,7 +19,7 @@ from lowrank.adapters.config import AdapterConfig, LoraConfig
 from lowrank.adapters.kinds import HostModule, Kind, kind_of
 from lowrank.adapters.method import JointLayer, Layer, own_bias, rank_and_scale
 from lowrank.adapters.modules import submodule
-from lowrank.adapters.parameters import find_parameters, parameter_names, parametrised_names, write_parameter
+from lowrank.adapters.parameters import find_parameters, parameter_names, parametrised_names
 from lowrank.adapters.setting import Setting
 from lowrank.errors import InputError
 from lowrank.ops.adapted_weight import AdaptedWeight, teach_compiler
@@ -140,7 +140,7 @@ class ExpertsLayer(JointLayer, nn.ModuleDict):
             stacks = (tensor if tensor.ndim == 3 else tensor[None] for tensor in tensors)
             for target, W, B, A in zip(*stacks, strict=True):
                 target.copy_(merged_weight(W, LowRank(A, B, weight.scale)))
-            write_parameter(module, name, merged)
+            setattr(module, name, nn.Parameter(merged, requires_grad=weight.base.requires_grad))
         if (bias := _acting_bias(module, layers)) is not None:
             module.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)
 

@@ -73,31 +73,6 @@ def quantised_names(module: HostModule) -> list[str]:
 
 
 @torch.no_grad()
-def write_parameter(module: HostModule, name: str, merged: torch.Tensor) -> None:
-    """Gives the module a parameter's merged values; one that is parametrised gets what it is worked out from.
-
-    Raises:
-        InputError: the parametrisation cannot give these values; the module is then as it was.
-    """
-    if name not in parametrised_names(module):
-        module.register_parameter(name, nn.Parameter(merged, requires_grad=getattr(module, name).requires_grad))
-        return
-    originals = module.parametrizations[name]
-    before = {key: tensor.clone() for key, tensor in originals.state_dict().items()}
-    try:
-        setattr(module, name, merged)
-        fits = torch.allclose(getattr(module, name), merged, rtol=1e-4, atol=1e-5)
-    except (NotImplementedError, RuntimeError, ValueError):
-        fits = False
-    if not fits:
-        originals.load_state_dict(before)
-        raise InputError(
-            f"{name} of a {type(module).__name__} is parametrised in a way that the merged weight does not fit",
-            fix="Remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations).",
-        )
-
-
-@torch.no_grad()
 def make_parameters_dense(module: HostModule, dtype: torch.dtype | None = None) -> None:
     """Puts plain parameters, of `dtype` or their own, in the place of parametrised ones (4 bits, weight norm).
 
