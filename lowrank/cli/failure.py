@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -10,9 +11,13 @@ from textwrap import indent
 
 from lowrank.errors import JobError, LowrankError
 
+_GIVEN = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY}
+_GIVEN |= {errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP, errno.EXDEV}
+"""What is wrong with a file of that name, not with the machine."""
+
 
 def told(error: Exception) -> int:
-    """Prints what went wrong. Where it is none of lowrank's own errors, the traceback is kept in a file: a run that
+    """Prints what went wrong. Where it is none of lowrank's own errors, nor a file's, the traceback is kept: a run that
     failed after hours need not be repeated to see it.
 
     Returns:
@@ -23,11 +28,25 @@ def told(error: Exception) -> int:
         if isinstance(error, JobError) or not _beside_others():
             _print(str(error))
         return error.exit_code
-    with tempfile.NamedTemporaryFile("w", prefix="lowrank-", suffix=".txt", delete=False, encoding="utf-8") as file:
-        traceback.print_exception(error, file=file)
-    what = str(error).strip().splitlines() or ["no message"]
-    _print(f"{type(error).__name__}: {what[0]}\nlowrank did not expect this; where it comes from is in {file.name}")
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        _print(f"{os.fsdecode(error.filename)}: {error.strerror.lower()}")
+        return 2 if error.errno in _GIVEN else 1
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        _print(f"{error.object!r}: files cannot be named so here\nSet PYTHONUTF8=1, or a locale of UTF-8.")
+        return 2
+    what = (str(error).strip().splitlines() or ["no message"])[0]
+    _print(f"{type(error).__name__}: {what}\nlowrank did not expect this; {_kept(error)}")
     return 1
+
+
+def _kept(error: Exception) -> str:
+    """Where its traceback is; here, if there is no room for a file."""
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="lowrank-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            traceback.print_exception(error, file=file)
+    except (OSError, ValueError):
+        return f"it comes from here:\n{''.join(traceback.format_exception(error))}"
+    return f"where it comes from is in {file.name}"
 
 
 def _beside_others() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.style import Style
+from rich.text import Text
 from transformers import TextStreamer
 
 from lowrank.attention import set_attention
@@ -157,6 +158,6 @@ def _said(tokenizer: Any, text: str) -> str:
 
 def _asked(console: Any) -> str:
     try:
-        return console.input("[bold]you:[/] ").strip()
+        return console.input(Text("you: ", style="bold")).strip()
     except EOFError:
         return ""

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lowrank.errors import InputError
 from lowrank.paths import expanded
+from lowrank.recipes.show import open_console
 from lowrank.training.metrics import FILE as METRICS
 from lowrank.training.metrics import read_metrics
 from lowrank.weights.info import AdapterSummary, summarise
@@ -31,7 +32,7 @@ def show_info(path: str | Path, console: Console | None = None) -> AdapterSummar
         InputError: There is neither an adapter nor a run.
     """
     path = expanded(path)
-    console, folder = console or Console(highlight=False), Path(path)
+    console, folder = console or open_console(), Path(path)
     metrics = folder / METRICS
     if metrics.is_file() and not (folder / "adapter_config.json").exists():
         console.print(f"{folder}: a run without an adapter (a whole model was trained)")

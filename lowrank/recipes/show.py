@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
 from lowrank.data import BatchPlan, BatchStream
 from lowrank.recipes.optimisation import remarks
+from lowrank.recipes.streams import unfailing
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.loss import Loss
 from lowrank.training.report import comparison
@@ -24,9 +26,12 @@ FILE_WIDTH = 120
 
 
 def open_console(quiet: bool = False) -> Console:
-    """As wide as the terminal; in a log nothing is cut at 80 columns. A quiet one shows nothing."""
-    console = Console(quiet=quiet)
-    return console if console.is_terminal else Console(width=FILE_WIDTH, quiet=quiet)
+    """As wide as the terminal; in a log nothing is cut at 80 columns. Brackets and colons in a text are what
+    they are. A quiet one shows nothing."""
+    console = Console(file=unfailing(sys.stdout), quiet=quiet, markup=False, emoji=False)  # a path is no markup
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    return console
 
 
 def plan_of(
