@@ -50,7 +50,8 @@ def find_targets(model: nn.Module, config: AdapterConfig, calls: Calls) -> Targe
     """
     modules = base_modules(model)
     if not config.target_modules:
-        if getattr(config, "target_parameters", None) or getattr(config, "trainable_token_indices", None):
+        others = ("target_parameters", "trainable_token_indices", "modules_to_save")
+        if any(getattr(config, field, None) for field in others):
             return Targets({}, {}, {})
         raise InputError("target_modules is empty", fix='Name modules, or take "all-linear".')
     if config.target_modules == ALL_LINEAR:

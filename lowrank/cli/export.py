@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-EXAMPLE = "Example: lowrank export runs/quickstart served --to vllm"
+EXAMPLE = (
+    "Example: lowrank export runs/quickstart served --to vllm; from mlx-lm: lowrank export adapters for-peft --to peft"
+)
 
 
 class Target(StrEnum):
@@ -16,11 +18,13 @@ class Target(StrEnum):
 
     vllm = "vllm"
     llama_cpp = "llama.cpp"
+    mlx = "mlx"
+    peft = "peft"
     safetensors = "safetensors"
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder: peft's, or mlx-lm's.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where it goes.")],
     to: Annotated[Target, typer.Option(help="Who will read it.")],
     base: Annotated[str | None, typer.Option(help="The base; by default the one that the adapter names.")] = None,

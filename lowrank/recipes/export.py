@@ -1,4 +1,4 @@
-"""An adapter for vLLM, for llama.cpp, or as one file."""
+"""An adapter for vLLM, llama.cpp, mlx-lm or peft, or as one file."""
 
 from __future__ import annotations
 

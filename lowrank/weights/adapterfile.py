@@ -18,13 +18,13 @@ from torch import Tensor
 from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
 from lowrank.errors import InputError
 from lowrank.weights.fingerprint import Fingerprint
+from lowrank.weights.layouts import PICKLE, PREFIX, is_mlx, open_mlx, open_pickle, told_layout
 from lowrank.weights.lock import holder
 from lowrank.weights.places import local_folder
 from lowrank.weights.tensorfile import MAX_HEADER, Entry, TensorFile, open_tensors, parse_json_object
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 PEFT_VERSION = "0.21.2"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 FACTOR = re.compile(r"(?P<path>.+)\.(?P<name>lora_(embedding_)?[AB]|lora_E|lora_magnitude_vector)(\.weight)?")
@@ -101,8 +101,10 @@ def open_adapter(path: str | Path) -> AdapterFile:
     weights_path = file.path
     strangers = [name for name in file.entries if not name.startswith(PREFIX)]
     if strangers:
+        layout = told_layout(strangers)
         raise InputError(
-            f"{len(strangers)} tensors do not begin with {PREFIX!r}, as peft's names do: {shorten(strangers)}.",
+            f"{len(strangers)} tensors do not begin with {PREFIX!r}, as peft's names do: {shorten(strangers)}."
+            + (f" The layout is {layout}." if layout else ""),
             where=str(weights_path),
         )
     if not file.entries:
@@ -144,10 +146,27 @@ def _open_folder(path: str | Path) -> tuple[TensorFile, dict[str, Any], Path]:
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
         raise InputError(
-            f"This is no adapter folder: it has no {CONFIG_NAME}.", where=str(folder), fix=_under_way(folder)
+            f"This is no adapter folder: it has no {CONFIG_NAME}.{_found_instead(folder)}",
+            where=str(folder),
+            fix=_under_way(folder),
         )
+    raw = read_json(config_path)
+    if is_mlx(folder, raw):
+        return *open_mlx(folder, raw), config_path
+    if not weights_path.is_file() and (folder / PICKLE).is_file():
+        return open_pickle(folder / PICKLE), raw, config_path
     _refuse_pickle(folder, weights_path)
-    return open_tensors(weights_path), read_json(config_path), config_path
+    return open_tensors(weights_path), raw, config_path
+
+
+def _found_instead(folder: Path) -> str:
+    """What a folder that is none holds: a model, or adapters of another layout."""
+    if (folder / "config.json").is_file():
+        return " It holds a whole model."
+    for file in sorted(folder.glob("*.safetensors")):
+        if layout := told_layout(open_tensors(file).entries):
+            return f" The layout of {file.name} is {layout}."
+    return ""
 
 
 def _under_way(folder: Path) -> str | None:
@@ -163,7 +182,12 @@ def _open_file(path: Path) -> tuple[TensorFile, dict[str, Any], Path]:
         raise InputError("An adapter is a folder, or one .safetensors file.", where=str(path))
     file = open_tensors(path)
     if CONFIG_KEY not in file.metadata:
-        raise InputError(f"The file's metadata holds no {CONFIG_KEY}: give the adapter's folder.", where=str(path))
+        own = all(name.startswith(PREFIX) for name in file.entries)
+        layout = None if own else told_layout(file.entries)
+        told = f" The layout is {layout}." if layout else ""
+        raise InputError(
+            f"The file's metadata holds no {CONFIG_KEY}: give the adapter's folder.{told}", where=str(path)
+        )
     return file, parse_json_object(file.metadata[CONFIG_KEY].encode(), path), path
 
 

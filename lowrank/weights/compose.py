@@ -20,6 +20,7 @@ from lowrank.weights.compose_rest import Rest, compose_rest, rest_of
 from lowrank.weights.factors import Product, distance, norm, total, truncated
 from lowrank.weights.folders import refuse_inside
 from lowrank.weights.modulefactors import Factors, read_factors
+from lowrank.weights.targetnames import targets_of
 from lowrank.weights.writing import write_adapter
 
 ComposeMethod = Literal[
@@ -207,7 +208,7 @@ def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors], re
     config = LoraConfig(
         r=common,
         lora_alpha=common,
-        target_modules=_targets(files, list(composed)),
+        target_modules=targets_of([file.config for file in files], list(composed)),
         rank_pattern=others,
         alpha_pattern={path: float(rank) for path, rank in others.items()},
         fan_in_fan_out=first.config.fan_in_fan_out,
@@ -231,17 +232,6 @@ def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors], re
 def _notes_of(files: list[AdapterFile]) -> Path | None:
     """The first adapter's folder that has a tokenizer."""
     return next((file.path for file in files if (file.path / "tokenizer_config.json").is_file()), None)
-
-
-def _targets(files: list[AdapterFile], paths: list[str]) -> list[str]:
-    """Names where every adapter has plain lists of names, else the modules' whole paths."""
-    names: set[str] = set()
-    for file in files:
-        targets = file.config.target_modules
-        if not isinstance(targets, list) or file.config.layers_to_transform is not None or file.config.exclude_modules:
-            return sorted(paths)
-        names.update(targets)
-    return sorted(names)
 
 
 def _check_arguments(

@@ -1,4 +1,4 @@
-"""An adapter for other programs: vLLM, llama.cpp's converter, or one safetensors file.
+"""An adapter for other programs: vLLM, llama.cpp's converter, mlx-lm, peft, or one safetensors file.
 
 The rules are those of vLLM's `lora/peft_helper.py`, `lora/utils.py` and `lora/lora_model.py`, and of llama.cpp's
 `convert_lora_to_gguf.py`. Both take one scale for the whole adapter and plain factors of linear layers and embeddings;
@@ -21,6 +21,7 @@ from lowrank.adapters.config import LoraConfig
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import (
     CONFIG_KEY,
+    CONFIG_NAME,
     FACTOR,
     PREFIX,
     AdapterFile,
@@ -30,13 +31,15 @@ from lowrank.weights.adapterfile import (
 )
 from lowrank.weights.basemodel import load_config
 from lowrank.weights.folders import new_file, new_folder, refuse_inside
+from lowrank.weights.layouts import MLX_WEIGHTS
 from lowrank.weights.modulefactors import Factors, read_factors
 from lowrank.weights.places import local_folder
 from lowrank.weights.sidecars import copy_model_notes
+from lowrank.weights.targetnames import targets_of
 from lowrank.weights.tensorfile import save_tensors
 from lowrank.weights.writing import config_to_json, write_adapter
 
-Target = Literal["vllm", "llama.cpp", "safetensors"]
+Target = Literal["vllm", "llama.cpp", "mlx", "peft", "safetensors"]
 _NORM = re.compile(r".*(_layernorm|\.norm).*")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -65,8 +68,9 @@ def export(adapter: str | Path, out: str | Path, *, to: Target, base: str | Path
         adapter: An adapter folder.
         out: A new folder; for "safetensors" a new file.
         to: "vllm": ranks and scales are made the same for all modules, exactly. "llama.cpp": the same, with the base's
-            config beside it, which the converter needs. "safetensors": everything in one file, the config in its
-            metadata; `lowrank.load` reads it.
+            config beside it, which the converter needs. "mlx": the same, in mlx-lm's names and orientation. "peft":
+            peft's folder as it is read, out of any layout that is (mlx-lm's, a pickle, one file). "safetensors":
+            everything in one file, the config in its metadata; `lowrank.load` reads it.
         base: For "llama.cpp": the base; the one in the adapter's config by default.
 
     Raises:
@@ -75,6 +79,8 @@ def export(adapter: str | Path, out: str | Path, *, to: Target, base: str | Path
     targets: dict[str, Callable[[AdapterFile, Path, str | Path | None], ExportReport]] = {
         "vllm": _for_vllm,
         "llama.cpp": _for_llama_cpp,
+        "mlx": _for_mlx,
+        "peft": _as_peft,
         "safetensors": _as_one_file,
     }
     if to not in targets:
@@ -143,6 +149,48 @@ def _for_llama_cpp(adapter: AdapterFile, out: Path, base: str | Path | None) -> 
     return ExportReport(out, rank, f"python convert_lora_to_gguf.py --base {out / 'base'} {out}", notes)
 
 
+def _for_mlx(adapter: AdapterFile, out: Path, base: str | Path | None) -> ExportReport:
+    _refuse_others(adapter, "mlx-lm", lambda name: False)
+    factors = _linear(adapter, "mlx-lm")
+    rank, notes, tensors = _one_scale(factors)
+    turned = {
+        f"{path}.{name}": tensors[file_name].t().contiguous()
+        for path, f in factors.items()
+        for name, file_name in zip(("lora_a", "lora_b"), f.in_file(), strict=True)
+    }
+    keys = {path.partition(f".{number}.")[2] or path for path in factors for number in [_layer(path)]}
+    config = {
+        "model": adapter.base,
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
+    }
+    with new_folder(out) as work:
+        save_tensors(work / MLX_WEIGHTS, turned, {"format": "mlx"})
+        (work / CONFIG_NAME).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    return ExportReport(out, rank, f"mlx_lm.generate --model {adapter.base or 'BASE'} --adapter-path {out}", notes)
+
+
+def _layer(path: str) -> str:
+    """The number of the layer that a module is in: mlx-lm's keys begin after it."""
+    return next((part for part in path.split(".") if part.isdigit()), "")
+
+
+def _as_peft(adapter: AdapterFile, out: Path, base: str | Path | None) -> ExportReport:
+    with new_folder(out) as work:
+        write_adapter(
+            work,
+            adapter.config,
+            {name: adapter.read(name) for name in adapter.tensors},
+            base=adapter.base,
+            revision=adapter.revision,
+            fingerprint=adapter.fingerprint,
+            quantization=adapter.quantization,
+            notes=adapter.path if adapter.path.is_dir() else None,
+        )
+    return ExportReport(out, None, f'peft.PeftModel.from_pretrained(model, "{out}")')
+
+
 def _as_one_file(adapter: AdapterFile, out: Path, base: str | Path | None) -> ExportReport:
     if out.suffix != ".safetensors":
         raise InputError("The name of the file must end in .safetensors.", where=str(out))
@@ -206,16 +254,7 @@ def _plain_config(adapter: AdapterFile, rank: int, factors: dict[str, Factors]) 
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_targets(adapter, factors),
+        target_modules=targets_of([adapter.config], list(factors)),
         fan_in_fan_out=adapter.config.fan_in_fan_out,
         task_type=adapter.config.task_type,
     )
-
-
-def _targets(adapter: AdapterFile, factors: dict[str, Factors]) -> list[str]:
-    """The last parts of the modules' names, where those meant all modules of the name; else the whole names."""
-    config = adapter.config
-    narrowed = config.layers_to_transform is not None or config.exclude_modules
-    ends = {path.rpartition(".")[2] for path in factors}
-    named = config.target_modules
-    return sorted(ends if isinstance(named, list) and ends <= set(named) and not narrowed else factors)

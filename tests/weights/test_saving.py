@@ -238,10 +238,19 @@ def test_another_base_is_refused(adapter: Path, other: dict[str, int], what: str
         lowrank.load(tiny_qwen2(), adapter)
 
 
-def test_a_pickle_is_refused(adapter: Path) -> None:
+def test_a_pickle_is_read_as_tensors_alone(adapter: Path) -> None:
+    """What peft wrote before safetensors; anything else in it could run code, and is refused."""
+    wanted = logits(lowrank.load(tiny_llama(), adapter))
+    tensors = load_file(adapter / "adapter_model.safetensors")
     (adapter / "adapter_model.safetensors").unlink()
-    torch.save({}, adapter / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"pickle \(adapter_model\.bin\)"):
+    torch.save(tensors, adapter / "adapter_model.bin")
+    torch.testing.assert_close(logits(lowrank.load(tiny_llama(), adapter)), wanted, atol=0, rtol=0)
+    for content in ({"a": Path("x")}, [1]):
+        torch.save(content, adapter / "adapter_model.bin")
+        with pytest.raises(InputError, match="pickle"):
+            lowrank.load(tiny_llama(), adapter)
+    (adapter / "adapter_model.bin").rename(adapter / "pytorch_lora.bin")
+    with pytest.raises(InputError, match=r"pickle \(pytorch_lora\.bin\)"):
         lowrank.load(tiny_llama(), adapter)
 
 
