@@ -188,7 +188,8 @@ def parsed_json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise RowError(f"{what} not valid JSON: {error}") from None
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise RowError(f"{what} not valid JSON: {error.msg} ({place})") from None
     except RecursionError:
         raise RowError(f"{what} nested too deeply to be read") from None
     except ValueError as error:  # an integer of more digits than Python reads

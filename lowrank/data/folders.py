@@ -31,7 +31,7 @@ def data_files(folder: Path, split: str, kinds: Sequence[str]) -> list[Path]:
     Raises:
         InputError: there is none, there are several kinds, or the split is not there.
     """
-    inside = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if (folder / path).is_file()]
+    inside = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     seen = [path for path in inside if not any(part.startswith((".", "__")) for part in path.parts)]
     found = [path for path in seen if kind_of(path) in kinds and not _is_about(path)]
     if not found:

@@ -287,6 +287,9 @@ def read_row(row: Row, form: str, has_template: bool) -> Content:
     for key, fix in UNREAD.items():
         if row.get(key) not in (None, "", 1, [], {}):
             raise RowError(f"the row has the key {key!r}, which is not read", fix)
+    for key in ("train", "loss", "trainable"):
+        if row.get(key) is False:
+            raise RowError(f"the row as a whole is marked {key!r}: false, which is not read", UNREAD["weight"])
     return wanted.read(row, has_template)
 
 

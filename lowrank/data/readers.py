@@ -45,7 +45,7 @@ def read_json(path: Path) -> Rows:
         value = value.get("data", value.get("rows"))
     if not isinstance(value, list):
         raise InputError("the file holds no list of rows", where=name, fix="Expected [{...}, {...}, ...].")
-    return RowList(value, name)
+    return RowList(value, name, fingerprint=f"json {digest(content)}")
 
 
 def read_text(path: Path) -> Rows:

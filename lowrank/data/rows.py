@@ -110,9 +110,15 @@ class JsonLines:
 class RowList:
     """Rows in memory, from a JSON file, from text files or from Python; `places` names them in messages."""
 
-    def __init__(self, rows: Sequence[Row | InputError], name: str, places: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row | InputError],
+        name: str,
+        places: Sequence[str] | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
         """Rows, an error in the place of one that cannot be read; it is raised when that is asked for."""
-        self._rows, self.name, self._places = rows, name, places
+        self._rows, self.name, self._places, self._fingerprint = rows, name, places, fingerprint
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,8 +141,13 @@ class RowList:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the rows as JSON, keys in their order: templates write them so."""
-        return f"rows {digest(json.dumps(list(self._rows), default=as_json).encode())}"
+        """Hash of the file that they are from, or of the rows as JSON, keys in their order: templates write them so."""
+        if self._fingerprint is None:
+            try:
+                self._fingerprint = f"rows {digest(json.dumps(list(self._rows), default=as_json).encode())}"
+            except RecursionError:
+                raise InputError("a row is nested too deeply", where=self.name) from None
+        return self._fingerprint
 
 
 class Chained:

@@ -107,7 +107,10 @@ def open_sources(sources: Sources, form: str | None = None, columns: Mapping[str
     Raises:
         InputError: a source is missing or of an unknown kind, a format is unknown, or weights are not right.
     """
-    if hasattr(sources, "to_parquet"):  # a `datasets.Dataset`, told without importing `datasets`
+    if type(sources).__module__.startswith("datasets."):  # told without importing `datasets`
+        if type(sources).__name__ != "Dataset":
+            fix = "Give one Dataset: of a DatasetDict a split; of an IterableDataset its source."
+            raise InputError(f"a {type(sources).__name__} cannot be read from", where="data.train", fix=fix)
         rows = with_columns(dataset_rows(cast("datasets.Dataset", sources), "data set"), checked_columns(columns))
         return [Part(rows, checked_format(form), None)]
     if isinstance(sources, Sequence) and not isinstance(sources, str) and _are_rows(sources):

@@ -212,7 +212,8 @@ def csv_rows(lines: Iterator[bytes], name: str, delimiter: str) -> Iterator[tupl
         except StopIteration:
             return
         except csv.Error as error:
-            yield InputError(f"not valid CSV: {error}", where=f"{name}:{begin}"), begin
+            fix = 'A cell that begins with a quote is quoted, and quotes in it are doubled: """so"" it is".'
+            yield InputError(f"not valid CSV: {error}", where=f"{name}:{begin}", fix=fix), begin
             continue
         if not cells:
             continue

@@ -265,9 +265,24 @@ class TestSeveralFiles:
         with pytest.raises(InputError, match=r"files of several kinds: .csv, .jsonl"):
             open_rows(str(tmp_path), "train", None)
 
+    def test_a_relative_folder_and_pattern(self, tmp_path, monkeypatch):
+        folder(tmp_path / "rows", rows("x"))
+        monkeypatch.chdir(tmp_path)
+        for name in ("rows", "rows/", "./rows", "rows/*", "*/*.jsonl", "**/b.jsonl"):
+            count = 2 if "b" in name else 3
+            assert len(load_examples(name, TOKENIZER, max_length=64)) == count
+            assert len(list(stream_rows(name, "train", None))) == count
+
     def test_splits_in_names(self, tmp_path):
         names = {"train.jsonl": "train", "a/dev-1.csv": "validation", "test/x.json": "test", "latest.json": None}
         assert {name: split_of(tmp_path.relative_to(tmp_path) / name) for name in names} == names
+
+
+def test_data_sets_that_are_several_or_have_no_rows_yet():
+    table = datasets.Dataset.from_list(rows("x"))
+    for given in (datasets.DatasetDict({"train": table}), table.to_iterable_dataset()):
+        with pytest.raises(InputError, match=r"cannot be read from\nGive one Dataset"):
+            load_examples(given, TOKENIZER, max_length=64)
 
 
 def test_pictures_and_sound_are_not_decoded(tmp_path):

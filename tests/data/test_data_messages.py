@@ -293,4 +293,6 @@ class TestNames:
     def test_a_column_that_would_change_what_is_learned_is_not_passed_over(self, key):
         with pytest.raises(InputError, match=f"the row has the key '{key}', which is not read"):
             texts({**chat(USER, ANSWER), key: [0.5]})
-        assert texts({**chat(USER, ANSWER), key: None, "weight": 1}) == texts(chat(USER, ANSWER))
+        with pytest.raises(InputError, match="the row as a whole is marked 'train': false"):
+            texts({**chat(USER, ANSWER), "train": False})
+        assert texts({**chat(USER, ANSWER), key: None, "weight": 1, "loss": 2.3}) == texts(chat(USER, ANSWER))
