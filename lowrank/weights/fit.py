@@ -41,7 +41,7 @@ from lowrank.weights.updates import (
     Shift,
     Update,
 )
-from lowrank.weights.vocabulary import mean_row, tied_tokens, vocabulary_ends
+from lowrank.weights.vocabulary import mean_row, padded_rows, tied_tokens, vocabulary_ends
 
 _BIAS = ".lora_B.bias"
 _NEEDED = {
@@ -269,6 +269,9 @@ class _Fit:
     def _resize(self, key: str, file: TensorFile, entry: Entry) -> None:
         wanted = self.parameters[key]
         if key in self.updates or self.base.sizes.vocabulary is None:
+            return
+        if entry.shape[:-1] == wanted[:-1] and len(wanted) == 2:  # BART's bias on its logits
+            self.updates[key] = Replacement(partial(padded_rows, file, entry, wanted[1]), wanted, tied=True)
             return
         if entry.shape[1:] != wanted[1:]:
             self.problems.append(f"{key} cannot be brought from {list(entry.shape)} to {list(wanted)} on disk")

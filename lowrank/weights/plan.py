@@ -168,7 +168,8 @@ def _planned(entry: Entry, path: Path, changes: tuple[tuple[Piece, Update], ...]
     whole = next((update.shape for _, update in changes if update.shape is not None), entry.shape)
     if whole != entry.shape:
         changes = tuple((replace(piece, rows=whole[0]), update) for piece, update in changes)
-    return Planned(entry.name, code, whole, path, entry, changes)
+    source = entry if whole[1:] == entry.shape[1:] else None
+    return Planned(entry.name, code, whole, path, source, changes)
 
 
 def _decoded(

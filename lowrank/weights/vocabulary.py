@@ -192,3 +192,12 @@ def mean_row(file: TensorFile, entry: Entry) -> Tensor:
     for first in range(0, entry.shape[0], _ROWS):
         total += file.read_rows(entry.name, first, min(first + _ROWS, entry.shape[0])).float().sum(0)
     return total / max(1, entry.shape[0])
+
+
+def padded_rows(file: TensorFile, entry: Entry, width: int, first: int, last: int) -> Tensor:
+    """Rows `first` to `last` (not included), cut or filled up with zeros to a width."""
+    rows = file.read_rows(entry.name, first, last)
+    padded = rows.new_zeros(last - first, width)
+    shared = min(width, entry.shape[1])
+    padded[:, :shared] = rows[:, :shared]
+    return padded
