@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from lowrank.adapters.host import Choice, hosts
+from lowrank.adapters.inplace import check_in_place
+from lowrank.adapters.modules import bare
 from lowrank.adapters.record import Record, record_of
 from lowrank.adapters.routing import Routing, note_repeats, turning
 from lowrank.adapters.setting import Setting
@@ -69,9 +71,11 @@ def routed(model: nn.Module, rows: Sequence[str | None]) -> Iterator[None]:
         InputError: an unknown name, or an adapter on modules in which rows mix. While the block lasts, also the forward
             pass of a module whose input's rows are not the batch's.
     """
+    model = bare(model)
     record = record_of(model)
     names = tuple(dict.fromkeys(name for name in rows if name is not None))
     record.check_known(names)
+    check_in_place(model, names)
     paths = [path for path, _, adapters in hosts(model) if any(name in adapters for name in names)]
     _check_routable(model, record, names)
     if hasattr(model, _GENERATION_STEP) and _GENERATION_STEP not in record.patched:
@@ -118,6 +122,7 @@ def _block(record: Record, choice: Choice) -> Any:
 def _chosen(model: nn.Module, names: str | Sequence[str]) -> tuple[str, ...]:
     chosen = (names,) if isinstance(names, str) else tuple(names)
     record_of(model).check_known(chosen)
+    check_in_place(model, chosen)
     if len(set(chosen)) < len(chosen):
         raise InputError(f"an adapter is named twice: {', '.join(chosen)}")
     check_together(model, chosen)

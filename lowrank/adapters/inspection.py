@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.host import hosts
+from lowrank.adapters.inplace import check_in_place
 from lowrank.adapters.record import find_record, record_of
 
 
@@ -77,6 +78,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     They share storage with the live parameters: writing into them with `copy_` loads.
     """
     record_of(model).check_known((adapter,))
+    check_in_place(model, (adapter,))
     return {
         f"{path}.{name}": tensor.detach()
         for path, module, adapters in hosts(model)

@@ -16,8 +16,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lowrank.adapters.copies import WholeCopy
 from lowrank.adapters.dequantise import dense_dtype, dense_twin, forget_quantisation, is_quantised, make_dense
 from lowrank.adapters.host import AdapterSet, hosts
+from lowrank.adapters.inplace import check_in_place
 from lowrank.adapters.kinds import HostModule, Kind
 from lowrank.adapters.method import JointLayer, Layer, LowRankLayer
+from lowrank.adapters.modules import bare
+from lowrank.adapters.offload import refuse_offloaded
 from lowrank.adapters.parameters import make_parameters_dense, quantised_names
 from lowrank.adapters.record import Record, record_of
 from lowrank.adapters.ties import Ties
@@ -51,12 +54,19 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
             adapter does. The model is as it was.
         JobError: a merged weight is not finite. The model is as it was.
     """
+    _merge(bare(model), adapters)
+    return model
+
+
+def _merge(model: nn.Module, adapters: str | Sequence[str] | None) -> None:
     record = record_of(model)
     names = _names(record, adapters)
+    check_in_place(model, names)
     check_together(model, names)
     quantised = any(is_quantised(module) for module in model.modules())
     dtype = dense_dtype(model)
     for path, module, present in hosts(model):
+        refuse_offloaded(path, module, "merged")
         _check(path, module, present.kind, _chosen(present, names), dtype)
     ties = Ties(model)
     with ExitStack() as undo:
@@ -69,7 +79,6 @@ def merge(model: Model, adapters: str | Sequence[str] | None = None) -> Model:
     ties.settle()
     if quantised:
         forget_quantisation(model)
-    return model
 
 
 def _names(record: Record, adapters: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,11 +19,13 @@ from lowrank.adapters.foreign import refuse_foreign
 from lowrank.adapters.heads import with_head
 from lowrank.adapters.host import Activity, AdapterSet, hosts, install, remove
 from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
+from lowrank.adapters.inplace import places_of
 from lowrank.adapters.kinds import Kind, is_multihead, kind_of
 from lowrank.adapters.lora import LoraLayer
 from lowrank.adapters.method import LowRankLayer
 from lowrank.adapters.modules import bare, base_modules, named_parameters, submodule
 from lowrank.adapters.multihead import MultiheadLayer, biases
+from lowrank.adapters.offload import refuse_empty, weights_here
 from lowrank.adapters.parameters import find_parameters
 from lowrank.adapters.patterns import check_patterns, matches_end, nearest, without_idle, without_missing
 from lowrank.adapters.plain import check_none_hidden, check_plain, has_other_codes
@@ -71,6 +74,8 @@ def wrap(
     _check_name(adapter, record)
     _check_level(model, record)
     refuse_foreign(model)
+    refuse_empty(model)
+    _refuse_several_processes(model)
     calls = Calls(model)
     config = with_head(model, config)
     targets = find_targets(model, config, calls)
@@ -100,6 +105,7 @@ def wrap(
         if adapter in adapters and not trainable:
             adapters[adapter].requires_grad_(False)
     take_dense(model)
+    record.places[adapter] = places_of(model, adapter)
     record.activity.names = (adapter,)
     return model
 
@@ -124,8 +130,8 @@ def delete(model: nn.Module, adapter: str) -> None:
         unwrap(model)
         return
     _check_free(record, adapter)
-    for told in (record.configs, record.matched, record.left_out, record.strengths):
-        del told[adapter]
+    for told in (record.configs, record.matched, record.left_out, record.strengths, record.places):
+        told.pop(adapter, None)
     record.activity.names = tuple(name for name in record.activity.names if name != adapter)
     for _, module, adapters in list(hosts(model)):
         if adapter in adapters:
@@ -144,6 +150,7 @@ def rename(model: nn.Module, adapter: str, to: str) -> None:
     record.matched[to] = record.matched.pop(adapter)
     record.strengths[to] = record.strengths.pop(adapter)
     record.left_out[to] = record.left_out.pop(adapter)
+    record.places[to] = record.places.pop(adapter)
     record.activity.names = tuple(to if name == adapter else name for name in record.activity.names)
     for _, _, adapters in hosts(model):
         if adapter in adapters:
@@ -176,9 +183,10 @@ def _put_in(
         if kind is None:  # the one module with two matrices that find_targets lets through
             _place(path, module, None, MultiheadLayer.build(config, path, module), adapter, record)
             continue
-        layer = method.build(config, path, module, kind)
-        if isinstance(layer, LoraLayer):
-            outside.fill(path, module, layer)
+        with weights_here(module):
+            layer = method.build(config, path, module, kind)
+            if isinstance(layer, LoraLayer):
+                outside.fill(path, module, layer)
         _place(path, module, kind, layer, adapter, record)
     for path, layer in experts_layers(model, config).items():
         module = submodule(model, path)
@@ -199,6 +207,11 @@ def _put_in(
 
 
 def _place(path: str, module: nn.Module, kind: Kind | None, layer: nn.Module, adapter: str, record: Record) -> None:
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        raise InputError(
+            f"{path} is offloaded, and only factors (target_modules) can be trained there",
+            fix="Load the model without offloading (device_map).",
+        )
     adapters = install(module, kind, record.activity)
     if adapter in adapters:
         raise InputError(
@@ -294,6 +307,15 @@ def _check_level(model: nn.Module, record: Record | None) -> None:
         raise InputError(
             f"{inner} carries an adapter that was put in through another module than this {type(model).__name__}",
             fix="Wrap the same model each time: the whole one, or the same part of it.",
+        )
+
+
+def _refuse_several_processes(model: nn.Module) -> None:
+    """DDP has counted the parameters that it keeps alike in all processes: those of a new adapter would drift apart."""
+    if isinstance(model, nn.parallel.DistributedDataParallel) and torch.distributed.get_world_size() > 1:
+        raise InputError(
+            "the model is inside DistributedDataParallel, which would not average the gradients of a new adapter",
+            fix="Call lowrank.wrap or lowrank.load first, and DistributedDataParallel on what it returns.",
         )
 
 

@@ -16,6 +16,7 @@ from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
 from lowrank.adapters.conversion import as_lora as lora_form
 from lowrank.adapters.conversion import portable
 from lowrank.adapters.kinds import kind_of
+from lowrank.adapters.modules import bare
 from lowrank.adapters.record import find_record
 from lowrank.adapters.wrapping import for_this_model
 from lowrank.errors import InputError
@@ -62,6 +63,7 @@ def save(
             no embedding to save.
         JobError: The disk is full.
     """
+    model = bare(model)
     if save_embedding_layers is True and not vocabulary_ends(model):
         raise InputError(f"save_embedding_layers: a {type(model).__name__} does not say which its embeddings are.")
     if as_lora and not isinstance(config_of(model, adapter), AdaLoraConfig):
@@ -106,14 +108,15 @@ def load(
         InputError: Missing, unexpected or misshapen tensors, NaN, another base, a config key that is not known, a
             pickle. The model is then as it was.
     """
-    file = named_as_in(open_adapter(path), model)
-    rows, problems = new_rows(model, file)
-    problems = _other_base(model, file) + problems
+    inner: nn.Module = bare(model)
+    file = named_as_in(open_adapter(path), inner)
+    rows, problems = new_rows(inner, file)
+    problems = _other_base(inner, file) + problems
     if problems and strict:
         _refuse(file, problems)
     old_rows = [row.put_in() for row in rows]
     try:
-        problems += _put_in(model, file, adapter, strict, trainable)
+        problems += _put_in(inner, file, adapter, strict, trainable)
     except BaseException:
         for row in old_rows:
             row.put_in()
