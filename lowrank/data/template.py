@@ -176,11 +176,9 @@ class ChatTemplate:
         """How this template wants tool calls: the first form that it writes whole, or else the first that it takes."""
         taken = []
         for form in FORMS:
-            called = form.written({"role": "assistant", "tool_calls": [probe_call()]})
+            begun = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [probe_call()]}]
             try:
-                text = self._applied([[{"role": "user", "content": "Hi"}, called]], None, add_generation_prompt=False)[
-                    0
-                ]
+                text = self._applied([form.written(begun)], None, add_generation_prompt=False)[0]
             except RowError:
                 continue
             if is_whole(text):
@@ -191,12 +189,13 @@ class ChatTemplate:
     def _apply(
         self, conversations: Sequence[Sequence[Message]], tools: list[Any] | None, *, add_generation_prompt: bool
     ) -> list[str]:
-        written = [[self._as_read(message, tools) for message in messages] for messages in conversations]
+        called = any(message.get("tool_calls") for messages in conversations for message in messages)
+        formed = [self._call_form.written(messages) for messages in conversations] if called else conversations
+        written = [[self._as_read(message, tools) for message in messages] for messages in formed]
         return self._applied(written, tools, add_generation_prompt=add_generation_prompt)
 
     def _as_read(self, message: Message, tools: list[Any] | None) -> Message:
-        """A message with its calls in the form, and its reasoning under the name, that the template reads."""
-        message = self._call_form.written(message) if message.get("tool_calls") else message
+        """A message with its reasoning under the name that the template reads."""
         if "reasoning_content" not in message:
             return message
         read = set(_ATTRIBUTE.findall(self._dated(tools is not None)))

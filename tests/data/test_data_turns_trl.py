@@ -203,3 +203,30 @@ def test_under_all_a_conversation_ends_with_the_mark_too():
     examples = load_examples([copy.deepcopy(ROWS["one turn"])], tokenizer, max_length=4096, train_on="all")
     check_supervision(examples, tokenizer)
     assert tokenizer.decode(examples[0].input_ids).endswith("Hello 日本 😀.<|user|>")
+
+
+KIMI = (
+    "{% if tools %}<|im_system|>tool_declare<|im_middle|>{{ tools | tojson }}<|im_end|>{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}<|im_system|>tool<|im_middle|>## Return of {{ m.tool_call_id }}: {{ m.content }}"
+    "{% else %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{% if m.content %}{{ m.content }}{% endif %}"
+    "{% if m.tool_calls %}<|tool_calls_section_begin|>{% for c in m.tool_calls %}"
+    "<|tool_call_begin|>{{ c.id }}<|tool_call_argument_begin|>{{ c.function.arguments | tojson }}<|tool_call_end|>"
+    "{% endfor %}<|tool_calls_section_end|>{% endif %}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("given", ["call_8f2c", None, "functions.get_weather:0"])
+def test_kimi_names_a_function_by_the_id_of_its_call(given):
+    tokenizer = copy.copy(byte_level(tuple(sorted(set(MARKERS.findall(KIMI)))), None, "[EOS]"))
+    tokenizer.chat_template = KIMI
+    identified = {key: value for key, value in call({"city": "Paris"}).items() if key != "id"}
+    result = {"role": "tool", "content": "sunny"}
+    if given is not None:
+        identified, result = {**identified, "id": given}, {**result, "tool_call_id": given}
+    messages = [user("Weather?"), answer(tool_calls=[identified]), result, answer("It is sunny.")]
+    (example,) = load_examples([{"messages": messages, "tools": TOOLS}], tokenizer, max_length=1000)
+    text = tokenizer.decode(example.input_ids)
+    assert '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}' in text
+    assert "## Return of functions.get_weather:0: sunny" in text
