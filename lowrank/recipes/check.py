@@ -66,7 +66,9 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     refuse_what_would_stop_it_later(config, setup)
     model = setup.model
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    written = written_bytes(config.training, trained, setup.length.steps, with_adapter=bool(describe(model)))
+    tokenizer = len(setup.tokenizer.backend_tokenizer.to_str(pretty=True).encode())
+    with_adapter = bool(describe(model))
+    written = written_bytes(config.training, trained, setup.length.steps, tokenizer, with_adapter=with_adapter)
     free = refuse_a_full_disk(output, written + SPARE_DISK)
     plan = plan_of(config, model, setup.attention, setup.loss, setup.plan, setup.size, setup.length, setup.asking)
     with _refused_when_short(config, "trying the longest batch", advice(config)):
@@ -95,13 +97,14 @@ def refuse_what_would_stop_it_later(config: RunConfig, setup: Setup) -> None:
         expected_answers(questions, setup.tokenizer, config)
 
 
-def written_bytes(training: TrainingSection, trained: int, steps: int, *, with_adapter: bool) -> int:
+def written_bytes(training: TrainingSection, trained: int, steps: int, tokenizer: int, *, with_adapter: bool) -> int:
     """The most that result and checkpoints take at one time.
 
     Args:
         training: How often checkpoints are written, and how many stay.
         trained: Bytes of what trains.
         steps: Of the whole run.
+        tokenizer: Bytes of the tokenizer, which lies beside every adapter.
         with_adapter: Whether a checkpoint holds the adapter as people use it, beside what training needs to go on.
     """
     besides = 1 + training.load_best_model_at_end  # the one being written, and the best
@@ -110,7 +113,8 @@ def written_bytes(training: TrainingSection, trained: int, steps: int, *, with_a
         every = [training.save_steps, training.eval_steps if training.load_best_model_at_end else None]
         taken = sum(-(-steps // each) for each in every if each is not None)
         most = min(most, max(taken, 1))  # one where the run is stopped
-    return trained * (1 + most * (with_adapter + 1 + ADAM_BYTES))
+    adapters = (trained + tokenizer) * (1 + most * with_adapter)
+    return adapters + trained * most * (1 + ADAM_BYTES)
 
 
 def refuse_a_full_disk(output: Path, needed: int) -> int:
