@@ -9,9 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize
 
 from lowrank.adapters.copies import WholeCopy
 from lowrank.adapters.dequantise import dense_dtype, dense_twin, forget_quantisation, is_quantised, make_dense
@@ -130,25 +128,14 @@ def _merge_layers(module: HostModule, kind: Kind | None, layers: dict[str, Layer
     acting = list(layers.values())
     if not acting:
         return
-    if not isinstance(acting[0], WholeCopy):
-        _make_plain(module)
+    if parametrize.is_parametrized(module) and not isinstance(acting[0], WholeCopy):
+        make_parameters_dense(module)  # what is written to a parametrised weight would be changed
     if len(acting) == 1:
         acting[0].merge_into(module, kind)
     elif isinstance(acting[0], JointLayer):
         acting[0].merge_together(module, acting)
     else:
         _merge_several(module, kind, acting)
-
-
-def _make_plain(module: nn.Module) -> None:
-    """A parametrised weight as the plain one that it stands for: what is written to it would be changed otherwise."""
-    if parametrize.is_parametrized(module):
-        make_parameters_dense(module)
-    for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, WeightNorm):
-            remove_weight_norm(module, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(module, hook.name)
 
 
 def _merge_several(module: HostModule, kind: Kind | None, layers: list[Layer]) -> None:
