@@ -208,6 +208,55 @@ def test_torchs_own_checkpoint_nested_and_run_backward_by_another_thread(reentra
         torch.testing.assert_close(grads(lambda y: checkpoint(outer, y, use_reentrant=reentrant), backward), right)
 
 
+class Rerun(torch.autograd.Function):
+    """Somebody's own recomputation."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        torch.autograd.backward(y, *grads)
+        return None, x.grad
+
+
+def test_a_recomputation_that_is_not_torchs_is_right_or_refused():
+    model, x = two()
+    x.requires_grad_()
+    with lowrank.using(model, "a"):
+        model(x).sum().backward()
+        right = gradients(model)
+        Rerun.apply(model, x).sum().backward()
+        torch.testing.assert_close(gradients(model), right)
+        loss = Rerun.apply(model, x).sum()
+    with pytest.raises(InputError, match=r"not by torch\.utils\.checkpoint"):
+        loss.backward()
+    with lowrank.using(model, "a"):
+        loss = Rerun.apply(model, x).sum()
+    with pytest.raises(InputError, match=r"not by torch\.utils\.checkpoint"), lowrank.using(model, "a"):
+        loss.backward()
+
+
+def test_a_hook_may_run_the_model_in_a_block_of_its_own(known):
+    model, x, each = known
+    seen = []
+
+    def hook(grad):
+        with lowrank.using(model, "a"):
+            seen.append(torch.equal(model(x), each["a"]))
+
+    y = model(x)
+    y.register_hook(hook)
+    y.sum().backward()
+    assert seen == [True]
+
+
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
