@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from lowrank.data.files import decoded
-from lowrank.data.rows import Row, digest
+from lowrank.data.rows import Row, RowList, Rows, digest
 from lowrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -160,9 +160,11 @@ def arrow_rows(contents: Sequence[Any], name: str) -> TableRows:
     )
 
 
-def dataset_rows(dataset: Dataset, name: str) -> TableRows:
-    """The rows of a data set of the library `datasets`, as they are stored."""
-    stored = dataset.with_format("arrow")
+def dataset_rows(dataset: Dataset, name: str) -> Rows:
+    """The rows of a data set of the library `datasets`, as they are stored; through its transform if it has one."""
+    if dataset.format["type"] == "custom":
+        return RowList([dataset[at] for at in range(len(dataset))], name)
+    stored = dataset.with_format("arrow", columns=dataset.format["columns"])
     starts = range(0, len(stored), GROUP_ROWS)
 
     def group(at: int) -> pa.Table:

@@ -278,6 +278,16 @@ class TestSeveralFiles:
         assert {name: split_of(tmp_path.relative_to(tmp_path) / name) for name in names} == names
 
 
+def test_a_data_set_is_read_through_its_transform_and_its_columns():
+    table = datasets.Dataset.from_list([{**row, "messages": []} for row in rows("x")])
+    shown = table.with_format("torch", columns=["prompt", "completion"])
+    assert load_examples(shown, TOKENIZER, max_length=64).row(0) == rows("x")[0]
+    loud = table.with_transform(
+        lambda batch: {"prompt": batch["prompt"], "completion": ["LOUD"] * len(batch["prompt"])}
+    )
+    assert load_examples(loud, TOKENIZER, max_length=64).row(2) == {"prompt": "q2", "completion": "LOUD"}
+
+
 def test_data_sets_that_are_several_or_have_no_rows_yet():
     table = datasets.Dataset.from_list(rows("x"))
     for given in (datasets.DatasetDict({"train": table}), table.to_iterable_dataset()):
