@@ -33,7 +33,7 @@ from lowrank.training.callbacks import Callback, Run
 from lowrank.training.checkpoint import FOLDER
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.files import write_whole
-from lowrank.training.interrupt import stopping_softly
+from lowrank.training.interrupt import saving, stopping_softly
 from lowrank.training.joining import join, not_joined, refuse_half_a_launch
 from lowrank.training.launch import refuse_launcher_options
 from lowrank.training.loop import fit
@@ -136,9 +136,12 @@ def run_from(
                 run.before = crew.evaluate()
             run.tell(Callback.on_eval, run.before)
         learn(run, config, setup, crew, accelerator, ranks)
-        if ranks.main:
-            save_result(run.model, setup, output)
-        run.tell(Callback.on_save, output)
+        with saving(run):
+            if run.interrupted:
+                crew.checkpoints.write(run)
+            if ranks.main:
+                save_result(run.model, setup, output)
+            run.tell(Callback.on_save, output)
         after = None
         if crew.evaluate is not None and not run.interrupted:
             after = crew.evaluate()
@@ -176,7 +179,7 @@ def try_the_longest(run: Run, config: RunConfig, setup: Setup, accelerator: Acce
 
 
 def learn(run: Run, config: RunConfig, setup: Setup, crew: Crew, accelerator: Accelerator, ranks: Ranks) -> None:
-    """The loop, and which weights come out of it. Ctrl-C once ends it after the current step."""
+    """The loop, and which weights come out of it. A signal once ends it after the current step."""
     training = config.training
     alpha = training.neftune_noise_alpha
     noise = nullcontext() if alpha is None else noisy_embeddings(run.model, alpha)
@@ -192,9 +195,7 @@ def learn(run: Run, config: RunConfig, setup: Setup, crew: Crew, accelerator: Ac
             max_skips=training.max_skipped_steps,
             penalty=crew.penalty,
         )
-    if run.interrupted:
-        crew.checkpoints.write(run)
-    elif crew.best is not None:
+    if crew.best is not None and not run.interrupted:
         take_the_best(run, crew.best)
     run.model.eval()
 

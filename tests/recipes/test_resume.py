@@ -123,18 +123,23 @@ def lines_of(folder) -> list[dict]:
 
 
 class Interrupt(Callback):
-    """Ctrl-C after a step."""
+    """A signal after a step, Ctrl-C by default; those of machines come again and again."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.step, self.number = step, number
 
     def on_step_end(self, run, metrics) -> None:
         if run.step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
+
+    def on_save(self, run, path) -> None:
+        if run.step == self.step and self.number in (signal.SIGHUP, signal.SIGUSR1):
+            os.kill(os.getpid(), self.number)
 
 
-def test_interrupted_and_resumed_with_the_command_that_it_names(long_run, uninterrupted, tmp_path, capsys):
-    result = lowrank.train(long_run, callbacks=[Interrupt(3)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_interrupted_and_resumed_with_the_command_that_it_names(long_run, uninterrupted, tmp_path, capsys, number):
+    result = lowrank.train(long_run, callbacks=[Interrupt(3, number)])
     assert (result.interrupted, result.steps) == (True, 3)
     command = capsys.readouterr().out.strip().rsplit("To go on: lowrank ", 1)[1]
     with pytest.raises(SystemExit) as exited:

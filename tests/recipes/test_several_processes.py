@@ -124,7 +124,7 @@ def test_a_signal_to_one_of_them_stops_all(run_config, tmp_path):
     for process in processes:
         process.join(100)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert "To go on: lowrank train out/config.yaml --resume" in (tmp_path / "out.txt").read_text()
+    assert "To go on: lowrank train out --resume" in (tmp_path / "out.txt").read_text()
 
 
 def wait_for_text(file, text: str, seconds: float = 100) -> None:
