@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from torch import nn
 
+from lowrank.adapters.copies import WholeCopy
 from lowrank.adapters.host import hosts
+from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.modules import ADAPTERS
 from lowrank.adapters.record import record_of
 from lowrank.adapters.tokens import SharedTokens, TokenRows
 from lowrank.errors import InputError
 
-Sizes = tuple[int, int] | None
+Sizes = tuple[object, ...] | None
 
 
 def places_of(model: nn.Module, adapter: str) -> dict[str, Sizes]:
-    """The modules that carry an adapter, and (out, in) of each; None where that says nothing (single rows, blocks)."""
-    places: dict[str, Sizes] = {}
-    for path, module, adapters in hosts(model):
-        if adapter in adapters:
-            by_row = isinstance(adapters[adapter], TokenRows | SharedTokens)
-            places[path] = None if adapters.kind is None or by_row else adapters.kind.shape(module)
-    return places
+    """The modules that carry an adapter, and the sizes of each; None where those may change (single rows)."""
+    return {
+        path: _sizes(module, adapters.kind, adapters[adapter])
+        for path, module, adapters in hosts(model)
+        if adapter in adapters
+    }
+
+
+def _sizes(module: HostModule, kind: Kind | None, layer: nn.Module) -> Sizes:
+    if isinstance(layer, WholeCopy):
+        return tuple(tuple(parameter.shape) for name, parameter in module.named_parameters() if ADAPTERS not in name)
+    return None if kind is None or isinstance(layer, TokenRows | SharedTokens) else kind.shape(module)
 
 
 def check_in_place(model: nn.Module, names: tuple[str, ...]) -> None:
@@ -34,8 +42,8 @@ def check_in_place(model: nn.Module, names: tuple[str, ...]) -> None:
         for path, sizes in record.places.get(name, {}).items():
             if path in now and now[path] == sizes:
                 continue
-            how = f"was {sizes} and is {now[path]} now" if path in now else "was replaced"
+            how = "has another size" if path in now else "was replaced"
             raise InputError(
-                f"{path} {how}, after the adapter {name!r} was put on it",
+                f"{path} {how} since the adapter {name!r} was put on it",
                 fix="Resize or replace modules before lowrank.wrap or lowrank.load; lowrank.unwrap takes adapters off.",
             )

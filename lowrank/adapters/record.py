@@ -26,7 +26,7 @@ class Record:
         strengths: For each adapter, what its trained scale is multiplied with; shared with its layers.
         matched: For each adapter, how many modules each pattern matched.
         left_out: For each adapter, the layers that "all-linear" leaves out because nothing calls them, and why.
-        places: For each adapter, the modules that carry it by path, and the sizes (out, in) that they had.
+        places: For each adapter, the modules that carry it by path, and the sizes that they had.
         trained_before: The base parameters that required gradients before the first `wrap`, by name.
         patched: The attributes that stand on the model before its class's, until its adapters are gone.
     """
@@ -36,7 +36,7 @@ class Record:
     strengths: dict[str, Setting[float]] = field(default_factory=dict)
     matched: dict[str, dict[str, int]] = field(default_factory=dict)
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
-    places: dict[str, dict[str, tuple[int, int] | None]] = field(default_factory=dict)
+    places: dict[str, dict[str, tuple[object, ...] | None]] = field(default_factory=dict)
     trained_before: set[str] = field(default_factory=set)
     patched: set[str] = field(default_factory=set)
 

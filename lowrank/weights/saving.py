@@ -23,7 +23,6 @@ from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
 from lowrank.weights.expertlayout import turned_experts
 from lowrank.weights.fingerprint import Fingerprint, commit_of, text_config
-from lowrank.weights.presence import check_present
 from lowrank.weights.relocation import named_as_in
 from lowrank.weights.targetnames import target_names
 from lowrank.weights.vocabulary import base_tensors, new_rows, rows_to_save, tied_tokens, vocabulary_ends
@@ -68,7 +67,6 @@ def save(
         raise InputError(f"save_embedding_layers: a {type(model).__name__} does not say which its embeddings are.")
     if as_lora and not isinstance(config_of(model, adapter), AdaLoraConfig):
         raise InputError(f"as_lora is for AdaLoRA, and {adapter!r} is none.")
-    check_present(model, adapter)
     config, live = (lora_form if as_lora else portable)(model, adapter)
     if save_embedding_layers is not False:
         live = live | rows_to_save(model, adapter, always=save_embedding_layers is True)
