@@ -24,6 +24,7 @@ from lowrank.weights.tensorfile import TensorFile, open_tensors
 
 _COUNTED = ("num_", "n_", "encoder_layers", "decoder_layers")  # keys that count layers begin so
 _MOST_LABELS = 10_000_000
+_HEADS = ("Classification", "QuestionAnswering")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _AUTO = {
@@ -129,11 +130,16 @@ def _resize(config: PretrainedConfig, sizes: Sizes) -> None:
             part.num_labels = sizes.labels
 
 
-def _named_class(name: str | None, config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """transformers' class of that name, where it takes this config (a text model's does not take the whole one's)."""
+def _named_class(name: str | None, config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
+    """transformers' class of that name with the config that it takes: the whole one, or a classifier its text part's.
+
+    Any other text class is built as the whole model, whose names the files have.
+    """
     cls = getattr(transformers, name, None) if name is not None else None
-    known = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
-    return cls if known and isinstance(config, cls.config_class or ()) else None
+    if name is None or not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or cls.config_class is None:
+        return None
+    parts = [config, text_config(config)] if name.endswith(_HEADS) else [config]
+    return next(((cls, part) for part in parts if isinstance(part, cls.config_class)), None)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -165,15 +171,19 @@ def _check_depth(config: object, tensors: int, folder: Path) -> None:
 
 
 def _skeleton(
-    folder: Path, config: PretrainedConfig, cls: type[PreTrainedModel] | None, task_type: str | None, trust: bool
+    folder: Path,
+    config: PretrainedConfig,
+    wanted: tuple[type[PreTrainedModel], PretrainedConfig] | None,
+    task_type: str | None,
+    trust: bool,
 ) -> PreTrainedModel:
     try:
         named = (config.architectures or [None])[0]
         architecture = getattr(transformers, named, None) if isinstance(named, str) else None
         known = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
         with torch.device("meta"):
-            if cls is not None:
-                model = cls(config)
+            if wanted is not None:
+                model = wanted[0](wanted[1])
             elif task_type in _AUTO and not (named and _same_head(named, task_type)):
                 model = _AUTO[task_type].from_config(config, trust_remote_code=trust)
             elif known:

@@ -29,11 +29,13 @@ from lowrank.weights.adapterfile import (
     refuse_taken_out,
     shorten,
 )
-from lowrank.weights.basemodel import load_config
+from lowrank.weights.basemodel import load_config, open_base
+from lowrank.weights.fingerprint import text_config
 from lowrank.weights.folders import new_file, new_folder, refuse_inside
 from lowrank.weights.layouts import MLX_WEIGHTS
 from lowrank.weights.modulefactors import Factors, read_factors
 from lowrank.weights.places import local_folder
+from lowrank.weights.relocation import named_as_in
 from lowrank.weights.sidecars import copy_model_notes
 from lowrank.weights.targetnames import targets_of
 from lowrank.weights.tensorfile import save_tensors
@@ -87,7 +89,18 @@ def export(adapter: str | Path, out: str | Path, *, to: Target, base: str | Path
         raise InputError(f"There is no target {to!r}; there are {', '.join(targets)}.")
     source = open_adapter(adapter)
     refuse_inside(Path(out), source.path)
-    return targets[to](source, Path(out), base)
+    return targets[to](_as_served(source, base) if to == "vllm" else source, Path(out), base)
+
+
+def _as_served(adapter: AdapterFile, base: str | Path | None) -> AdapterFile:
+    """Under the whole model's names, where the base's folder is here and holds one: vLLM serves that, not its text."""
+    folder = Path(base or adapter.base or "")
+    if not (base or adapter.base) or not (folder / "config.json").is_file():
+        return adapter
+    config = load_config(folder)
+    if text_config(config) is config:
+        return adapter
+    return named_as_in(adapter, open_base(folder, adapter.config.task_type).skeleton)
 
 
 def _for_vllm(adapter: AdapterFile, out: Path, base: str | Path | None) -> ExportReport:

@@ -58,8 +58,8 @@ def save(
         The folder.
 
     Raises:
-        InputError: No adapter of that name, a value that is not finite, an adapter is there already, or the model has
-            no embedding to save.
+        InputError: No adapter of that name, a value that is not finite, an adapter is there already, the model has
+            no embedding to save, or a module has been replaced or resized since the adapter was put on it.
         JobError: The disk is full.
     """
     model = bare(model)
@@ -91,6 +91,9 @@ def load(
     model: Model, path: str | Path, adapter: str = "default", strict: bool = True, trainable: bool = False
 ) -> Model:
     """Puts an adapter from a folder into a model (bare or wrapped) and makes it the active one.
+
+    It fits the text half of a whole model (vision and language) and the whole one alike, and models whose names
+    another release of transformers had otherwise. Rows of new tokens that the file brings go into the base.
 
     Args:
         model: The base that the adapter was trained on.

@@ -145,6 +145,7 @@ SEQUENCE, TOKEN = hf.AutoModelForSequenceClassification, hf.AutoModelForTokenCla
         (roberta, SEQUENCE, "SEQ_CLS", "query", "classifier"),
         (bert, SEQUENCE, None, "query", "classifier"),
         (composite_models.qwen3_5, SEQUENCE, "SEQ_CLS", "q_proj", "score"),
+        (composite_models.qwen3_5, SEQUENCE, None, "q_proj", "score"),
         (composite_models.gemma3, SEQUENCE, "SEQ_CLS", "q_proj", "score"),
     ],
 )

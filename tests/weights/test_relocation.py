@@ -109,6 +109,17 @@ def test_an_adapter_of_the_whole_goes_onto_a_folder_of_the_text_alone(tmp_path: 
         check(text_half(tmp_path / f"{adapter} merged"), wanted)
 
 
+def test_an_export_for_a_server_has_the_names_of_the_model_that_it_serves(tmp_path: Path) -> None:
+    whole_model, base = tiny(TAKEN_OUT["qwen3_5"]), tmp_path / "base"
+    whole_model.save_pretrained(base)
+    wanted = trained(base, tmp_path / "adapter", LAYERS)
+    lowrank.weights.export(tmp_path / "adapter", tmp_path / "vllm", to="vllm")
+    names = open_tensors(tmp_path / "vllm/adapter_model.safetensors").entries
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+    check(lowrank.load(type(whole_model).from_pretrained(base), tmp_path / "vllm"), wanted)
+    check(lowrank.load(text_half(base), tmp_path / "vllm"), wanted)
+
+
 @pytest.mark.parametrize("family", WHOLE)
 def test_whole_models_merge_under_their_files_names(family: str, tmp_path: Path) -> None:
     model = tiny(WHOLE[family])
