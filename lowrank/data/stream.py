@@ -172,8 +172,10 @@ class BatchStream:
         """Refuse bad rows, or note the first of them."""
         if len(bad) and self.tokeniser.options.bad_rows == "error":
             raise refusal(bad.tolist(), len(rows), rows, self.tokeniser)
-        listed = bad[: LISTED - len(self.counts.reasons)].tolist()
-        self.counts.reasons.extend(reason(rows, at, self.tokeniser) for at in listed)
+        known = self.counts.reasons  # those of an earlier epoch among them
+        for at in bad.tolist() if len(known) < LISTED else ():
+            told = reason(rows, at, self.tokeniser)
+            known.extend([told] if told not in known and len(known) < LISTED else [])
 
     def _row_list(self, placed: Sequence[Placed], source: Source) -> Rows:
         rows = RowList([row for row, _ in placed], source.path, [where for _, where in placed])

@@ -264,6 +264,7 @@ def farewell(run: Run, best: Best | None, plan: BatchPlan | BatchStream) -> str:
         ended += f" {run.skipped} steps were skipped."
     if isinstance(plan, BatchStream):
         ended += f" From the stream: {plan.counts}."
+        ended += "".join(f"\nleft out: {reason}" for reason in plan.counts.reasons)
     return f"{ended}\nTo go on: lowrank train {run.output_dir} --resume" if run.interrupted else ended
 
 

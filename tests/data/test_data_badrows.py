@@ -115,6 +115,8 @@ def test_a_stream_skips_counts_and_refuses_too(path):
     assert sum(len(batch.segments) for batch in left.batches(0)) == 401 - COUNT
     assert (left.counts.bad, len(left.counts.reasons)) == (COUNT, min(COUNT, 10))
     assert f"{COUNT} bad" in str(left.counts)
+    list(left.batches(1))
+    assert len(set(left.counts.reasons)) == len(left.counts.reasons) == min(COUNT, 10)
     path.write_text("\n".join([GOOD] * 900 + ["{broken"] * 100))
     with pytest.raises(InputError, match=r"100 of 1,000 rows cannot be used; more than 5%"):
         list(stream(path, bad_rows="skip").batches(0))
