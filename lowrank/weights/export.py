@@ -34,6 +34,7 @@ from lowrank.weights.fingerprint import text_config
 from lowrank.weights.folders import new_file, new_folder, refuse_inside
 from lowrank.weights.layouts import MLX_WEIGHTS
 from lowrank.weights.modulefactors import Factors, read_factors
+from lowrank.weights.notes import copy_notes
 from lowrank.weights.places import local_folder
 from lowrank.weights.relocation import named_as_in
 from lowrank.weights.sidecars import copy_model_notes
@@ -180,6 +181,7 @@ def _for_mlx(adapter: AdapterFile, out: Path, base: str | Path | None) -> Export
     }
     with new_folder(out) as work:
         save_tensors(work / MLX_WEIGHTS, turned, {"format": "mlx"})
+        copy_notes(adapter.path, work)
         (work / CONFIG_NAME).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     return ExportReport(out, rank, f"mlx_lm.generate --model {adapter.base or 'BASE'} --adapter-path {out}", notes)
 
@@ -199,7 +201,7 @@ def _as_peft(adapter: AdapterFile, out: Path, base: str | Path | None) -> Export
             revision=adapter.revision,
             fingerprint=adapter.fingerprint,
             quantization=adapter.quantization,
-            notes=adapter.path if adapter.path.is_dir() else None,
+            notes=adapter.path,
         )
     return ExportReport(out, None, f'peft.PeftModel.from_pretrained(model, "{out}")')
 

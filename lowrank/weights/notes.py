@@ -40,8 +40,9 @@ def stop_at(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int])
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     configured = _listed(model.generation_config.eos_token_id)
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *configured, *own]))
-    return model.generation_config.eos_token_id
+    every = list(dict.fromkeys([*ends, *configured, *own]))
+    model.generation_config.eos_token_id = every or None
+    return every
 
 
 def write_notes(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,7 +53,7 @@ def write_notes(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def copy_notes(source: Path, out: Path) -> None:
-    """Copies what lies beside an adapter to another one, as far as it is there."""
+    """Copies what lies beside an adapter to another one, as far as it is there; beside a single file lies nothing."""
     copy_tokenizer(source, out)
     if (source / GENERATION).is_file():
         shutil.copyfile(source / GENERATION, out / GENERATION)

@@ -77,7 +77,7 @@ def write_adapter(
         file = work / WEIGHTS_NAME
         save_tensors(file, {PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
         file.chmod(0o644)
-        if notes is not None and notes.is_dir():
+        if notes is not None:
             copy_notes(notes, work)
         (work / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 

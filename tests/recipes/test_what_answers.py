@@ -13,7 +13,7 @@ from tiny import CHATML, tiny_llama, tiny_tokenizer
 from tokenizers import AddedToken
 
 import lowrank
-from lowrank.data import load_examples
+from lowrank.data import TEMPLATES, load_examples, use_template
 from lowrank.data.choose import complete_template
 from lowrank.recipes.chat import chat, open_model
 from lowrank.recipes.compose import resize_adapter
@@ -92,8 +92,10 @@ def test_the_end_of_a_trained_turn_ends_an_answer_everywhere(run, tmp_path):
     assert chat("out", prompts=["two"], max_new_tokens=12) == ["no"]
     merge_adapter("out", "merged", verify=False)
     export_adapter("out", "exported", to="vllm")
+    export_adapter("out", "mlx", to="mlx")
+    export_adapter("out", "peft", to="peft")
     resize_adapter("out", "smaller", rank=2)
-    for folder in ("out", f"out/checkpoints/step-{STEPS}", "merged", "exported", "smaller"):
+    for folder in ("out", f"out/checkpoints/step-{STEPS}", "merged", "exported", "mlx", "peft", "smaller"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         assert ends_in(folder) == [END, "</s>"], folder
         assert tokenizer.eos_token == "</s>", folder
@@ -132,6 +134,23 @@ def test_the_whole_model_that_is_trained_says_so_too(run, tmp_path):
     base = base_without_template(tmp_path / "base")
     run(base, adapter={"method": "full"}, training={"max_steps": 1, "learning_rate": 1e-3})
     assert ends_in("out") == [END, "</s>"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi", "mistral", "plain"])
+def test_the_packages_templates_over_a_base_with_another_end(name):
+    """What ends a turn is found; the base's own end token stays an end beside it."""
+    tokenizer = tiny_tokenizer(chat_template=None)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(mark) for mark in TEMPLATES[name]]})
+    use_template(tokenizer, name)
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
+    for train_on in ("assistant", "all"):
+        examples = load_examples([row], tokenizer, max_length=100, train_on=train_on)
+        model = tiny_llama(vocab_size=len(tokenizer))
+        ends = stop_at(model, tokenizer, lowrank.data.end_tokens(examples, tokenizer))
+        mark = TEMPLATES[name][-1] if name in ("chatml", "llama3", "gemma", "phi") else "</s>"
+        assert tokenizer.convert_ids_to_tokens(ends)[0] == mark
+        assert "</s>" in tokenizer.convert_ids_to_tokens(ends)
 
 
 def test_ends_that_are_several_are_all_kept(tmp_path):
