@@ -30,7 +30,10 @@ def chat(
     use_adapter: Annotated[
         bool, typer.Option("--adapter/--no-adapter", help="Without: the adapter's base alone, asked as the adapter is.")
     ] = True,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help='The system message; by default the one that the training rows shared. "" for none.'),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

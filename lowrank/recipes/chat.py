@@ -24,7 +24,7 @@ from lowrank.training.answers import answer_all, answer_text, greedy, up_to_end
 from lowrank.training.progress import Screen
 from lowrank.weights import load
 from lowrank.weights.adapterfile import open_adapter
-from lowrank.weights.notes import noted_ends, stop_at
+from lowrank.weights.notes import noted_ends, noted_system, stop_at
 
 Messages = list[dict[str, str]]
 
@@ -48,7 +48,7 @@ def chat(
     Args:
         path: A model's folder or name, or an adapter's folder (its base is found through it).
         prompts: Questions, each a conversation of its own; several are answered together.
-        system: The system message.
+        system: The system message; by default the one that nearly all training rows shared, if they did; "" for none.
         max_new_tokens: Longest answer.
         base: The adapter's base, where it is not the one that the adapter names.
         use_adapter: False: the adapter's base alone, asked as the adapter is.
@@ -63,7 +63,10 @@ def chat(
     model, tokenizer = open_model(path, base=base, use_adapter=use_adapter, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; the model was not made to be talked to")
-    begun: Messages = [] if system is None else [{"role": "system", "content": system}]
+    if system is None and (system := noted_system(Path(expanded(path)))) is not None:
+        said = f'system prompt of the training rows (--system "" leaves it out): {" ".join(system.split())[:100]}'
+        Console(stderr=True).print(said, style="dim", markup=False, emoji=False, highlight=False, soft_wrap=True)
+    begun: Messages = [{"role": "system", "content": system}] if system else []
     asked: list[Messages] = [[*begun, {"role": "user", "content": prompt}] for prompt in prompts]
     if len(asked) > 1:
         return answers(model, tokenizer, asked, max_new_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,10 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     forget_peak(own_device(config))
     program = resident_bytes()
     output = Path(config.training.output_dir)
-    refuse_a_run_in(output)
-    with held(output):
-        pass  # it can be made and written to
+    there = _said_by(refuse_a_run_in, output)
+    if there is None:
+        with held(output):
+            pass  # it can be made and written to
     chosen_trackers(config.training.report_to)
     console = open_console()
     whole = config.model_copy(update={"training": config.training.model_copy(update={"fsdp": False})})
@@ -74,8 +75,18 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     with _refused_when_short(config, "trying the longest batch", advice(config)):
         memory = estimate_memory(whole, setup, program)
     show_plan(console, {**plan, **_needs(memory, written, free)})
+    if there is not None:
+        raise there  # told last: all else has been looked at
     console.print("the run can start", highlight=False)
     return memory
+
+
+def _said_by(refuse: Callable[[Path], object], path: Path) -> InputError | None:
+    try:
+        refuse(path)
+    except InputError as error:
+        return error
+    return None
 
 
 @contextmanager

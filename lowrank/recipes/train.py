@@ -17,6 +17,7 @@ from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
 from lowrank.config.loading import CONFIG
 from lowrank.data import BatchPlan, BatchStream
+from lowrank.data.opening import shared_system
 from lowrank.recipes.crew import Crew, crew_of, save_adapter
 from lowrank.recipes.optimisation import optimizer_for, schedule_for
 from lowrank.recipes.prepare import batch_plan
@@ -47,6 +48,7 @@ from lowrank.training.shortage import told_when_short
 from lowrank.training.snapshot import load_model_state, restore
 from lowrank.training.state import read_state
 from lowrank.training.trackers import chosen_trackers
+from lowrank.weights.notes import note_system
 
 LOGS = "logs"
 
@@ -141,6 +143,8 @@ def run_from(
                 crew.checkpoints.write(run)
             if ranks.main:
                 save_result(run.model, setup, output)
+                if isinstance(setup.plan, BatchPlan):
+                    note_system(output, shared_system(setup.plan.examples, config.data.format))
             run.tell(Callback.on_save, output)
         after = None
         if crew.evaluate is not None and not run.interrupted:

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.weights.adapterfile import read_json
 
 GENERATION = "generation_config.json"
+SYSTEM = "system_prompt.txt"
+"""The system prompt that the training rows shared."""
 TEMPLATES = "additional_chat_templates"
 TOKENIZER = (
     "tokenizer*.json",
@@ -81,6 +83,18 @@ def note_ends(folder: Path, ends: Sequence[int]) -> None:
     config = read_json(file)
     config["eos_token_id"] = list(dict.fromkeys([*ends, *_listed(config.get("eos_token_id"))]))
     _write_json(file, config)
+
+
+def note_system(folder: Path, text: str | None) -> None:
+    """Keeps the system prompt that an adapter was trained behind; None where its rows shared none."""
+    if text is not None:
+        (folder / SYSTEM).write_text(text, encoding="utf-8")
+
+
+def noted_system(folder: Path) -> str | None:
+    """What `note_system` kept in a folder; None where there is none."""
+    file = folder / SYSTEM
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def _listed(tokens: Any) -> list[int]:

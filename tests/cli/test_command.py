@@ -155,7 +155,7 @@ def test_a_left_over_rank_silences_nobody(failing, capsys, monkeypatch, left_ove
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
     failing(InputError("there is no such thing"))
-    assert run("init") == 2
+    assert run("init", "rows.jsonl", "--model", "m") == 2
     assert "there is no such thing" in capsys.readouterr().err
 
 
