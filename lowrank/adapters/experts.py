@@ -103,6 +103,10 @@ class ExpertFactors(nn.Module):
         left, right = expert_factors(self.lora_A, self.lora_B.t(), self.experts, self.transposed)
         return (left, right) if self.stacked else (left[0], right[0])
 
+    def in_file(self, prefix: str) -> dict[str, torch.Tensor]:
+        """lora_A.weight (experts · r, in) and lora_B.weight (out, r · experts)."""
+        return {f"{prefix}lora_A.weight": self.lora_A, f"{prefix}lora_B.weight": self.lora_B.t()}
+
     def extra_repr(self) -> str:
         """Experts and scale."""
         return f"experts={self.experts}, scale={self.scale:g}"
@@ -149,9 +153,7 @@ class ExpertsLayer(JointLayer, nn.ModuleDict):
         names = [name for name in parameter_names(module) if name in self]
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
-            factors, prefix = cast("ExpertFactors", self[name]), name_in_file(names, name)
-            tensors[f"{prefix}lora_A.weight"] = factors.lora_A
-            tensors[f"{prefix}lora_B.weight"] = factors.lora_B.t()
+            tensors |= cast("ExpertFactors", self[name]).in_file(name_in_file(names, name))
         if self.bias is not None:
             tensors["base_layer." * len(names) + "bias"] = self.bias
         return tensors

@@ -37,13 +37,14 @@ class Targets:
     left_out: dict[str, str]
 
 
-def find_targets(model: nn.Module, config: AdapterConfig, calls: Calls) -> Targets:
+def find_targets(model: nn.Module, config: AdapterConfig, calls: Calls, also: int = 0) -> Targets:
     """The modules to adapt.
 
     Args:
         model: Bare or wrapped.
         config: Of the adapter.
         calls: Who calls the model's modules.
+        also: How much else the adapter goes to: then it need not name modules.
 
     Raises:
         InputError: a pattern matches nothing, a module that no adapter fits, or one that nothing calls.
@@ -51,7 +52,7 @@ def find_targets(model: nn.Module, config: AdapterConfig, calls: Calls) -> Targe
     modules = base_modules(model)
     if not config.target_modules:
         others = ("target_parameters", "trainable_token_indices", "modules_to_save")
-        if any(getattr(config, field, None) for field in others):
+        if also or any(getattr(config, field, None) for field in others):
             return Targets({}, {}, {})
         raise InputError("target_modules is empty", fix='Name modules, or take "all-linear".')
     if config.target_modules == ALL_LINEAR:

@@ -32,6 +32,7 @@ from lowrank.adapters.plain import check_none_hidden, check_plain, has_other_cod
 from lowrank.adapters.record import Record, attach, detach, find_record, record_of
 from lowrank.adapters.registry import METHODS
 from lowrank.adapters.setting import Setting
+from lowrank.adapters.singleexperts import find_single_experts, single_experts_layers, without_single_experts
 from lowrank.adapters.targets import ALL_LINEAR, Targets, find_targets
 from lowrank.adapters.tokens import token_layers
 from lowrank.adapters.tying import check_fields, followers, tied_group, with_first
@@ -78,13 +79,14 @@ def wrap(
     _refuse_several_processes(model)
     calls = Calls(model)
     config = with_head(model, config)
-    targets = find_targets(model, config, calls)
+    singles = find_single_experts(model, config)
+    targets = find_targets(model, without_single_experts(config, singles), calls, also=len(singles))
     for path, module in targets.modules.items():
         check_plain(path, module)
     if config.target_modules == ALL_LINEAR:
         check_none_hidden(base_modules(model))
     parameters, parameter_counts = find_parameters(model, config)
-    check_patterns(config, base_modules(model), adapted_paths(targets, parameters))
+    check_patterns(config, base_modules(model), [*adapted_paths(targets, parameters), *singles])
     for path, names in parameters.items():
         check_called(calls, path, names)
     _check_layout(config, targets.modules)
@@ -98,6 +100,8 @@ def wrap(
     record.strengths[adapter] = Setting(1.0)
     try:
         _put_in(model, outside, adapter, record, targets.modules, calls)
+        for path, layer in single_experts_layers(model, config, singles).items():
+            _place(path, submodule(model, path), None, layer, adapter, record)
     except BaseException:
         delete(model, adapter)
         raise

@@ -16,8 +16,9 @@ from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
 from lowrank.adapters.conversion import as_lora as lora_form
 from lowrank.adapters.conversion import portable
 from lowrank.adapters.kinds import kind_of
-from lowrank.adapters.modules import bare
+from lowrank.adapters.modules import bare, base_modules
 from lowrank.adapters.record import find_record
+from lowrank.adapters.singleexperts import single_places
 from lowrank.adapters.wrapping import for_this_model
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
@@ -131,7 +132,7 @@ def _put_in(model: nn.Module, file: AdapterFile, adapter: str, strict: bool, tra
     """Wraps and fills; returns what does not fit. The model carries what it carried before if that fails."""
     record = find_record(model)
     active = () if record is None else record.activity.names
-    wrap(model, for_this_model(model, file.config), adapter, trainable=trainable)
+    wrap(model, _config_here(model, file), adapter, trainable=trainable)
     try:
         turned = turned_experts(model, adapter, file)
         return _fill(model, adapter_tensors(model, adapter), file, strict, turned)
@@ -140,6 +141,19 @@ def _put_in(model: nn.Module, file: AdapterFile, adapter: str, strict: bool, tra
         if record is not None:
             record.activity.names = active
         raise
+
+
+def _config_here(model: nn.Module, file: AdapterFile) -> AdapterConfig:
+    """The file's config for this model; single experts, which the model holds in one, are named in full."""
+    paths = dict.fromkeys(match["path"] for name in file.tensors if (match := FACTOR.fullmatch(name)))
+    modules = base_modules(model)
+    singles = [path for path in paths if path not in modules and ".base_layer" not in path]
+    if not singles or not set(singles) <= single_places(model).keys():
+        return for_this_model(model, file.config)
+    others = [path for path in paths if path in modules]
+    config = file.config.model_copy(update={"target_modules": others})
+    config = for_this_model(model, config) if others else config
+    return config.model_copy(update={"target_modules": [*others, *singles]})
 
 
 @torch.no_grad()
