@@ -17,7 +17,8 @@ def changed_config(base: BaseModel, head: dict[str, Any]) -> dict[str, Any]:
     """
     config, changes = base.config, {}
     name = type(base.skeleton).__name__
-    if config.architectures != [name] and type(base.skeleton.config) is type(config):
+    new_head = base.skeleton.base_model is not base.skeleton or not config.architectures
+    if new_head and config.architectures != [name] and type(base.skeleton.config) is type(config):
         changes["architectures"] = [name]
     if base.sizes.vocabulary is not None:
         changes["vocab_size"] = base.sizes.vocabulary

@@ -230,3 +230,16 @@ def test_pefts_biases_beside_a_head_of_several_layers(tmp_path: Path) -> None:
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     merged = SEQUENCE.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(answer(merged, {"input_ids": IDS}), wanted, atol=2e-5, rtol=0)
+
+
+def test_an_adapter_of_the_body_leaves_the_folder_its_head(tmp_path: Path) -> None:
+    tiny(llama).save_pretrained(tmp_path / "base")
+    body = hf.LlamaModel.from_pretrained(tmp_path / "base")
+    lowrank.wrap(body, LoraConfig(r=2))
+    randomise(body)
+    lowrank.save(body, tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.architectures == ["LlamaForCausalLM"]
+    whole = lowrank.load(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(answer(merged, {"input_ids": IDS}), answer(whole, {"input_ids": IDS}), atol=2e-5, rtol=0)
