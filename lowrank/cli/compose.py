@@ -28,6 +28,13 @@ class Method(StrEnum):
     magnitude_prune_svd = "magnitude_prune_svd"
 
 
+class MajoritySign(StrEnum):
+    """How ties elects a sign."""
+
+    total = "total"
+    frequency = "frequency"
+
+
 Rank = Annotated[int | None, typer.Option(min=1, help="The rank of the result.")]
 Energy = Annotated[float | None, typer.Option(min=0, max=1, help="Instead: as many ranks as keep this share of ‖ΔW‖².")]
 
@@ -42,13 +49,24 @@ def compose(
     rank: Rank = None,
     energy: Energy = None,
     density: Annotated[float | None, typer.Option(help="Share of values kept by ties, dare and prune.")] = None,
+    majority_sign: Annotated[
+        MajoritySign, typer.Option(help="Whose sign wins in ties: by the sum of the values, or by their number.")
+    ] = MajoritySign.total,
     seed: Annotated[int, typer.Option(help="Of dare's random pruning.")] = 0,
 ) -> None:
     """Make one adapter of several; of one, with a weight: scale or negate it."""
     from lowrank.recipes.compose import compose_adapters
 
     compose_adapters(
-        adapters, out, weights=weight or None, method=method.value, rank=rank, energy=energy, density=density, seed=seed
+        adapters,
+        out,
+        weights=weight or None,
+        method=method.value,
+        rank=rank,
+        energy=energy,
+        density=density,
+        majority_sign=majority_sign.value,
+        seed=seed,
     )
 
 

@@ -97,7 +97,8 @@ def merge_block(
         written = _BUFFERS.take("written", values.numel(), TORCH_DTYPES[planned.dtype]).view(values.shape)
         round_into(written, values, rounding, seed=zlib.crc32(planned.name.encode()) + first)
         if trial is not None:
-            trial.rounded(planned, values, written, first, products)
+            scratch = _BUFFERS.take("difference", values.numel(), values.dtype).view(values.shape)
+            trial.rounded(planned, values, written, first, products, scratch)
         if block.stands_for:
             before = raw if len(parts) == 1 else _read_rows(planned, first, last, files)
             loss.add(_measure(before, values, written, block.stands_for))

@@ -143,7 +143,7 @@ def resize(
         InputError: See `compose`.
     """
     if rank is None and energy is None:
-        raise InputError("Neither a rank nor an energy is given.")
+        raise InputError("Neither a rank nor an energy is given.", fix="Give rank (--rank) or energy (--energy).")
     return compose([adapter], out=out, method="svd", rank=rank, energy=energy)
 
 

@@ -140,7 +140,7 @@ def _for_llama_cpp(adapter: AdapterFile, out: Path, base: str | Path | None) -> 
     named = base if base is not None else adapter.base
     if named is None:
         raise InputError(
-            "The adapter's config names no base model, and the converter needs its config.", fix="Give it."
+            "The adapter's config names no base model, and the converter needs its config.", fix="Give it (--base)."
         )
     folder = local_folder(named, revision=adapter.revision_of(base))
     config = load_config(folder)

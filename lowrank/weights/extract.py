@@ -79,7 +79,7 @@ def extract(
         JobError: The written adapter does not give the tuned model.
     """
     if r is None and energy is None:
-        raise InputError("Neither a rank nor an energy is given.")
+        raise InputError("Neither a rank nor an energy is given.", fix="Give r (--r) or energy (--energy).")
     if r is not None and r < 1:
         raise InputError(f"The rank is {r}; it is at least 1.")
     if energy is not None and not 0 < energy <= 1:

@@ -60,7 +60,7 @@ def make_report(
     if whole.share > 0.1:
         notes.append(
             f"Rounding lost {whole.share:.0%} of the adapter's effect: its changes are small beside the weights' "
-            'precision. A float32 merge (dtype="float32") or rounding="stochastic" keeps more.'
+            "precision. Merging in float32 (--dtype float32) or rounding at random (--rounding stochastic) keeps more."
         )
     tensors = [tensor for shard in plan.shards.values() for tensor in shard]
     return MergeReport(

@@ -34,7 +34,7 @@ def open_for(
     """
     name = base if base is not None else adapter.base
     if name is None:
-        raise InputError("The adapter's config names no base model.", where=str(adapter.path), fix="Give the base.")
+        raise InputError("The adapter's config names no base model.", where=str(adapter.path), fix="Give it (--base).")
 
     def opened(sizes: Sizes) -> BaseModel:
         task = adapter.config.task_type

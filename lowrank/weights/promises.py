@@ -7,6 +7,7 @@ the rank of the tensors themselves, and the experts' rows are picked one by one:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -32,11 +33,11 @@ class Promise:
 
     Attributes:
         products: (rows,), before a gain.
-        terms: (rows,) or a number: the size of the terms that were summed, which the sum's rounding goes with.
+        terms: Gives (rows,), the size of the terms that were summed, which the sum's rounding goes with.
     """
 
     products: Tensor
-    terms: Tensor | float
+    terms: Callable[[], Tensor]
 
 
 @singledispatch
@@ -77,9 +78,9 @@ def _(update: LowRankUpdate, products: Tensor, x: Tensor, first: int, low: Tenso
     else:
         B = B[first : first + len(products)]
     assert low is not None
-    added = B @ low * _scale(update, len(A))
-    terms = torch.linalg.vector_norm(B, dim=1) * (torch.linalg.vector_norm(low) * abs(_scale(update, len(A))))
-    return Promise(products + added, terms)
+    scale, size = _scale(update, len(A)), low
+    hoped = torch.addmv(products, B, low, alpha=scale)
+    return Promise(hoped, lambda: torch.linalg.vector_norm(B, dim=1) * (torch.linalg.vector_norm(size) * abs(scale)))
 
 
 @promised.register
@@ -89,13 +90,14 @@ def _(update: ExpertsUpdate, products: Tensor, x: Tensor, first: int, low: Tenso
     expert = rows // left.shape[1] if update.expert is None else torch.full_like(rows, update.expert)
     of_rows = left[expert, rows - expert * left.shape[1] if update.expert is None else rows].to(x.dtype)
     each = of_rows * low[expert] * update.scale
-    return Promise(products + each.sum(1), each.abs().sum(1))
+    return Promise(products + each.sum(1), lambda: each.abs().sum(1))
 
 
 @promised.register
 def _(update: Replacement, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
     rows = update.rows(first, first + len(products)).to(x.dtype)
-    return Promise(rows.reshape(len(products), -1) @ x, 0.0)
+    hoped = rows.reshape(len(products), -1) @ x
+    return Promise(hoped, hoped.abs)
 
 
 @promised.register
@@ -104,7 +106,7 @@ def _(update: Resized, products: Tensor, x: Tensor, first: int, low: Tensor | No
     new = torch.arange(first, first + len(products)) >= update.stored
     if bool(new.any()):
         hoped[new] = update.fill().to(x.dtype).reshape(-1) @ x
-    return Promise(hoped, 0.0)
+    return Promise(hoped, hoped.abs)
 
 
 @promised.register
@@ -113,13 +115,13 @@ def _(update: RowReplacement, products: Tensor, x: Tensor, first: int, low: Tens
     for row, values in zip(update.rows.tolist(), update.values, strict=True):
         if first <= row < first + len(products):
             hoped[row - first] = values.to(x.dtype) @ x
-    return Promise(hoped, 0.0)
+    return Promise(hoped, hoped.abs)
 
 
 @promised.register
 def _(update: Shift, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
     added = update.scale * update.load().to(x.dtype)[first : first + len(products)] * x
-    return Promise(products + added, added.abs())
+    return Promise(products + added, added.abs)
 
 
 def magnitudes(update: LowRankUpdate, first: int, count: int) -> Tensor:

@@ -86,7 +86,7 @@ class Trial:
                 good = _has_norms(merged, got, hopes, magnitudes(update, first, len(merged)))
             else:
                 unit = torch.finfo(merged.dtype).eps * (16 + 2 * columns**0.5)
-                good = _within(got[0] - hopes[0].products, unit, got[0].abs() + hopes[0].terms, merged)
+                good = _within(got[0] - hopes[0].products, unit, got[0], merged, hopes[0].terms)
             if not good:
                 raise _wrong(name, "its product with a random vector is not that of base and adapter")
             return None if transposed else got[0]
@@ -94,7 +94,7 @@ class Trial:
         return judge
 
     def rounded(
-        self, planned: Planned, exact: Tensor, written: Tensor, first: int, products: Tensor | None = None
+        self, planned: Planned, exact: Tensor, written: Tensor, first: int, products: Tensor | None, scratch: Tensor
     ) -> None:
         """Rows as they were summed and as they are written; remembers what the file has to hold.
 
@@ -104,14 +104,16 @@ class Trial:
             written: What is written.
             first: The first of the rows.
             products: Of the sums with the signs, where they are known.
+            scratch: Room for `written` in the sums' dtype.
         """
         sums, values = _matrix(exact, False), _matrix(written, False)
         x, info = self.signs(sums.shape[1]).to(sums.dtype), torch.finfo(values.dtype)
         unit = info.eps * (1.0 if self.rounding == "stochastic" else 0.5) + 16 * torch.finfo(sums.dtype).eps
         smallest = info.smallest_normal * info.eps * sums.shape[1] ** 0.5
         hoped = sums @ x if products is None else products
-        got = hoped if values.dtype == sums.dtype and torch.equal(values, sums) else values.to(sums.dtype) @ x
-        if not _within(got - hoped, _DEVIATIONS * unit, hoped.abs() + smallest / unit, sums):
+        got = _matrix(scratch.copy_(written), False) @ x
+        least = smallest / unit
+        if not _within(got - hoped, _DEVIATIONS * unit, hoped, sums, lambda: torch.full_like(hoped, least)):
             raise _wrong(planned.name, f"rounding to {planned.dtype} does not explain what is written")
         with self._lock:
             if planned.name not in self._written:
@@ -128,7 +130,7 @@ class Trial:
         row = entry.size // max(1, entry.shape[0] * planned.height) if entry.shape else entry.size
         last = min(first + len(raw), entry.size // max(1, row))
         own = file.read_bytes(planned.name, first * row, last * row).view(entry.torch_dtype)
-        if not torch.equal(own.view(torch.uint8), raw[: last - first].reshape(-1).view(torch.uint8)):
+        if not _same_bytes(own, raw[: last - first].reshape(-1)):
             raise _wrong(planned.name, "it was made from another tensor of the base")
 
     def file(self, path: Path, sampled: int, rows_of: Callable[[Planned], int], tensors: list[Planned]) -> None:
@@ -146,10 +148,11 @@ class Trial:
             for first in sorted(starts):
                 last = min(first + step, len(products))
                 data = file.read_bytes(planned.name, first * row, last * row).view(entry.torch_dtype)
-                values = data.view(last - first, -1).double()
-                slack = 1e-5 * torch.linalg.vector_norm(values, dim=1) + 1e-30
-                off = (values @ self.signs(values.shape[1]).double() - products[first:last]).abs()
-                if not bool((off <= slack).all()):
+                values = data.view(last - first, -1)
+                values = values if values.dtype == torch.float64 else values.float()
+                hoped = products[first:last].to(values.dtype)
+                got = values @ self.signs(values.shape[1]).to(values.dtype)
+                if not _within(got - hoped, 1e-5, hoped, values, hoped.abs):
                     raise _wrong(planned.name, f"{path.name} holds something else under that name")
 
     def finish(self) -> Proof:
@@ -201,16 +204,16 @@ def _has_gain(update: Update) -> bool:
     return isinstance(update, LowRankUpdate) and update.has_gain
 
 
-def _within(off: Tensor, unit: float, sizes: Tensor, rows: Tensor) -> bool:
-    """Whether no row is farther off than `unit` times its size: that of its product, or, where that is small by chance,
-    its norm, which costs a pass over it."""
-    off = off.abs()
-    doubtful = ~(off <= unit * sizes)
-    if not bool(doubtful.any()):
+def _within(off: Tensor, unit: float, product: Tensor, rows: Tensor, more: Callable[[], Tensor]) -> bool:
+    """Whether no row is farther off than `unit` times its size: that of its own and the rows' mean product, or, where
+    that is too small, its norm and what `more` gives, which cost a pass over it."""
+    off, usual = off.abs_(), product.abs()
+    near = off <= (usual + usual.mean()) * unit
+    if bool(near.all()):
         return True
-    picked = rows[doubtful]
-    norms = torch.linalg.vector_norm(picked, dim=1)
-    return bool((off[doubtful] <= unit * (sizes[doubtful] + norms) + 1e-30).all())
+    far = ~near
+    sizes = product[far].abs() + torch.linalg.vector_norm(rows[far], dim=1) + more()[far]
+    return bool((off[far] <= unit * sizes + 1e-30).all())
 
 
 def _has_norms(merged: Tensor, got: list[Tensor], hopes: list[Promise], wanted: Tensor) -> bool:
@@ -225,12 +228,17 @@ def _has_norms(merged: Tensor, got: list[Tensor], hopes: list[Promise], wanted: 
     nothing = (one == 0) & (other == 0)
     # W + ΔW is W' over a gain, and at most that much larger or smaller
     gain = (got[0].abs() + got[1].abs()) / (one.abs() + other.abs()).clamp_min(1e-30)
-    before = norms / gain.clamp_min(1e-30) + hopes[0].terms
+    before = norms / gain.clamp_min(1e-30) + hopes[0].terms()
     slack = sums * (norms * (one.abs() + other.abs()) + before * (got[0].abs() + got[1].abs()))
     parallel = (got[0] * other - got[1] * one).abs() <= slack + 1e-30
     sized = (norms - wanted.abs()).abs() <= unit * (norms + wanted.abs()) + 1e-30
     same_side = got[0] * one * wanted >= -sums * norms * (one.abs() + before) * wanted.abs()
     return bool((nothing | (parallel & sized & same_side)).all())
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    wide = torch.int64 if one.nbytes % 8 == 0 and one.storage_offset() == other.storage_offset() == 0 else torch.uint8
+    return torch.equal(one.view(wide), other.view(wide))
 
 
 def _row_count(planned: Planned) -> int:
