@@ -43,8 +43,10 @@ MARKS = ("train", "loss", "weight")
 TEXTS = ("content", "value", "text", "message", "body", "utterance", "response", "output")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_details")
 
-_LIKE_A_MARK = re.compile(r"train|loss|mask|weight|learn|supervis|ignore", re.IGNORECASE)
-_LIKE_REASONING = re.compile(r"reason|think|thought", re.IGNORECASE)
+# Looked for at the beginning of a word of a key: is_trained, lossMask; not gloss, not finish_reason.
+_LIKE_A_MARK = re.compile(r"(?:^|[_\W])(?:un)?(?:train|loss|mask|weight|learn|supervis|ignore)")
+_LIKE_REASONING = re.compile(r"^reasons?$|(?:^|[_\W])(?:reasoning|think|thought)")
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class Arguments(dict[str, Any]):
@@ -114,12 +116,16 @@ def _train(given: Message, role: str, at: int) -> bool:
                 "Only assistant messages are trained on.",
             )
     for key in given:
-        if _LIKE_A_MARK.search(key):
+        if _LIKE_A_MARK.search(_words(key)):
             raise RowError(
                 f"message {at + 1} has the key {key!r}, which is not known",
                 'Whether a message carries loss is said by "train" or "loss", true or false, or "weight", 0 or 1.',
             )
     return all(marks.values())
+
+
+def _words(key: str) -> str:
+    return _HUMP.sub("_", key).lower()
 
 
 def _mark(key: str, value: Any, at: int) -> bool:
@@ -134,7 +140,7 @@ def _mark(key: str, value: Any, at: int) -> bool:
 def _reasoning(given: Message, role: str, at: int) -> str | None:
     """The reasoning before an answer, under whatever name; takes it out of the message."""
     found = {key: _thought(given.pop(key), at) for key in REASONING if key in given}
-    unknown = next((key for key in given if _LIKE_REASONING.search(key)), None)
+    unknown = next((key for key in given if _LIKE_REASONING.search(_words(key))), None)
     if unknown is not None:
         raise RowError(
             f"message {at + 1} has the key {unknown!r}, which is not known",

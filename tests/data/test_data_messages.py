@@ -58,7 +58,7 @@ def test_a_turn_that_is_marked_carries_no_loss(mark, style):
     [
         *(
             ({key: False}, rf"message 2 has the key '{key}', which is not known\nWhether a message carries loss is said by")
-            for key in ("trainable", "training", "loss_mask", "masked", "loss_weight", "learn", "weights", "train_detail")
+            for key in ("trainable", "training", "loss_mask", "masked", "loss_weight", "learn", "weights", "train_detail", "isTrained", "unmasked", "Loss-Weight")
         ),
         ({"weight": 0.5}, r'message 2: "weight" is 0.5\nIt is 0 or 1; weights between are not trained'),
         ({"weight": "0"}, r'message 2: "weight" is \'0\''),
@@ -243,6 +243,10 @@ class TestReasoning:
     def test_what_cannot_be_read_is_refused(self, reasoning, message):
         with pytest.raises(InputError, match=message):
             texts(chat(USER, {**ANSWER, **reasoning}), tiny_tokenizer(THINKING))
+
+    def test_other_keys_are_left_alone(self):
+        others = {"finish_reason": "stop", "gloss": "hello", "id": 3, "timestamp": "now"}
+        assert texts(chat(USER, {**ANSWER, **others})) == texts(chat(USER, ANSWER))
 
     def test_a_question_has_none(self):
         with pytest.raises(InputError, match="reasoning in a user message"):
