@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lowrank.paths import expanded
 from lowrank.recipes.assess import assess
 from lowrank.recipes.prepare import base_model, base_tokenizer, fitting, read_examples, swap_attention
 from lowrank.recipes.show import open_console
+from lowrank.training.diagnosis import refuse_broken_weights
 from lowrank.training.evaluate import Evaluation
 from lowrank.training.loss import supervised_loss
 from lowrank.training.progress import Screen
@@ -59,6 +61,8 @@ def evaluate(
     with Screen(console) as screen:
         generate = config.training.predict_with_generate
         result = assess(model, tokenizer, examples, config, loss, screen.task, generate=generate)
+    if not math.isfinite(result.loss):
+        refuse_broken_weights(model, config.model.name_or_path)
     console.print(f"{adapter or config.model.name_or_path} on {len(examples)} examples of {config.data.eval}: {result}")
     return result
 

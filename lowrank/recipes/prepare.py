@@ -29,6 +29,7 @@ from lowrank.data import (
 )
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer, positions_of, vocabulary_of
+from lowrank.training.diagnosis import refuse_broken_weights
 
 EVA_BATCHES = 8
 
@@ -202,7 +203,11 @@ def swap_attention(model: PreTrainedModel, config: RunConfig) -> AttentionChoice
     """The attention backend; where packs will be trained on, the proof that their segments do not see one another."""
     choice = set_attention(model, config.model.attention, packing=config.data.packing)
     if config.data.packing:
-        check_packing(model)
+        try:
+            check_packing(model)
+        except InputError:
+            refuse_broken_weights(model, config.model.name_or_path)  # with NaN in them everything differs
+            raise
     return choice
 
 

@@ -127,7 +127,8 @@ def run_from(
         config, setup.model, setup.attention, setup.loss, setup.plan, setup.size, setup.length, setup.asking
     )
     show_plan(console, summary)
-    try_the_longest(run, config, setup, accelerator)
+    if remark := try_the_longest(run, config, setup, accelerator):
+        console.print(f"warning: {remark}", highlight=False, soft_wrap=True)
 
     crew = crew_of(config, setup, run, console, summary, accelerator, ranks, callbacks)
     run.callbacks = crew.callbacks
@@ -173,13 +174,14 @@ def accelerator_for(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def try_the_longest(run: Run, config: RunConfig, setup: Setup, accelerator: Accelerator) -> None:
-    """A run that will not fit fails here, before it has written anything."""
+def try_the_longest(run: Run, config: RunConfig, setup: Setup, accelerator: Accelerator) -> str | None:
+    """A run that will not fit fails here, before it has written anything; what is wrong with its loss is returned."""
     with told_when_short(run.model.device, "trying the longest batch", advice(config)):
-        rehearse(run.model, setup.plan, setup.loss, accelerator)
+        remark = rehearse(run.model, setup.plan, setup.loss, accelerator, config.model.name_or_path)
         if setup.held_out is not None:
             held_out = batch_plan(config, setup.held_out, setup.tokenizer, shuffle=False)
             rehearse_evaluation(run.model, held_out, setup.loss)
+    return remark
 
 
 def learn(run: Run, config: RunConfig, setup: Setup, crew: Crew, accelerator: Accelerator, ranks: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,22 +10,42 @@ from accelerate import Accelerator
 
 from lowrank.attention import segments
 from lowrank.data import BatchPlan, BatchStream
+from lowrank.training.diagnosis import first_not_finite, refuse_broken_weights
 from lowrank.training.loss import Loss
 from lowrank.training.snapshot import random_state, set_random_state
 
 
-def rehearse(model: Any, plan: BatchPlan | BatchStream, loss: Loss, accelerator: Accelerator) -> None:
+def rehearse(
+    model: Any, plan: BatchPlan | BatchStream, loss: Loss, accelerator: Accelerator, base: str = "the base"
+) -> str | None:
     """One forward and backward pass over the longest training batch; the gradients are dropped, and the random state is
-    what it was."""
+    what it was.
+
+    Returns:
+        Where its loss is not finite: what was looked at, in a sentence.
+
+    Raises:
+        InputError: it is not, because weights of the base, whose name is `base`, are not.
+    """
     before = random_state()
     was_training = model.training
     model.train()
     batch = plan.largest().to(model.get_input_embeddings().weight.device)
     with segments(model, batch.segments):
-        accelerator.backward(loss(model, batch) / batch.supervised)
+        value = loss(model, batch) / batch.supervised
+        accelerator.backward(value)
+        remark = None if torch.isfinite(value.detach()) else _why(model, base, float(value), lambda: loss(model, batch))
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     set_random_state(before)
+    return remark
+
+
+def _why(model: Any, base: str, value: float, forward: Callable[[], object]) -> str:
+    refuse_broken_weights(model, base)
+    first = first_not_finite(model, forward)
+    found = "no module's output" if first is None else f"the first module whose output is not is {first}"
+    return f"the loss of the longest batch is {value}: all weights are finite, {found}; such steps are not taken"
 
 
 @torch.no_grad()
