@@ -111,10 +111,12 @@ class LoraConfig(_Adapter):
     """Likewise for lora_alpha."""
 
     target_parameters: Names | None = None
-    """Parameters of shape (experts, ., .) that get one A and B for every expert ("mlp.experts.gate_up_proj")."""
+    """Parameters that get factors, by the ends of their names: stacks of experts (experts, ., .), one A and B for each
+    ("mlp.experts.gate_up_proj"), and any matrix, a linear layer's too ("q_proj.weight")."""
 
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Rows of the embedding that train; a dict names the embedding modules."""
+    """Rows of the input embedding that train, and what is tied to it with them; a dict names embeddings and heads, each
+    with its tokens."""
 
     ensure_weight_tying: bool = False
     """Adapt, or save whole, all that is tied to the input embedding together with it, so that it stays tied."""
