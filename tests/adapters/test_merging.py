@@ -26,6 +26,12 @@ _T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 
 _BERT = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
 }  # fmt: skip
+
+
+def _gemma() -> t.T5GemmaModuleConfig:
+    return t.T5GemmaModuleConfig(**_BERT, num_key_value_heads=2, head_dim=8)
+
+
 MODELS = {
     "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**_BART)),
     "marian": lambda: t.MarianMTModel(t.MarianConfig(**_BART, pad_token_id=0)),
@@ -35,6 +41,14 @@ MODELS = {
     "roberta": lambda: t.RobertaForMaskedLM(t.RobertaConfig(**_BERT)),
     "bert": lambda: t.BertForMaskedLM(t.BertConfig(**_BERT)),
     "llama": lambda: tiny_llama(tie_word_embeddings=True),
+    "t5gemma": lambda: t.T5GemmaForConditionalGeneration(
+        t.T5GemmaConfig(encoder=_gemma(), decoder=_gemma(), vocab_size=VOCAB)
+    ),
+    "two berts": lambda: t.EncoderDecoderModel(
+        config=t.EncoderDecoderConfig.from_encoder_decoder_configs(
+            t.BertConfig(**_BERT), t.BertConfig(**_BERT, is_decoder=True, add_cross_attention=True)
+        )
+    ),
 }
 
 
@@ -70,7 +84,10 @@ def test_a_merged_head_answers_as_before_also_when_saved(name, case, tmp_path):
     fields = {
         "head": {"target_modules": head.replace(".", r"\.")},
         "whole head": {"target_modules": [inner], "modules_to_save": [head]},
-        "whole block of the head": {"target_modules": [inner], "modules_to_save": [head.split(".")[0]]},
+        "whole block of the head": {
+            "target_modules": [inner],
+            "modules_to_save": [head.removeprefix("decoder.").split(".")[0]],
+        },
     }[case]
     base = logits(model)
     expected = logits(shaken(lowrank.wrap(model, LoraConfig(r=4, **fields, **RANDOM))))
