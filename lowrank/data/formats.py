@@ -279,11 +279,11 @@ def read_row(row: Row, form: str, has_template: bool) -> Content:
         RowError: the row is not of that format.
     """
     wanted = FORMATS[form]
+    named = ", ".join(map(repr, row)) or "no keys at all"
     row = _renamed(row, wanted) if wanted.names else row
     missing = [key for key in wanted.needs if row.get(key) is None]
     if missing:
-        keys = ", ".join(map(repr, row)) or "no keys at all"
-        raise RowError(f"the row has {keys}, but lacks {', '.join(map(repr, missing))}", f"Expected {wanted.expects}.")
+        raise RowError(f"the row has {named}, but lacks {', '.join(map(repr, missing))}", f"Expected {wanted.expects}.")
     for key, fix in UNREAD.items():
         if row.get(key) not in (None, "", 1, [], {}):
             raise RowError(f"the row has the key {key!r}, which is not read", fix)

@@ -247,7 +247,10 @@ def _one(rows: Joined, index: int) -> Row | InputError:
 
 
 def _canonical(row: Row) -> str:
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=as_json)
+    try:
+        return json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=as_json)
+    except TypeError as error:
+        raise RowError(f"the row has keys that are no texts: {error}") from None
 
 
 def _encoded(text: str) -> bytes:

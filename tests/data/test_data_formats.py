@@ -145,6 +145,8 @@ def test_preferences_are_read_but_not_trained_on():
         ({"messages": MESSAGES, "tools": [3]}, r"row 1: tool 1 is a number, not an object"),
         ({"conversations": [{"from": ["gpt"], "value": "Hi"}]}, r"turn 1 is \"from\" \['gpt'\]"),
         ({"instruction": "1", "output": "2", "history": ["ab"]}, r"the history is not a list of pairs"),
+        ({"question": "Hi", "answer": None, "text": None, "instruction": 3}, r"fits none of the known formats"),
+        ({"text": "a", 1: "b"}, r"row 1: the row has keys that are no texts"),
         ({"text": "half \ud83d"}, r"row 1: the row holds half of a surrogate pair"),
     ],
     ids=str,
