@@ -209,7 +209,7 @@ def test_models_whose_parts_do_not_note_their_vocabulary(
 def test_an_adapter_that_a_resize_has_cut_off_is_not_saved(what: str, tmp_path: Path) -> None:
     model = lowrank.wrap(tiny_llama(num_hidden_layers=1), LoraConfig(r=2, **CONFIGS[what]))
     model.resize_token_embeddings(GROWN)
-    with pytest.raises(InputError, match=r"is gone from lm_head|embed_tokens has another size"):
+    with pytest.raises(InputError, match=r"lm_head was replaced|(embed_tokens|lm_head) has another size"):
         lowrank.save(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -217,7 +217,7 @@ def test_an_adapter_that_a_resize_has_cut_off_is_not_saved(what: str, tmp_path: 
 def test_a_layer_that_was_replaced_is_missed(tmp_path: Path) -> None:
     model = lowrank.wrap(tiny_llama(num_hidden_layers=1), LoraConfig(r=2))
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
-    with pytest.raises(InputError, match=r"gone from model\.layers\.0\.mlp\.up_proj"):
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj was replaced"):
         lowrank.save(model, tmp_path / "adapter")
 
 
