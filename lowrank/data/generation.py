@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.conversation import Conversation, Plain, Preference
 from lowrank.data.example import Examples
-from lowrank.data.formats import detect, read_row
+from lowrank.data.formats import Content, detect, read_row
 from lowrank.data.rowerror import RowError
 from lowrank.data.sources import Joined
 from lowrank.data.tokenise import Options, Tokeniser
@@ -26,10 +27,12 @@ class Question:
     Attributes:
         prompt: Token ids of all that stands before it, the assistant's header included.
         answer: Its own token ids, through the one that ends it.
+        turns: (role, text) of what stands before it, for a person to read.
     """
 
     prompt: list[int]
     answer: list[int]
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 def questions_of(
@@ -81,9 +84,25 @@ def _tokeniser(tokenizer: PreTrainedTokenizerBase, train_on: str, today: str | N
 
 def _question(tokeniser: Tokeniser, row: Mapping[str, Any], format: str | None, where: str | None) -> Question:
     try:
-        return Question(*tokeniser.last_turn(row, format or detect(row)))
+        form = format or detect(row)
+        return Question(*tokeniser.last_turn(row, form), _turns(read_row(row, form, True)))
     except RowError as error:
         raise InputError(error.what, where=where, fix=error.fix) from None
+
+
+def _turns(content: Content) -> tuple[tuple[str, str], ...]:
+    content = content.chosen if isinstance(content, Preference) else content
+    if isinstance(content, Plain):
+        return (("prompt", content.prompt),)
+    before = content.messages[: _last_answer(content)]
+    return tuple((message["role"], _said(message)) for message in before)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    text = message.get("content") or ""
+    said = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or []]
+    return "\n".join(part for part in [said, *calls] if part)
 
 
 def _last_answer(content: Conversation) -> int:

@@ -62,8 +62,8 @@ def assess(
     answers = [shares[i % sharers.count][i // sharers.count] for i in range(len(prompts))]
     same = MATCHES[config.training.exact_match]
     samples = tuple(
-        Sample(str(tokenizer.decode(prompt)), right, answer, same(answer, right))
-        for prompt, right, answer in zip(prompts, expected, answers, strict=True)
+        Sample(str(tokenizer.decode(question.prompt)), right, answer, same(answer, right), question.turns)
+        for question, right, answer in zip(questions, expected, answers, strict=True)
     )
     return Evaluation(value, supervised, sum(sample.correct for sample in samples) / len(samples), samples)
 

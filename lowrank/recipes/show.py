@@ -140,7 +140,7 @@ def _answers(before: Any, after: Any) -> Table:
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     shown = (*before, *after)[0]
-    table.add_row("asked", shown.prompt.strip()[-300:], style="dim")
+    table.add_row("asked", (shown.turns[-1][1] if shown.turns else shown.prompt).strip()[-300:], style="dim")
     table.add_row("expected", shown.expected)
     for name, samples in (("before", before), ("after", after)):
         for sample in samples:

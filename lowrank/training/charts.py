@@ -6,8 +6,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_COLOURS = ("#4c8bf5", "#f2994a")
+_COLOURS = ("#4c8bf5", "#f2994a", "#3aa76d", "#c65bcf", "#d9534f", "#1fa6b8", "#a5832f", "#7a6ff0")
 _CHROME = "#8a9199"  # readable on white and on near black; the page's style gives texts its own colour
+_LABELLED = 12  # points; more values would stand on one another
 _SMOOTH_FROM = 30  # with fewer points the line itself is clear
 
 
@@ -19,20 +20,22 @@ class Curve:
         name: In the legend; empty for none.
         steps: Where.
         values: What.
-        sparse: Points of their own, joined, not a noisy line to be smoothed.
+        noisy: Drawn faintly, with its moving average over it.
+        points: Drawn as points, each with its value, and joined.
     """
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
-    sparse: bool = False
+    noisy: bool = True
+    points: bool = False
 
 
 def chart(curves: Sequence[Curve], *, from_zero: bool = False) -> str:
     """An SVG element of lines over steps.
 
     Args:
-        curves: At most two.
+        curves: At most eight.
         from_zero: Whether the vertical axis begins at 0.
     """
     import matplotlib
@@ -43,13 +46,16 @@ def chart(curves: Sequence[Curve], *, from_zero: bool = False) -> str:
         figure = Figure(figsize=(5.6, 2.5), layout="constrained")
         axes = figure.add_subplot()
         for colour, curve in zip(_COLOURS, curves, strict=False):
-            smooth = not curve.sparse and len(curve.values) >= _SMOOTH_FROM
+            smooth = curve.noisy and not curve.points and len(curve.values) >= _SMOOTH_FROM
             label = curve.name or None
             if smooth:
                 axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.35)
             values = smoothed(curve.values) if smooth else curve.values
-            marker = "o" if curve.sparse or len(curve.values) == 1 else ""
+            marker = "o" if curve.points or len(curve.values) == 1 else ""
             axes.plot(curve.steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
+            if curve.points and len(curve.values) <= _LABELLED:
+                for step, value in zip(curve.steps, curve.values, strict=True):
+                    axes.annotate(f"{value:.3g}", (step, value), (0, 5), textcoords="offset points", ha="center")
         axes.set_xlabel("step")
         axes.grid(color=_CHROME, alpha=0.2, linewidth=0.6)
         axes.set_axisbelow(True)

@@ -25,12 +25,14 @@ class Sample:
         expected: The row's own answer.
         answer: The model's.
         correct: Whether the two count as the same.
+        turns: (role, text) of what stands before the answer, for a person to read.
     """
 
     prompt: str
     expected: str
     answer: str
     correct: bool
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,17 @@ class Evaluation:
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Evaluation:
         """What `as_dict` gave."""
-        samples = tuple(Sample(**sample) for sample in state["samples"])
+        samples = tuple(_sample(sample) for sample in state["samples"])
         return cls(state["loss"], state["supervised"], state["exact_match"], samples)
 
     def __str__(self) -> str:
         figures = f"evaluation loss {self.loss:.4f}, perplexity {self.perplexity:,.3f}"
         return figures if self.exact_match is None else f"{figures}, exact match {self.exact_match:.1%}"
+
+
+def _sample(state: dict[str, Any]) -> Sample:
+    turns = tuple((role, text) for role, text in state.get("turns", ()))  # of a checkpoint, pairs come back as lists
+    return Sample(state["prompt"], state["expected"], state["answer"], state["correct"], turns)
 
 
 @torch.no_grad()

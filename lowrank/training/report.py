@@ -17,7 +17,11 @@ from lowrank.training.files import write_whole
 from lowrank.training.metrics import read_metrics
 
 FILE = "report.html"
+FILES = ("config.yaml", "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl")
+MOST_LOST = 10
 _SECONDS, _SHARE = 60.0, 0.01
+Pair = dict[str, Sample | None]
+"""The answers to one row, "before" and "after" training."""
 
 
 class ReportWriter(Callback):
@@ -85,7 +89,9 @@ class ReportWriter(Callback):
             plan=self.plan,
             charts=_charts(steps, evaluations),
             comparison=comparison(run.before, self._after),
-            samples=_samples(run.before, self._after, self.samples),
+            samples=_samples(run.before, self._after)[: self.samples],
+            lost=[pair for pair in _samples(run.before, self._after) if _lost(pair)][:MOST_LOST],
+            files=[name for name in FILES if (self.path.parent / name).exists()],
         )
 
 
@@ -123,6 +129,7 @@ def _cards(
     if steps:
         seconds = sum(line["seconds"] for line in steps)
         cards.append(("training time", _duration(seconds), f"{seconds / len(steps):.2f} s a step"))
+        cards.append(("tokens seen", f"{sum(line['tokens'] for line in steps):,}", "padding not counted"))
         speed = statistics.median(line["tokens_per_second"] for line in steps)
         supervised = statistics.median(line["supervised_per_second"] for line in steps)
         cards.append(("tokens a second", f"{speed:,.0f}", f"{supervised:,.0f} of them supervised"))
@@ -137,12 +144,18 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def _samples(before: Evaluation | None, after: Evaluation | None, count: int) -> list[dict[str, Sample | None]]:
-    first, second = (evaluation.samples[:count] if evaluation else () for evaluation in (before, after))
+def _samples(before: Evaluation | None, after: Evaluation | None) -> list[Pair]:
+    first, second = (evaluation.samples if evaluation else () for evaluation in (before, after))
     return [
         {"before": first[i] if i < len(first) else None, "after": second[i] if i < len(second) else None}
         for i in range(max(len(first), len(second)))
     ]
+
+
+def _lost(pair: Pair) -> bool:
+    """Whether what was answered right before is answered wrong now."""
+    before, after = pair["before"], pair["after"]
+    return before is not None and after is not None and before.correct and not after.correct
 
 
 def _charts(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -150,18 +163,15 @@ def _charts(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
         return []
     x = [line["step"] for line in steps]
 
-    def of(key: str, name: str = "") -> Curve:
-        return Curve(name, x, [line[key] for line in steps])
+    def of(key: str, name: str = "", noisy: bool = True) -> Curve:
+        return Curve(name, x, [line[key] for line in steps], noisy)
 
     at = [line["step"] for line in evaluations]
-    evaluation = Curve("evaluation", at, [line["eval_loss"] for line in evaluations], sparse=True)
+    evaluation = Curve("evaluation", at, [line["eval_loss"] for line in evaluations], points=True)
     losses = [of("loss", "training"), evaluation] if evaluations else [of("loss")]
     return [
         ("Loss per supervised token", chart(losses)),
-        (
-            "Learning rate",
-            chart([Curve("", x, [line["learning_rate"] for line in steps], sparse=True)], from_zero=True),
-        ),
+        ("Learning rate", chart([of("learning_rate", noisy=False)], from_zero=True)),
         ("Supervised tokens a second", chart([of("supervised_per_second")], from_zero=True)),
         ("Gradient norm", chart([of("grad_norm")], from_zero=True)),
     ]

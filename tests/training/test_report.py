@@ -25,7 +25,7 @@ def run(tmp_path) -> Run:
 
 
 def step_line(step: int) -> str:
-    names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_per_second", "seconds")
+    names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "supervised_per_second", "seconds", "tokens")
     return json.dumps({"kind": "step", "step": step, "peak_bytes": 2**30, **dict.fromkeys(names, 1.0 / step)}) + "\n"
 
 
@@ -65,6 +65,33 @@ def test_steps_that_were_skipped_do_not_disturb_it(run):
     run.step = 2
     skip = json.dumps({"kind": "skip", "step": 2, "loss": "nan", "grad_norm": "inf"}) + "\n"
     assert page_of(run, step_line(1) + skip).count("<svg") == 4
+
+
+def test_a_conversation_is_shown_as_turns_the_last_one_open(run):
+    turns = (("system", "Be brief & kind"), ("user", "earlier"), ("assistant", "said"), ("user", "What is <i>?"))
+    after = Evaluation(0.5, 10, 1.0, (Sample("<|im_start|>...", "yes", "yes", True, turns),))
+    run.step = 1
+    page = page_of(run, step_line(1), after)
+    assert "<|im_start|>" not in page
+    assert re.search(r"<details><summary>system <small>Be brief &amp; kind", page)
+    assert page.count("<details>") == 3
+    assert '<pre class="asked">What is &lt;i&gt;?</pre>' in page
+    assert Evaluation.from_dict(after.as_dict()) == after
+
+
+def test_what_was_right_and_is_wrong_now_is_shown(run):
+    run.before, run.step = AFTER, 3
+    page = page_of(run, step_line(1), BEFORE)
+    assert "Right before, wrong now" in page
+    run.before = BEFORE
+    assert "Right before, wrong now" not in page_of(run, step_line(1), AFTER)
+
+
+def test_files_of_the_run_are_linked(run):
+    (run.output_dir / "config.yaml").write_text("model:")
+    page = page_of(run, step_line(1))
+    assert '<a href="config.yaml">' in page
+    assert "adapter_config.json" not in page
 
 
 def test_before_and_after():
