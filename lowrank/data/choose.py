@@ -56,7 +56,10 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     elif "{%" in template or "{{" in template:
         tokenizer.chat_template = template
     elif Path(template).is_file():
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{template} is not UTF-8 text", where="data.chat_template") from None
     else:
         raise InputError(
             f"there is no chat template {template!r}",
