@@ -12,6 +12,7 @@ from lowrank.attention import segments
 from lowrank.data import BatchPlan, BatchStream
 from lowrank.training.diagnosis import first_not_finite, refuse_broken_weights
 from lowrank.training.loss import Loss
+from lowrank.training.reach import refuse_unreached, unreached
 from lowrank.training.snapshot import random_state, set_random_state
 
 
@@ -25,20 +26,35 @@ def rehearse(
         Where its loss is not finite: what was looked at, in a sentence.
 
     Raises:
-        InputError: it is not, because weights of the base, whose name is `base`, are not.
+        InputError: it is not, because weights of the base, whose name is `base`, are not; or tensors of an adapter get
+            no gradient. One that a pass in training skips by chance (a dropped layer) is tried again without chance.
     """
     before = random_state()
     was_training = model.training
-    model.train()
     batch = plan.largest().to(model.get_input_embeddings().weight.device)
-    with segments(model, batch.segments):
-        value = loss(model, batch) / batch.supervised
-        accelerator.backward(value)
-        remark = None if torch.isfinite(value.detach()) else _why(model, base, float(value), lambda: loss(model, batch))
-    model.zero_grad(set_to_none=True)
-    model.train(was_training)
-    set_random_state(before)
+    try:
+        model.train()
+        with segments(model, batch.segments):
+            value = _backward(model, batch, loss, accelerator)
+            remark = None if torch.isfinite(value) else _why(model, base, float(value), lambda: loss(model, batch))
+        if unreached(model):
+            model.eval()
+            with segments(model, batch.segments):
+                _backward(model, batch, loss, accelerator)
+        missed = unreached(model)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        set_random_state(before)
+    refuse_unreached(missed)
     return remark
+
+
+def _backward(model: Any, batch: Any, loss: Loss, accelerator: Accelerator) -> torch.Tensor:
+    value = loss(model, batch) / batch.supervised
+    if value.requires_grad:
+        accelerator.backward(value)
+    return value.detach()
 
 
 def _why(model: Any, base: str, value: float, forward: Callable[[], object]) -> str:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny import tiny_llama
+from torch import nn
 
 import lowrank
 from lowrank.attention import set_attention
 from lowrank.data import Example, Examples, plan_batches
-from lowrank.errors import JobError
+from lowrank.errors import InputError, JobError
 from lowrank.training.loss import supervised_loss
+from lowrank.training.reach import unreached
 from lowrank.training.rehearsal import rehearse, rehearse_evaluation
 from lowrank.training.shortage import told_when_short
 
@@ -56,3 +58,44 @@ def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="must match") as raised, told_when_short(torch.device("cpu"), "", []):
         torch.ones(2) + torch.ones(3)
     assert not isinstance(raised.value, JobError)
+
+
+def test_tensors_that_no_gradient_reaches_are_named(monkeypatch):
+    """Code that changes after wrap is read by nobody: the first backward pass tells."""
+    model = lowrank.wrap(tiny_llama(), lowrank.LoraConfig(r=4))
+    mlp = type(model.model.layers[0].mlp)
+    monkeypatch.setattr(mlp, "forward", lambda self, x: self.up_proj(x) @ self.down_proj.weight.t())
+    before = torch.get_rng_state()
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.gate_proj.*get no gradient") as raised:
+        rehearse(model, plan_of(False), supervised_loss(model), Accelerator(cpu=True))
+    assert "down_proj" in str(raised.value)
+    assert "up_proj" not in str(raised.value)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_layer_that_training_drops_by_chance_is_reached_without_chance(monkeypatch):
+    model = lowrank.wrap(tiny_llama(), lowrank.LoraConfig(r=4, target_modules=["up_proj"]))
+    mlp = type(model.model.layers[0].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: x * 0 if self.training else forward(self, x))
+    rehearse(model, plan_of(False), supervised_loss(model), Accelerator(cpu=True))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, chosen: list[int]) -> torch.Tensor:
+        for each in chosen:
+            x = self.experts[each](x)
+        return x
+
+
+def test_an_expert_that_no_token_came_to_is_no_fault():
+    model = lowrank.wrap(Experts(), lowrank.LoraConfig(r=2))
+    model(torch.randn(2, 4), [1]).sum().backward()
+    assert unreached(model) == []
+    model.zero_grad()
+    assert len(unreached(model)) == 6
