@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lowrank.cli import chat, check, compose, evaluate, export, extract, info, init, merge, preview, train
+from lowrank.cli import chat, check, compose, evaluate, export, extract, info, init, merge, preview, report, train
 
 app = typer.Typer(
     name="lowrank",
@@ -48,3 +48,4 @@ app.command("resize", epilog=compose.RESIZE_EXAMPLE)(compose.resize)
 app.command("extract", epilog=extract.EXAMPLE)(extract.extract)
 app.command("export", epilog=export.EXAMPLE)(export.export)
 app.command("info", epilog=info.EXAMPLE)(info.info)
+app.command("report", epilog=report.EXAMPLE)(report.report)

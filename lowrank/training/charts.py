@@ -31,12 +31,13 @@ class Curve:
     points: bool = False
 
 
-def chart(curves: Sequence[Curve], *, from_zero: bool = False) -> str:
+def chart(curves: Sequence[Curve], *, from_zero: bool = False, labelled: bool = True) -> str:
     """An SVG element of lines over steps.
 
     Args:
         curves: At most eight.
         from_zero: Whether the vertical axis begins at 0.
+        labelled: Whether points stand beside their values.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ def chart(curves: Sequence[Curve], *, from_zero: bool = False) -> str:
             values = smoothed(curve.values) if smooth else curve.values
             marker = "o" if curve.points or len(curve.values) == 1 else ""
             axes.plot(curve.steps, values, color=colour, linewidth=1.6, marker=marker, markersize=4, label=label)
-            if curve.points and len(curve.values) <= _LABELLED:
+            if labelled and curve.points and len(curve.values) <= _LABELLED:
                 for step, value in zip(curve.steps, curve.values, strict=True):
                     axes.annotate(f"{value:.3g}", (step, value), (0, 5), textcoords="offset points", ha="center")
         axes.set_xlabel("step")

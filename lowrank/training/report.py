@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.charts import Curve, chart
 from lowrank.training.evaluate import Evaluation, Sample
 from lowrank.training.files import write_whole
 from lowrank.training.metrics import read_metrics
+from lowrank.training.pages import page
 
 FILE = "report.html"
 FILES = ("config.yaml", "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl")
@@ -79,10 +78,8 @@ class ReportWriter(Callback):
         lines = read_metrics(self.metrics_file)
         steps = [line for line in lines if line["kind"] == "step"]
         evaluations = [line for line in lines if line["kind"] == "eval"]
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("lowrank.training"), autoescape=True, undefined=jinja2.StrictUndefined
-        )
-        return environment.get_template("report.html.jinja").render(
+        return page(
+            "report",
             title=self.title,
             status=_status(run),
             cards=_cards(steps, run.before, self._after),
