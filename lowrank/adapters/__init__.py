@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lowrank.adapters.inspection import describe as describe
     from lowrank.adapters.merging import merge as merge
     from lowrank.adapters.registry import METHODS as METHODS
+    from lowrank.adapters.registry import register_kind as register_kind
     from lowrank.adapters.wrapping import delete as delete
     from lowrank.adapters.wrapping import rename as rename
     from lowrank.adapters.wrapping import unwrap as unwrap
@@ -41,7 +42,7 @@ _HOME = {
     "lowrank.adapters.conversion": ("as_lora", "portable"),
     "lowrank.adapters.inspection": ("AdapterInfo", "adapter_tensors", "config_of", "describe"),
     "lowrank.adapters.merging": ("merge",),
-    "lowrank.adapters.registry": ("METHODS",),
+    "lowrank.adapters.registry": ("METHODS", "register_kind"),
     "lowrank.adapters.wrapping": ("delete", "rename", "unwrap", "wrap"),
     "lowrank.ops.low_rank": ("LowRank",),
 }

@@ -10,7 +10,24 @@ from lowrank.adapters.kinds import Kind
 from lowrank.adapters.linear import Conv1DKind, LinearKind
 from lowrank.adapters.lora import LoraLayer
 from lowrank.adapters.method import LowRankLayer
+from lowrank.errors import InputError
 
 METHODS: dict[str, type[LowRankLayer]] = {"lora": LoraLayer, "dora": DoraLayer, "adalora": AdaLoraLayer}
 
-KINDS: tuple[Kind, ...] = (LinearKind(), Conv1DKind(), EmbeddingKind(), ConvKind())
+KINDS: list[Kind] = [LinearKind(), Conv1DKind(), EmbeddingKind(), ConvKind()]
+"""The first that fits a module is its kind."""
+
+
+def register_kind(kind: Kind) -> None:
+    """Lets adapters sit on a kind of module of your own; it is asked before those that are known.
+
+    Such a module has a `weight` and a `bias` (None for none). Register its kind in every process that wraps, loads or
+    merges it.
+
+    Raises:
+        InputError: `kind` lacks something that a `Kind` has.
+    """
+    asked = {*Kind.__annotations__, *(name for name in vars(Kind) if not name.startswith("_"))}
+    if lacking := sorted(name for name in asked if not hasattr(kind, name)):
+        raise InputError(f"{type(kind).__name__} is no kind of module: it lacks {', '.join(lacking)}")
+    KINDS.insert(0, kind)
