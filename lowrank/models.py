@@ -108,10 +108,12 @@ def usable_device(name: str) -> torch.device:
 def load_tokenizer(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Where it has no padding token, the end token pads; labels never look at it.
+    """The model's tokenizer. Where it has no padding token, the end token or another special one pads.
+
+    Neither masks nor labels look at what pads. A tokenizer without an end token has one in its chat template, or none.
 
     Raises:
-        InputError: there is none, or it has neither padding nor end token.
+        InputError: there is none, or it has no special token at all.
     """
     check_folder(name_or_path, holds_model=False)
     try:
@@ -121,9 +123,14 @@ def load_tokenizer(
     except Exception as error:  # the library tokenizers raises nothing more exact
         raise cannot_load(f"the tokenizer of {name_or_path}", error) from error
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"the tokenizer of {name_or_path} has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
+        marked = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = [tokenizer.eos_token or "", *tokenizer.all_special_tokens, *marked]
+        tokenizer.pad_token = next(filter(None, special), None)
+        if tokenizer.pad_token_id is None:
+            raise InputError(
+                f"the tokenizer of {name_or_path} has neither a padding nor an end token, nor another special one",
+                fix="Name one of its tokens in its tokenizer_config.json: eos_token.",
+            )
     return tokenizer
 
 

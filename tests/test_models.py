@@ -9,6 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from lowrank import models
 from lowrank.errors import InputError
@@ -85,7 +88,16 @@ def test_the_end_token_pads_where_there_is_no_padding_token(folder):
     assert load_tokenizer(str(folder)).pad_token == "<|im_end|>"
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match="neither a padding nor an end token"):
+    loaded = load_tokenizer(str(folder))
+    assert loaded.pad_token in loaded.added_tokens_encoder  # a special one that is there: none is added
+    assert loaded.eos_token is None
+    assert len(loaded) == len(tokenizer)
+
+
+def test_a_tokenizer_without_any_special_token(folder):
+    backend = Tokenizer(BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    with pytest.raises(InputError, match="neither a padding nor an end token, nor another special one"):
         load_tokenizer(str(folder))
 
 

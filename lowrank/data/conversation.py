@@ -61,7 +61,8 @@ class Preference:
 
 def _says_something(message: Message) -> bool:
     content = message.get("content")
-    return bool(message.get("tool_calls")) or bool(content.strip() if isinstance(content, str) else content)
+    said = content.strip() if isinstance(content, str) else content
+    return bool(said or message.get("tool_calls") or message.get("reasoning_content"))
 
 
 def conversation(
@@ -84,7 +85,7 @@ def conversation(
             f"the messages are {kind(messages)}, not a list", 'Expected [{"role": ..., "content": ...}, ...].'
         )
     read = [message_of(message, at) for at, message in enumerate(messages)]
-    if system and system.strip() and not _has_system(read, system):
+    if system and not _has_system(read, system):
         read.insert(0, ({"role": "system", "content": system}, True))
         completion_from = None if completion_from is None else completion_from + 1
     return Conversation([message for message, _ in read], _tools(tools), [train for _, train in read], completion_from)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank.data.conversation import Conversation, Plain, Preference, conversation
+from lowrank.data.marks import refuse_marks
 from lowrank.data.messages import Message, kind, parsed
 from lowrank.data.rowerror import RowError
 
@@ -25,7 +26,7 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 """The columns that say what the system turn is."""
 
 
@@ -125,7 +126,7 @@ def _preference(row: Row, has_template: bool) -> Content:
 
 
 def system_of(row: Row) -> str | None:
-    """What a column of its own says the system turn is; None without such a column.
+    """What a column of its own says the system turn is; None where there is no such column, or nothing in it.
 
     Raises:
         RowError: it is no text, or two columns differ.
@@ -134,7 +135,7 @@ def system_of(row: Row) -> str | None:
     said = {text.strip(): text for text in found.values() if text.strip()}
     if len(said) > 1:
         raise RowError(f"the columns {' and '.join(map(repr, found))} say different things", "Leave one of them out.")
-    return next(iter(said.values()), "") if found else None
+    return next(iter(said.values()), None)
 
 
 def tools_of(row: Row) -> Any:
@@ -207,10 +208,6 @@ FORMATS: dict[str, Format] = {
 UNREAD = {
     "chat_template_kwargs": "Give data.chat_template a template that does so by itself.",
     "documents": "Write them into a message.",
-    **dict.fromkeys(
-        ("weight", "weights", "loss_weight", "loss_mask", "sample_weight"),
-        'Leave it out, or say by message what carries loss: "train": true or false. A source as a whole has a weight.',
-    ),
 }
 # Keys that say something beside a question and its answer.
 BESIDE = ("context", "history", "reasoning")
@@ -285,11 +282,9 @@ def read_row(row: Row, form: str, has_template: bool) -> Content:
     if missing:
         raise RowError(f"the row has {named}, but lacks {', '.join(map(repr, missing))}", f"Expected {wanted.expects}.")
     for key, fix in UNREAD.items():
-        if row.get(key) not in (None, "", 1, [], {}):
+        if row.get(key) not in (None, "", [], {}):
             raise RowError(f"the row has the key {key!r}, which is not read", fix)
-    for key in ("train", "loss", "trainable"):
-        if row.get(key) is False:
-            raise RowError(f"the row as a whole is marked {key!r}: false, which is not read", UNREAD["weight"])
+    refuse_marks(row)
     return wanted.read(row, has_template)
 
 

@@ -40,16 +40,43 @@ def questions_of(
 ) -> list[Question]:
     """One question for each row of a set, whole, however many examples the row gave and however often it is repeated.
 
+    Under `train_on: all` a row may teach no answer (its assistant's turns are all marked, or there is none); it asks
+    nothing.
+
     Args:
         examples: The set, of rows that can be trained on.
         tokenizer: With the chat template that they were made with.
         format: A key of `FORMATS`, or None for the one that each source has been found to have.
         today: The date (2026-11-26) for chat templates that write the day's; None: the day it is.
+
+    Raises:
+        InputError: no row asks anything.
     """
     tokeniser = _tokeniser(tokenizer, examples.train_on, today)
     rows = dict.fromkeys(examples.table.example_rows[examples.order].tolist())
-    forms = {row: examples.rows.formats(row, row + 1)[0] if isinstance(examples.rows, Joined) else None for row in rows}
-    return [_question(tokeniser, examples.rows[row], format or forms[row], examples.rows.where(row)) for row in rows]
+    formats = {row: format or _format_of(examples, row) for row in rows}
+    if examples.train_on == "all":
+        formats = {row: form for row, form in formats.items() if _teaches_an_answer(examples.rows[row], form)}
+    if not formats:
+        raise InputError(
+            "no row has an answer of an assistant that carries loss, so there is nothing to ask",
+            where=examples.rows.name,
+            fix="Take other rows, or do not generate answers (training.predict_with_generate: false).",
+        )
+    return [_question(tokeniser, examples.rows[row], form, examples.rows.where(row)) for row, form in formats.items()]
+
+
+def _format_of(examples: Examples, row: int) -> str:
+    rows = examples.rows
+    return rows.formats(row, row + 1)[0] if isinstance(rows, Joined) else detect(rows[row])
+
+
+def _teaches_an_answer(row: Mapping[str, Any], format: str) -> bool:
+    content = read_row(row, format, True)
+    if not isinstance(content, Conversation):
+        return True
+    turns = zip(content.messages, content.train, strict=True)
+    return any(message["role"] == "assistant" and train for message, train in turns)
 
 
 def prompt_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, format: str | None = None) -> list[int]:

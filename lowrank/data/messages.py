@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank.data.files import parsed_json
+from lowrank.data.marks import MARKS, is_like_a_mark, mark_of, words_of
 from lowrank.data.rowerror import RowError
 
 Message = dict[str, Any]
@@ -39,14 +40,12 @@ CALLERS = ("function_call", "tool_call")
 STYLES = {"role": "content", "from": "value"}
 """The key that says who speaks, and that of what is said."""
 
-MARKS = ("train", "loss", "weight")
 TEXTS = ("content", "value", "text", "message", "body", "utterance", "response", "output")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "reasoning_details")
 
-# Looked for at the beginning of a word of a key: is_trained, lossMask; not gloss, not finish_reason.
-_LIKE_A_MARK = re.compile(r"(?:^|[_\W])(?:un)?(?:train|loss|mask|weight|learn|supervis|ignore)")
-_LIKE_REASONING = re.compile(r"^reasons?$|(?:^|[_\W])(?:reasoning|think|thought)")
-_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_LIKE_REASONING = re.compile(
+    r"^reasons?$|(?:^|[_\W])(?:reasoning|think|thought|scratch_?pad|monologue)|^(?:cot|rationale)$"
+)
 
 
 class Arguments(dict[str, Any]):
@@ -106,7 +105,7 @@ def _role(speaker: Any, key: str, given: Message, at: int) -> str:
 
 def _train(given: Message, role: str, at: int) -> bool:
     """Whether the message may carry loss; takes the marks out of it."""
-    marks = {key: _mark(key, given.pop(key), at) for key in MARKS if key in given}
+    marks = {key: mark_of(key, given.pop(key), at) for key in MARKS if key in given}
     if len(set(marks.values())) > 1:
         raise RowError(f"message {at + 1} is marked twice, and differently: {' and '.join(map(repr, marks))}")
     for key, train in marks.items():
@@ -115,8 +114,8 @@ def _train(given: Message, role: str, at: int) -> bool:
                 f'message {at + 1}: "{key}" asks for loss on a {role} message',
                 "Only assistant messages are trained on.",
             )
-    for key in given:
-        if _LIKE_A_MARK.search(_words(key)):
+    for key, value in given.items():
+        if is_like_a_mark(key, value):
             raise RowError(
                 f"message {at + 1} has the key {key!r}, which is not known",
                 'Whether a message carries loss is said by "train" or "loss", true or false, or "weight", 0 or 1.',
@@ -124,23 +123,10 @@ def _train(given: Message, role: str, at: int) -> bool:
     return all(marks.values())
 
 
-def _words(key: str) -> str:
-    return _HUMP.sub("_", key).lower()
-
-
-def _mark(key: str, value: Any, at: int) -> bool:
-    if key == "weight" and isinstance(value, int | float) and value in (0, 1):
-        return bool(value)
-    if key != "weight" and isinstance(value, bool):
-        return value
-    allowed = "It is 0 or 1; weights between are not trained." if key == "weight" else "It is true or false."
-    raise RowError(f'message {at + 1}: "{key}" is {value!r}', allowed)
-
-
 def _reasoning(given: Message, role: str, at: int) -> str | None:
     """The reasoning before an answer, under whatever name; takes it out of the message."""
     found = {key: _thought(given.pop(key), at) for key in REASONING if key in given}
-    unknown = next((key for key in given if _LIKE_REASONING.search(_words(key))), None)
+    unknown = next((key for key in given if _LIKE_REASONING.search(words_of(key))), None)
     if unknown is not None:
         raise RowError(
             f"message {at + 1} has the key {unknown!r}, which is not known",

@@ -60,6 +60,10 @@ def test_a_turn_that_is_marked_carries_no_loss(mark, style):
             ({key: False}, rf"message 2 has the key '{key}', which is not known\nWhether a message carries loss is said by")
             for key in ("trainable", "training", "loss_mask", "masked", "loss_weight", "learn", "weights", "train_detail", "isTrained", "unmasked", "Loss-Weight")
         ),
+        *(
+            ({key: False}, rf"message 2 has the key '{key}', which is not known")
+            for key in ("skip", "exclude", "is_target", "label", "requires_grad")
+        ),
         ({"weight": 0.5}, r'message 2: "weight" is 0.5\nIt is 0 or 1; weights between are not trained'),
         ({"weight": "0"}, r'message 2: "weight" is \'0\''),
         ({"loss": 0.3}, r'message 2: "loss" is 0.3\nIt is true or false'),
@@ -300,3 +304,41 @@ class TestNames:
         with pytest.raises(InputError, match="the row as a whole is marked 'train': false"):
             texts({**chat(USER, ANSWER), "train": False})
         assert texts({**chat(USER, ANSWER), key: None, "weight": 1, "loss": 2.3}) == texts(chat(USER, ANSWER))
+
+    @pytest.mark.parametrize(
+        "mark",
+        [
+            *({key: [0, 1]} for key in ("mask", "turn_mask", "trainMask", "loss_weights", "train", "is_trained")),
+            {"masked": True}, {"ignore": True}, {"isTrainable": False}, {"train": "false"}, {"sample_weights": 0.5}, {"weight": "0"},
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_marks_of_a_row_by_whatever_name_are_refused(self, mark):
+        with pytest.raises(InputError, match="which is not read"):
+            texts({**chat(USER, ANSWER), **mark})
+
+    @pytest.mark.parametrize("key", ["training_step", "loss", "train_ids", "weight", "masked", "label", "split"])
+    def test_what_a_row_keeps_of_itself_is_no_mark(self, key):
+        said = {
+            "training_step": 3,
+            "train_ids": [7, 12],
+            "weight": "1.0",
+            "masked": False,
+            "label": 0,
+            "split": "train",
+        }
+        assert texts({**chat(USER, ANSWER), key: said.get(key, 0.0)}) == texts(chat(USER, ANSWER))
+
+    @pytest.mark.parametrize("empty", ["", "  ", None])
+    def test_an_empty_system_column_is_none(self, empty):
+        row = {"prompt": "Hi", "completion": "Hello"}
+        assert texts({**row, "system": empty}) == texts(row)
+
+    @pytest.mark.parametrize("key", ["system_prompt", "system_message", "system_instruction"])
+    def test_the_system_column_by_other_names(self, key):
+        row = chat(USER, ANSWER)
+        assert texts({**row, key: "Be brief"}) == texts({**row, "system": "Be brief"}) != texts(row)
+
+    def test_a_turn_of_reasoning_alone_is_a_turn(self):
+        thought = {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+        assert learned(chat(USER, thought), tokenizer=tiny_tokenizer(THINKING)) == "<think>Hm.</think><|im_end|>"

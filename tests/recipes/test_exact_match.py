@@ -16,6 +16,7 @@ from tiny import build
 
 from lowrank.config import RunConfig
 from lowrank.data import Examples, end_tokens, load_examples, questions_of
+from lowrank.errors import InputError
 from lowrank.recipes.assess import assess
 from lowrank.training.answers import same_json
 from lowrank.training.loss import supervised_loss
@@ -143,6 +144,19 @@ def test_of_marked_turns_the_last_that_is_trained_is_asked():
     row = {"messages": [user("Hi"), answer("Yes."), user("So"), answer("No.", train=False)]}
     (question,) = questions_of(load_examples([row], tokenizer, max_length=1000), tokenizer)
     assert tokenizer.decode(question.answer) == "Yes.<|im_end|>"
+
+
+def test_rows_that_teach_no_answer_ask_nothing():
+    tokenizer = tokenizer_of("qwen2_5")
+    asked = {"messages": [user("Hi"), answer("Yes.")]}
+    marked = {"messages": [user("So"), answer("No.", train=False)]}
+    alone = {"messages": [user("I only talk to myself.")]}
+    examples = load_examples([marked, asked, alone], tokenizer, max_length=1000, train_on="all")
+    assert len(examples) == 3
+    assert [tokenizer.decode(each.answer) for each in questions_of(examples, tokenizer)] == ["Yes.<|im_end|>"]
+    silent = load_examples([marked], tokenizer, max_length=1000, train_on="all")
+    with pytest.raises(InputError, match="no row has an answer of an assistant that carries loss"):
+        questions_of(silent, tokenizer)
 
 
 def test_json_is_compared_behind_the_thought():
