@@ -45,6 +45,8 @@ def expanded(
     whole = _from_home(written, where, environment) + _VARIABLE.sub(value, _behind_home(written))
     if not whole:
         raise InputError("the path is empty", where=where)
+    if "\0" in whole:
+        raise InputError(f"the path {whole!r} holds a NUL, which no file's name can", where=where)
     if any("\ud800" <= letter <= "\udfff" for letter in whole):
         raise InputError(f"the path {whole!r} holds bytes that are not UTF-8", where=where, fix="Rename it.")
     return whole

@@ -23,6 +23,15 @@ def _path(written: str) -> str:
 PathText = Annotated[str, AfterValidator(_path), PlainSerializer(as_written, return_type=str, when_used="json")]
 """A file, a folder, or a name on the hub; `~` and `$NAME` are replaced when the config is read."""
 
+
+def _countable(tokens: int) -> int:
+    if tokens >= 2**31:
+        raise ValueError(f"{tokens:.3g} tokens are more than can be counted; write a number below 2**31")
+    return tokens
+
+
+Tokens = Annotated[int, AfterValidator(_countable)]
+
 MAX_SEED = 2**32 - 1
 
 
@@ -185,7 +194,7 @@ class DataSection(_Section):
     bad_rows: Literal["error", "skip"] = "error"
     """What is done with rows that cannot be used; skip counts them, lists the first ten, and refuses more than 5 %."""
 
-    max_length: int = Field(default=1024, ge=2)
+    max_length: Tokens = Field(default=1024, ge=2)
     """The most tokens in an example."""
 
     too_long: Literal["error", "drop", "truncate", "split"] = "error"
@@ -258,7 +267,7 @@ class TrainingSection(_Section):
     max_steps: int = -1
     """Optimiser steps; a positive number stands before num_train_epochs."""
 
-    tokens_per_batch: int | None = Field(default=None, ge=2)
+    tokens_per_batch: Tokens | None = Field(default=None, ge=2)
     """Tokens in one pack (data.packing: true); data.max_length by default."""
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
@@ -270,7 +279,7 @@ class TrainingSection(_Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Batches in an optimiser step for each process. The loss is normalised over all of them at once."""
 
-    tokens_per_step: int | None = Field(default=None, ge=2)
+    tokens_per_step: Tokens | None = Field(default=None, ge=2)
     """Instead of that: as many batches in a step, over all processes, as hold no more than so many tokens."""
 
     learning_rate: float = Field(default=2e-4, gt=0)

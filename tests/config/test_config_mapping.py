@@ -30,6 +30,7 @@ def test_a_mapping_is_what_the_file_would_be(tmp_path):
     [
         ({"training": {"output_dir": "o", "learning_rat": 1}}, "config: training.learning_rat: is not known"),
         ({"adapter": {"r": "four"}}, "config: adapter.r: 'four' is not a whole number"),
+        ({"data": {"train": "t", "max_length": 10**30}}, "config: data.max_length: 1e+30 tokens are more than can be"),
         ({"adapter": {"r": object()}}, "is neither a text, a number"),
         ({"training": {"output_dir": "o", "load_best_model_at_end": True}}, "config: training."),
     ],
