@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank.adapters.copies import WholeCopy
-from lowrank.adapters.host import AdapterSet
+from lowrank.adapters.host import AdapterSet, Layer
 from lowrank.adapters.record import find_record
 from lowrank.adapters.targets import matches_end
 from lowrank.adapters.tokens import SharedTokens, TokenRows, find_token_places
@@ -86,23 +86,33 @@ def rows_to_save(model: nn.Module, adapter: str, always: bool = False) -> dict[s
     if not always and not was_resized(model):
         return {}
     saved: dict[str, nn.Parameter] = {}
-    for path, module in vocabulary_ends(model).items():
-        prefix = _prefix_in_file(path, module, adapter)
+    for path in vocabulary_ends(model):
+        module, prefix = model.get_submodule(path), _prefix_in_file(model, path, adapter)
         for name, parameter in module.named_parameters(recurse=False):
             if prefix is not None and not any(parameter is other for other in saved.values()):
                 saved[f"{prefix}.{name}"] = parameter
     return {name: parameter.detach() for name, parameter in saved.items()}
 
 
-def _prefix_in_file(path: str, module: nn.Module, adapter: str) -> str | None:
-    """None where the adapter holds the module whole: the name is the trained copy's."""
-    adapters = module._modules.get(AdapterSet.CHILD)
-    layer = adapters.layers().get(adapter) if isinstance(adapters, AdapterSet) else None
+def _prefix_in_file(model: nn.Module, path: str, adapter: str) -> str | None:
+    """None where the adapter holds the module whole, or what it stands in: the name is the trained copy's."""
+    if any(isinstance(_layer(model.get_submodule(one), adapter), WholeCopy) for one in _up(path)):
+        return None
+    layer = _layer(model.get_submodule(path), adapter)
     if layer is None or isinstance(layer, SharedTokens):
         return path
-    if isinstance(layer, TokenRows):
-        return f"{path}.token_adapter.base_layer"
-    return None if isinstance(layer, WholeCopy) else f"{path}.base_layer"
+    return f"{path}.token_adapter.base_layer" if isinstance(layer, TokenRows) else f"{path}.base_layer"
+
+
+def _layer(module: nn.Module, adapter: str) -> Layer | None:
+    adapters = module._modules.get(AdapterSet.CHILD)
+    return adapters.layers().get(adapter) if isinstance(adapters, AdapterSet) else None
+
+
+def _up(path: str) -> list[str]:
+    """The path of a module and of all that it stands in."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,8 @@ class BaseRows:
 def base_tensors(model: nn.Module, file: AdapterFile) -> dict[str, nn.Parameter]:
     """The file's tensors that are the base's own embedding or head, with the model's parameters."""
     found, ends = {}, vocabulary_ends(model)
-    wholes = {path for path in ends for name in file.config.modules_to_save or [] if matches_end(path, name)}
+    names_of_wholes = file.config.modules_to_save or []
+    wholes = {path for path in ends if any(matches_end(one, name) for one in _up(path) for name in names_of_wholes)}
     if getattr(file.config, "ensure_weight_tying", False) and wholes:
         wholes = set(ends)  # what is tied is trained whole together
     for path, module in ends.items():

@@ -226,3 +226,33 @@ def test_answers_are_compared_in_the_new_size(tmp_path: Path) -> None:
     adapted("lowrank", tmp_path / "base", GROWN, CONFIGS["tokens"], tmp_path / "adapter")
     report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", verify="answers")
     assert report.verified is not None
+
+
+@pytest.mark.parametrize("rows", [VOCAB, GROWN], ids=["as it was", "grown"])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("Roberta", "lm_head"), ("Bert", "cls"), ("Bert", "predictions")],
+)
+def test_a_whole_block_around_the_tied_head_is_the_trained_one(kind: str, head: str, rows: int, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{kind}Config")(**BODY, vocab_size=VOCAB, max_position_embeddings=32)
+    whole = getattr(transformers, f"{kind}ForMaskedLM")
+    whole(config).save_pretrained(tmp_path / "base")
+
+    def resized() -> transformers.PreTrainedModel:
+        model = whole.from_pretrained(tmp_path / "base")
+        if rows != VOCAB:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        return model
+
+    model = lowrank.wrap(resized(), LoraConfig(target_modules=["query"], modules_to_save=[head]))
+    randomise(model)
+    ids = IDS % VOCAB
+    wanted = logits(model, ids)
+    lowrank.save(model, tmp_path / "a")
+
+    live = lowrank.load(resized(), tmp_path / "a")
+    torch.testing.assert_close(logits(live, ids), wanted)
+    if rows == VOCAB:  # peft leaves the rows of the embedding that a resize made as they are
+        torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(resized(), tmp_path / "a"), ids), wanted)
+    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    torch.testing.assert_close(logits(whole.from_pretrained(tmp_path / "merged"), ids), wanted)
