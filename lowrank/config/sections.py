@@ -30,7 +30,7 @@ def _countable(tokens: int) -> int:
     return tokens
 
 
-Tokens = Annotated[int, AfterValidator(_countable)]
+Tokens = Annotated[int, Field(ge=2), AfterValidator(_countable)]
 
 MAX_SEED = 2**32 - 1
 
@@ -194,7 +194,7 @@ class DataSection(_Section):
     bad_rows: Literal["error", "skip"] = "error"
     """What is done with rows that cannot be used; skip counts them, lists the first ten, and refuses more than 5 %."""
 
-    max_length: Tokens = Field(default=1024, ge=2)
+    max_length: Tokens = 1024
     """The most tokens in an example."""
 
     too_long: Literal["error", "drop", "truncate", "split"] = "error"
@@ -267,7 +267,7 @@ class TrainingSection(_Section):
     max_steps: int = -1
     """Optimiser steps; a positive number stands before num_train_epochs."""
 
-    tokens_per_batch: Tokens | None = Field(default=None, ge=2)
+    tokens_per_batch: Tokens | None = None
     """Tokens in one pack (data.packing: true); data.max_length by default."""
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
@@ -279,7 +279,7 @@ class TrainingSection(_Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Batches in an optimiser step for each process. The loss is normalised over all of them at once."""
 
-    tokens_per_step: Tokens | None = Field(default=None, ge=2)
+    tokens_per_step: Tokens | None = None
     """Instead of that: as many batches in a step, over all processes, as hold no more than so many tokens."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
