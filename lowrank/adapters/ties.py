@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ from transformers import PreTrainedModel
 from lowrank.adapters.modules import bare, base_modules, named_modules, submodule
 
 _FLAG = "tie_word_embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """Tied parameters that get tensors of their own.
+
+    Attributes:
+        targets: Their names.
+        flag_off: Whether the config then says that nothing is tied.
+    """
+
+    targets: frozenset[str]
+    flag_off: bool
 
 
 class Ties:
@@ -43,11 +57,11 @@ class Ties:
         for names in self.groups:
             self._share(names)
         for owners in self._by_config():
-            pairs = {target: source for path in owners for target, source in self.declared[path].items()}
+            pairs = self._pairs(owners)
             broken = {target for target, source in pairs.items() if self._get(target) is not self._get(source)}
             if not broken:
                 continue
-            if all(_only_ties(owner) for owner in owners.values()):
+            if _flag_only_ties(owners):
                 broken = set(pairs)
                 config = next(iter(owners.values())).config
                 for one in (config, config.get_text_config()):
@@ -55,6 +69,25 @@ class Ties:
             self._part(sorted(broken), {pairs[target] for target in broken})
             for path, owner in owners.items():
                 self._forget(owner, path, broken)
+
+    def parting(self, changed: set[str]) -> Parting:
+        """What `settle` would part and say if only these targets had values of their own.
+
+        A config inside of the model's, other than its text model's, is left as it is: what is saved then holds both.
+        """
+        own = _with_text(bare(self.model).config)
+        targets, off = set[str](), False
+        for owners in self._by_config():
+            pairs = self._pairs(owners)
+            if broken := changed & pairs.keys():
+                config = next(iter(owners.values())).config
+                turned = any(config is one for one in own) and _flag_only_ties(owners)
+                targets |= set(pairs) if turned else broken
+                off |= turned
+        return Parting(frozenset(targets), off)
+
+    def _pairs(self, owners: dict[str, Any]) -> dict[str, str]:
+        return {target: source for path in owners for target, source in self.declared[path].items()}
 
     def _part(self, targets: list[str], sources: set[str]) -> None:
         """Gives each target a tensor of its own."""
@@ -111,6 +144,17 @@ def _declared(model: nn.Module) -> dict[str, dict[str, str]]:
             keys = module.get_expanded_tied_weights_keys(all_submodels=False)
             found[path] = {f"{prefix}{target}": f"{prefix}{source}" for target, source in keys.items()}
     return found
+
+
+def _with_text(config: Any) -> list[Any]:
+    try:
+        return [config, config.get_text_config()]
+    except ValueError:  # several that could be meant
+        return [config]
+
+
+def _flag_only_ties(owners: dict[str, Any]) -> bool:
+    return all(_only_ties(owner) for owner in owners.values())
 
 
 def _only_ties(model: Any) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lowrank.adapters.ties import Parting, Ties
 from lowrank.errors import InputError
 from lowrank.weights.adapterfile import shorten
 from lowrank.weights.basemodel import BaseModel
@@ -110,8 +111,10 @@ def make_plan(base: BaseModel, updates: dict[str, Update], dtype: torch.dtype | 
     if base.quantization is not None:
         config["quantization_config"] = None
     rest = {name: update for name, update in updates.items() if name not in placed}
-    if _untie(base, shards, updates, rest, dtype):
+    parting = _untie(base, shards, updates, rest, dtype)
+    if parting.flag_off:
         config["tie_word_embeddings"] = False
+    if parting.targets:
         notes.append(
             "The base has one tensor for embedding and head; the adapter changes them apart, so both are written."
         )
@@ -203,55 +206,45 @@ def _untie(
     updates: dict[str, Update],
     rest: dict[str, Update],
     dtype: torch.dtype | None,
-) -> bool:
-    """Gives tied parameters that are changed apart a tensor each, out of `rest`; returns whether there were any."""
-    untied = False
-    for pair in base.skeleton.all_tied_weights_keys.items():
+) -> Parting:
+    """Gives tied parameters that are changed apart a tensor each, out of `rest`; returns which those are."""
+    pairs, broken = base.skeleton.all_tied_weights_keys, set()
+    for pair in pairs.items():
         changed = [updates[name] for name in pair if name in updates]
-        if not changed:
+        if not all(update.before_tie is update for update in changed):
+            broken.add(pair[0])
+        elif any(name in updates for name in _stored(base, shards, pair)):
+            for name in pair:
+                rest.pop(name, None)  # what both share is written once
+    parting = Ties(base.skeleton).parting(broken)
+    for source in sorted({pairs[target] for target in parting.targets}):
+        group = [source, *(target for target in pairs if pairs[target] == source)]
+        stored = _stored(base, shards, group)
+        if not stored:
             continue
-        stored = _stored(base, shards, pair)
-        if all(update.before_tie is update for update in changed):
-            if any(name in updates for name in stored):
-                for name in pair:
-                    rest.pop(name, None)  # what both share is written once
-            continue
-        _refuse_untying(base, pair[0])
-        untied = True
-        if len(stored) == 2:  # transformers leaves them apart where the files do
-            continue
-        ((name, (shard, tensor)),) = stored.items()
-        other = pair[0] if name == pair[1] else pair[1]
+        name, (shard, tensor) = next(iter(stored.items()))
         assert tensor.source is not None
-        update = rest.pop(other, updates[name].before_tie if name in updates else None)
-        changes = () if update is None else ((Piece(other, None, 0, tensor.source.shape[0], 0), update),)
-        twin = _planned(tensor.source, tensor.path, changes, dtype)
-        shard.append(replace(twin, name=other))
-    return untied
+        shared = updates[name].before_tie if name in updates else None
+        for other in group:  # transformers leaves those apart that the files hold apart
+            if other in stored or other not in {source, *parting.targets}:
+                continue
+            update = rest.pop(other, shared)
+            changes = () if update is None else ((Piece(other, None, 0, tensor.source.shape[0], 0), update),)
+            shard.append(replace(_planned(tensor.source, tensor.path, changes, dtype), name=other))
+    return parting
 
 
 def _stored(
-    base: BaseModel, shards: dict[str, list[Planned]], pair: tuple[str, str]
+    base: BaseModel, shards: dict[str, list[Planned]], tied: list[str] | tuple[str, str]
 ) -> dict[str, tuple[list[Planned], Planned]]:
-    """Which of two tied parameters the files hold, and where."""
+    """Which of some tied parameters the files hold, and where."""
     return {
         piece.parameter: (shard, tensor)
         for shard in shards.values()
         for tensor in shard
         for piece in base.pieces.get(tensor.name, [])
-        if piece.parameter in pair
+        if piece.parameter in tied
     }
-
-
-def _refuse_untying(base: BaseModel, target: str) -> None:
-    model = base.skeleton
-    head = model.get_output_embeddings()
-    module = model.get_submodule(target.rpartition(".")[0])
-    if base.config.is_encoder_decoder or head is None or module is not head:
-        raise InputError(
-            f"{target} is tied to another weight in a way that a merge cannot undo in a {type(model).__name__}.",
-            fix="Use the adapter without merging it.",
-        )
 
 
 def _made_up(updates: dict[str, Update]) -> list[str]:

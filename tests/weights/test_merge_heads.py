@@ -243,3 +243,36 @@ def test_an_adapter_of_the_body_leaves_the_folder_its_head(tmp_path: Path) -> No
     assert merged.config.architectures == ["LlamaForCausalLM"]
     whole = lowrank.load(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(answer(merged, {"input_ids": IDS}), answer(whole, {"input_ids": IDS}), atol=2e-5, rtol=0)
+
+
+def bart() -> PreTrainedModel:
+    layers = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "forced_eos_token_id": None}
+    return hf.BartForConditionalGeneration(hf.BartConfig(**SIDE, **layers, vocab_size=96))
+
+
+def t5() -> PreTrainedModel:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, vocab_size=96))
+
+
+def m2m100() -> PreTrainedModel:
+    layers = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    return hf.M2M100ForConditionalGeneration(hf.M2M100Config(**SIDE, **layers, vocab_size=96))
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, {}])
+@pytest.mark.parametrize("make", [bart, t5, m2m100])
+def test_tied_tables_of_encoder_decoders_are_merged_apart(
+    make: Callable[[], PreTrainedModel], fields: dict, tmp_path: Path
+) -> None:
+    model, inputs = tiny(make), {"input_ids": IDS, "decoder_input_ids": IDS}
+    model.save_pretrained(tmp_path / "base")
+    lowrank.wrap(model, LoraConfig(r=2, **{"target_modules": ["encoder.embed_tokens"], **fields}))
+    randomise(model)
+    wanted = answer(model, inputs)
+    lowrank.save(model, tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(answer(merged, inputs), wanted, atol=3e-5, rtol=0)
+    in_memory = lowrank.merge(lowrank.load(type(model).from_pretrained(tmp_path / "base"), tmp_path / "adapter"))
+    assert merged.config.tie_word_embeddings == in_memory.config.tie_word_embeddings
