@@ -11,7 +11,7 @@ is what the model has to say. White space that the template writes behind the en
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ def render_turns(conversation: Conversation, template: ChatTemplate, train_on: s
     That is one text, unless the template rewrites earlier turns (drops their reasoning, moves the system message into
     the last question ...). Then the turns that a later rendering changes get a text of their own that ends with them.
     A turn that the template asks for in one way and writes in another, so that there is no telling where it begins,
-    carries no loss.
+    carries no loss; nor does one that it refuses to write by itself.
 
     Raises:
         RowError: no turn to learn from.
@@ -108,21 +108,50 @@ def render_turns(conversation: Conversation, template: ChatTemplate, train_on: s
     if train_on == "all":
         all_marked = not any(conversation.train)
         return RenderedRow([] if all_marked else [_everything(conversation, template)], all_marked=all_marked)
-    messages, tools = conversation.messages, conversation.tools
     asked = trained_turns(conversation, train_on)
     if not asked:
         return RenderedRow([], all_marked=True)
-    prompts = template.prompts([messages[:at] for at in asked], tools)
-    *wholes, text = template.render([*(messages[: at + 1] for at in asked if at + 1 < len(messages)), messages], tools)
-    _check_tools(tools, prompts[0])
+    written, text = _asked(conversation, template, asked)
+    _check_tools(conversation.tools, next(each[0] for each in written.values() if not isinstance(each, RowError)))
     found = {
-        at: turn_of(conversation, template, at, prompt, whole)
-        for at, prompt, whole in zip(asked, prompts, [*wholes, text], strict=False)
+        at: each if isinstance(each, RowError) else turn_of(conversation, template, at, *each)
+        for at, each in written.items()
     }
     todo = {at: turn for at, turn in found.items() if isinstance(turn, Turn)}
     if not todo:
         raise next(problem for problem in found.values() if isinstance(problem, RowError))
     return RenderedRow(_texts(todo, text), masked=len(found) - len(todo))
+
+
+def _asked(
+    conversation: Conversation, template: ChatTemplate, asked: Sequence[int]
+) -> tuple[dict[int, tuple[str, str] | RowError], str]:
+    """For each message asked for, its prompt and the conversation through it; and the whole conversation.
+
+    A template may refuse to write a message where a whole conversation ends with it (a greeting before any question).
+
+    Raises:
+        RowError: the template refuses the conversation, or every message.
+    """
+    messages, tools = conversation.messages, conversation.tools
+    try:
+        prompts = template.prompts([messages[:at] for at in asked], tools)
+        throughs = [messages[: at + 1] for at in asked if at + 1 < len(messages)]
+        *wholes, text = template.render([*throughs, messages], tools)
+        return dict(zip(asked, zip(prompts, [*wholes, text], strict=False), strict=True)), text
+    except RowError:
+        if len(asked) == 1:
+            raise
+    found: dict[int, tuple[str, str] | RowError] = {}
+    for at in asked:
+        try:
+            found |= _asked(conversation, template, [at])[0]
+        except RowError as refused:
+            found[at] = refused
+    refusals = [each for each in found.values() if isinstance(each, RowError)]
+    if len(refusals) == len(asked):
+        raise refusals[0]
+    return found, template.render([messages], tools)[0]
 
 
 def _texts(todo: dict[int, Turn], text: str) -> list[Rendered]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 from transformers import TextStreamer
+from transformers.utils import has_file
 
 from lowrank.attention import set_attention
 from lowrank.data.rowerror import RowError
@@ -21,10 +22,12 @@ from lowrank.models import load_model, load_tokenizer
 from lowrank.paths import expanded
 from lowrank.recipes.show import open_console
 from lowrank.training.answers import answer_all, answer_text, greedy, up_to_end
+from lowrank.training.diagnosis import refuse_broken_weights
 from lowrank.training.progress import Screen
 from lowrank.weights import load
-from lowrank.weights.adapterfile import open_adapter
+from lowrank.weights.adapterfile import CONFIG_NAME, open_adapter
 from lowrank.weights.notes import noted_ends, noted_system, stop_at
+from lowrank.weights.places import local_folder
 
 Messages = list[dict[str, str]]
 
@@ -46,7 +49,7 @@ def chat(
     """Answers to `prompts`, or a conversation until an empty line; answers are greedy.
 
     Args:
-        path: A model's folder or name, or an adapter's folder (its base is found through it).
+        path: A model's or an adapter's folder or name on the hub (an adapter's base is found through it).
         prompts: Questions, each a conversation of its own; several are answered together.
         system: The system message; by default the one that nearly all training rows shared, if they did; "" for none.
         max_new_tokens: Longest answer.
@@ -63,16 +66,16 @@ def chat(
     model, tokenizer = open_model(path, base=base, use_adapter=use_adapter, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; the model was not made to be talked to")
-    if system is None and (system := noted_system(Path(expanded(path)))) is not None:
+    if system is None and (system := noted_system(adapter_folder(path) or Path(expanded(path)))) is not None:
         said = f'system prompt of the training rows (--system "" leaves it out): {" ".join(system.split())[:100]}'
         Console(stderr=True).print(said, style="dim", markup=False, emoji=False, highlight=False, soft_wrap=True)
     begun: Messages = [{"role": "system", "content": system}] if system else []
     asked: list[Messages] = [[*begun, {"role": "user", "content": prompt}] for prompt in prompts]
+    refuse_broken(model, tokenizer, asked[0] if asked else [*begun, {"role": "user", "content": "Hi"}], path)
     if len(asked) > 1:
         return answers(model, tokenizer, asked, max_new_tokens)
     if asked:
         return [answer(model, tokenizer, asked[0], max_new_tokens)]
-    prompt_ids(tokenizer, [[*begun, {"role": "user", "content": "Hi"}]])  # refuses before somebody has typed
     console = open_console()
     console.print(f"{path}: an empty line ends the conversation", style="dim", markup=False, emoji=False)
     while text := _asked(console):
@@ -91,27 +94,49 @@ def open_model(
     An adapter's tokenizer, and with it the chat template, is the one beside it; its answers end where it says so. The
     arguments are those of `chat`.
     """
-    path = expanded(path)
-    if not (Path(path) / "adapter_config.json").exists():
+    path, folder = expanded(path), adapter_folder(path)
+    if folder is None:
         if base is not None or not use_adapter:
             raise InputError(f"{path} is no adapter's folder, and only an adapter has another base")
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         return load_model(path, **options), load_tokenizer(path, **options)
-    adapter = open_adapter(path)
+    adapter = open_adapter(folder)
     if base is None and adapter.base is None:
         raise InputError("the adapter does not say which base it belongs to", where=path, fix="Give it: --base.")
     named = str(base or adapter.base)
     options = {"revision": adapter.revision_of(base), "trust_remote_code": trust_remote_code}
     trained_over = {key: value for key, value in (adapter.quantization or {}).items() if key.startswith(_QUANTIZATION)}
     model = load_model(named, quantization=trained_over or None, **options)
-    own_tokenizer = (Path(path) / "tokenizer_config.json").exists()
+    own_tokenizer = (folder / "tokenizer_config.json").exists()
     tokenizer = (
-        load_tokenizer(path, trust_remote_code=trust_remote_code) if own_tokenizer else load_tokenizer(named, **options)
+        load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+        if own_tokenizer
+        else load_tokenizer(named, **options)
     )
     if use_adapter:
-        load(model, path)
-    stop_at(model, tokenizer, noted_ends(Path(path)))
+        load(model, folder)
+    stop_at(model, tokenizer, noted_ends(folder))
     return model, tokenizer
+
+
+def adapter_folder(path: str) -> Path | None:
+    """Where the adapter of that path or name lies, fetched from the hub where it is there; None for a model."""
+    path = expanded(path)
+    if Path(path).is_dir():
+        return Path(path) if (Path(path) / CONFIG_NAME).is_file() else None
+    try:
+        there = has_file(path, CONFIG_NAME)
+    except (OSError, ValueError):  # no name of the hub's, no such repository, or no hub: what loads a model tells which
+        there = False
+    return local_folder(path, "adapter") if there else None
+
+
+@torch.no_grad()
+def refuse_broken(model: Any, tokenizer: Any, messages: Messages, name: str) -> None:
+    """Raises InputError where the chat template refuses a conversation, or the base's weights hold NaN or infinity."""
+    ids = torch.tensor(prompt_ids(tokenizer, [messages]), device=model.device)
+    if not model(input_ids=ids).logits[:, -1].isfinite().all():
+        refuse_broken_weights(model, name)
 
 
 def prompt_ids(tokenizer: Any, asked: Sequence[Messages]) -> list[list[int]]:

@@ -40,9 +40,19 @@ def stop_at(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int])
     """
     if tokenizer.eos_token_id is None and ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-    configured = _listed(model.generation_config.eos_token_id)
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    every = list(dict.fromkeys([*ends, *configured, *own]))
+    return _end_at(model, ends, own)
+
+
+def stop_as_noted(model: Any, folder: Path) -> None:
+    """Makes a model that generates end its answers also where what lies beside its adapter says."""
+    ends = noted_ends(folder)
+    if ends and getattr(model, "generation_config", None) is not None:
+        _end_at(model, ends)
+
+
+def _end_at(model: Any, first: Sequence[int], last: Sequence[int] = ()) -> list[int]:
+    every = list(dict.fromkeys([*first, *_listed(model.generation_config.eos_token_id), *last]))
     model.generation_config.eos_token_id = every or None
     return every
 

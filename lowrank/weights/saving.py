@@ -24,6 +24,7 @@ from lowrank.errors import InputError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, open_adapter, shorten
 from lowrank.weights.expertlayout import turned_experts
 from lowrank.weights.fingerprint import Fingerprint, commit_of, text_config
+from lowrank.weights.notes import stop_as_noted
 from lowrank.weights.relocation import named_as_in
 from lowrank.weights.targetnames import target_names
 from lowrank.weights.vocabulary import base_tensors, new_rows, rows_to_save, tied_tokens, vocabulary_ends
@@ -94,7 +95,8 @@ def load(
     """Puts an adapter from a folder into a model (bare or wrapped) and makes it the active one.
 
     It fits the text half of a whole model (vision and language) and the whole one alike, and models whose names
-    another release of transformers had otherwise. Rows of new tokens that the file brings go into the base.
+    another release of transformers had otherwise. Rows of new tokens that the file brings go into the base, and answers
+    end where the generation config beside the adapter says, too.
 
     Args:
         model: The base that the adapter was trained on.
@@ -125,6 +127,7 @@ def load(
         raise
     if problems:
         warnings.warn(f"{file.path}: skipped because it does not fit: {'; '.join(problems)}")
+    stop_as_noted(inner, file.path)
     return model
 
 

@@ -167,6 +167,19 @@ def test_the_one_turn_that_cannot_be_aligned_is_left_out_and_counted(name):
     assert examples.report.masked_turns == 1
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_5_nothink", "qwen3_8"])
+def test_a_greeting_that_a_template_does_not_write_by_itself_is_left_out_and_counted(name):
+    tokenizer = tokenizer_of(name)
+    row = {"messages": [answer("Welcome!"), user("Hi"), answer("Hello.")]}
+    examples = load_examples([row], tokenizer, max_length=4096)
+    trained = "".join(tokenizer.decode(ids[mask]) for ids, mask in map(examples.arrays, range(len(examples))))
+    assert "Hello.<|im_end|>" in trained
+    assert "Welcome!" not in trained
+    assert examples.report.masked_turns == 1
+    with pytest.raises(InputError, match="the chat template refuses the conversation: No user query"):
+        load_examples([{"messages": [answer("Welcome!")]}], tokenizer, max_length=4096)
+
+
 def test_the_marks_that_end_glms_turns_are_those_of_the_next_speaker():
     tokenizer = tokenizer_of("glm4moe")
     (example,) = load_examples([copy.deepcopy(ROWS["call and answer"])], tokenizer, max_length=4096)

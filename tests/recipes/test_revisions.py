@@ -122,3 +122,14 @@ def test_older_adapters_have_no_commit(hub):
     lowrank.save(model, "folder")
     assert json.loads(Path("folder/adapter_config.json").read_text())["revision"] is None
     lowrank.load(tiny_llama(), "folder")
+
+
+def test_an_adapter_is_asked_by_its_name_on_the_hub(trained, hub):
+    folder = hub.parent.parent / "models--somebody--adapter" / "snapshots" / NEW
+    shutil.copytree("out", folder, ignore=shutil.ignore_patterns("checkpoints"))
+    (folder.parent.parent / "refs").mkdir()
+    (folder.parent.parent / "refs" / "main").write_text(NEW)
+    asked = {"prompts": ["Hi"], "max_new_tokens": 4}
+    assert chat("somebody/adapter", **asked) == chat("out", **asked)
+    with pytest.raises(InputError, match="somebody/nothing is no folder here, and the hub cannot be reached"):
+        chat("somebody/nothing", **asked)

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 import lowrank
 from lowrank.data import TEMPLATES, load_examples, use_template
 from lowrank.data.choose import complete_template
+from lowrank.errors import InputError
 from lowrank.recipes.chat import chat, open_model
 from lowrank.recipes.compose import resize_adapter
 from lowrank.recipes.evaluate import evaluate
@@ -214,3 +215,19 @@ def test_rows_with_empty_prompts_are_answered(run, tmp_path, prompt):
     _, result = run(base, data=data)
     assert result.after.exact_match == 1.0
     assert torch.isfinite(torch.tensor(result.after.loss))
+
+
+def test_a_base_with_nan_in_it_is_told_as_that_when_it_is_asked(tmp_path):
+    model = tiny_llama()
+    model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"1 of the weights of .* hold NaN or infinity: model\.layers\.0"):
+        chat(str(tmp_path), prompts=["Hi"], max_new_tokens=2)
+
+
+def test_a_model_with_an_adapter_ends_its_answers_where_the_adapter_says(run, tmp_path):
+    run(base_without_template(tmp_path / "base"))
+    model = lowrank.load(transformers.AutoModelForCausalLM.from_pretrained("base"), "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 2]
