@@ -94,9 +94,13 @@ class Calls:
                 self._users[each].add(module)
 
     def stand_in(self, path: str) -> str | None:
-        """A called module that holds the same weight as the one at `path`, which is there to lend it."""
-        weight = self._modules[path]._parameters.get("weight")
-        if weight is None or self._modules[path] in self._called:
+        """A called module that holds the same weight as the one at `path`, which is there to lend it.
+
+        None where the latter is used: it is called, or something reads its weight there.
+        """
+        module = self._modules[path]
+        weight = module._parameters.get("weight")
+        if weight is None or module in self._called or self._readers[module]:
             return None
         same = (at for other, at in self._paths.items() if at != path and other._parameters.get("weight") is weight)
         return next((at for at in same if self._modules[at] in self._called), None)

@@ -186,6 +186,14 @@ def tiny_bert():
     return transformers.BertForMaskedLM(transformers.BertConfig(**VISION, vocab_size=96)).eval()
 
 
+def tiny_mobilebert():
+    """Its head reads the weights of `decoder`, which is tied to the embedding, and of `dense`; it calls neither."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "intra_bottleneck_size": 16, "num_feedforward_networks": 1, "vocab_size": 32}
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return transformers.MobileBertForMaskedLM(transformers.MobileBertConfig(**sizes, **shape)).eval()
+
+
 def output(model) -> torch.Tensor:
     ids = torch.arange(3, 15).view(2, 6)
     inputs = {"input_ids": ids}
@@ -231,6 +239,10 @@ def changed(make, name: str, folder: Path) -> tuple[Path, Path, torch.Tensor, to
         (tiny_resnet, "resnet.embedder.embedder.normalization.running_var", "resnet.embedder.embedder.normalization"),
         (tiny_bert, "cls.predictions.bias", None),
         (tiny_bert, "bert.embeddings.word_embeddings.weight", None),
+        (tiny_mobilebert, "mobilebert.embeddings.word_embeddings.weight", "cls.predictions"),
+        (tiny_mobilebert, "cls.predictions.bias", "cls.predictions"),
+        (tiny_mobilebert, "cls.predictions.dense.weight", "cls.predictions"),
+        (tiny_mobilebert, "cls.predictions.transform.dense.weight", None),
     ],
 )
 def test_whatever_differs_is_carried_and_acts(make, name: str, whole: str | None, tmp_path: Path) -> None:
@@ -241,6 +253,22 @@ def test_whatever_differs_is_carried_and_acts(make, name: str, whole: str | None
     assert report.proved >= 1
     loaded = lowrank.load(type(make()).from_pretrained(base), tmp_path / "adapter")
     torch.testing.assert_close(output(loaded), wanted, atol=1e-4, rtol=0)
+    if make is tiny_mobilebert:
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+        torch.testing.assert_close(output(make().from_pretrained(tmp_path / "merged")), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_mobilebert, tiny_bert])
+def test_a_whole_head_with_the_vocabularys_matrix_inside_loads_again(make, tmp_path: Path) -> None:
+    """The matrix in the file is the copy's, and may differ from the base's."""
+    model = lowrank.wrap(make(), LoraConfig(r=2, target_modules=["query"], modules_to_save=["cls.predictions"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+    assert not torch.allclose(output(model), output(make()), atol=1e-2)
+    folder = lowrank.save(model, tmp_path / "adapter")
+    torch.testing.assert_close(output(lowrank.load(make(), folder)), output(model), atol=1e-5, rtol=0)
 
 
 def test_what_no_adapter_holds_is_refused_by_name(tmp_path: Path) -> None:
