@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import InputError
+from lowrank.weights.buffers import BUFFERS
 from lowrank.weights.plan import Planned
 from lowrank.weights.proof import Trial
 from lowrank.weights.rounding import Loss, Rounding, round_into
@@ -31,6 +31,7 @@ class Block:
     Attributes:
         to: Where the tensor goes in the new file.
         stands_for: How many blocks' rounding this one's is taken for; 0 where it is not measured.
+        sampled: Its rounding is tried, and it is read back from the file.
     """
 
     planned: Planned
@@ -38,6 +39,7 @@ class Block:
     first: int
     last: int
     stands_for: float
+    sampled: bool
 
     @property
     def size(self) -> int:
@@ -53,7 +55,8 @@ def blocks_of(planned: Planned, to: Entry) -> Iterator[Block]:
     low_rank = any(update.low_rank for _, update in planned.changes)
     for number, first in enumerate(range(0, rows, step)):
         stands_for = rows / measured if low_rank and number % MEASURED == 0 else 0.0
-        yield Block(planned, to, first, min(first + step, rows), stands_for)
+        sampled = number % MEASURED == 0 or first + step >= rows or not planned.changes
+        yield Block(planned, to, first, min(first + step, rows), stands_for, sampled)
 
 
 def rows_at_once(planned: Planned) -> int:
@@ -74,7 +77,7 @@ def merge_block(
     """
     planned = block.planned
     shape = (block.last - block.first, *planned.rows[1:])
-    exact = _BUFFERS.take("exact", torch.Size(shape).numel(), _sum_dtype(planned)).view(shape)
+    exact = BUFFERS.take("exact", torch.Size(shape).numel(), _sum_dtype(planned)).view(shape)
     parts = _parts(block)
     raw = torch.empty(0)
     for first, last in parts:
@@ -93,11 +96,11 @@ def merge_block(
     loss = Loss()
     for first, last in parts:
         values = exact[first - block.first : last - block.first]
-        _check_range(values, planned)
-        written = _BUFFERS.take("written", values.numel(), TORCH_DTYPES[planned.dtype]).view(values.shape)
+        _check_range(values, planned, products)
+        written = BUFFERS.take("written", values.numel(), TORCH_DTYPES[planned.dtype]).view(values.shape)
         round_into(written, values, rounding, seed=zlib.crc32(planned.name.encode()) + first)
-        if trial is not None:
-            scratch = _BUFFERS.take("difference", values.numel(), values.dtype).view(values.shape)
+        if trial is not None and block.sampled:
+            scratch = BUFFERS.take("difference", values.numel(), values.dtype).view(values.shape)
             trial.rounded(planned, values, written, first, products, scratch)
         if block.stands_for:
             before = raw if len(parts) == 1 else _read_rows(planned, first, last, files)
@@ -122,7 +125,7 @@ def _parts(block: Block) -> list[tuple[int, int]]:
 
 def copy_bytes(source: int, start: int, out: int, to: int, size: int) -> None:
     """Bytes from one open file to another, through the thread's buffer."""
-    write_bytes(out, to, read_bytes(source, start, _BUFFERS.take("raw", size, torch.uint8)))
+    write_bytes(out, to, read_bytes(source, start, BUFFERS.take("raw", size, torch.uint8)))
 
 
 def row_count(shape: tuple[int, ...]) -> int:
@@ -130,9 +133,10 @@ def row_count(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
-def _check_range(exact: Tensor, planned: Planned) -> None:
+def _check_range(exact: Tensor, planned: Planned, products: Tensor | None) -> None:
     largest = torch.finfo(TORCH_DTYPES[planned.dtype]).max
-    fits = math.isfinite(exact.sum().item())  # a sum passes on what is not finite
+    # a sum passes on what is not finite, and each product with signs is one
+    fits = math.isfinite((exact if products is None else products).sum().item())
     if fits and largest < torch.finfo(torch.bfloat16).max:
         fits = exact.abs().max().item() <= largest
     if not fits:
@@ -143,7 +147,7 @@ def _check_range(exact: Tensor, planned: Planned) -> None:
 
 
 def _measure(raw: Tensor, exact: Tensor, written: Tensor, stands_for: float) -> Loss:
-    difference = _BUFFERS.take("difference", raw.numel(), exact.dtype).view(raw.shape)
+    difference = BUFFERS.take("difference", raw.numel(), exact.dtype).view(raw.shape)
     error = torch.linalg.vector_norm(difference.copy_(written).sub_(exact)).item()
     effect = torch.linalg.vector_norm(difference.copy_(raw).sub_(exact)).item()
     return Loss(stands_for * effect**2, stands_for * error**2)
@@ -160,7 +164,7 @@ def _read_rows(planned: Planned, first: int, last: int, files: Mapping[Path, int
     stored = row_count(entry.shape) * planned.height
     there = max(0, min(last, stored) - first)
     row = entry.size // max(1, stored)
-    buffer = _BUFFERS.take("raw", there * row, torch.uint8)
+    buffer = BUFFERS.take("raw", there * row, torch.uint8)
     data = read_bytes(files[planned.path], entry.start + first * row, buffer)
     values = data.view(entry.torch_dtype).view(there, *shape[1:])
     return values if there == rows else torch.cat([values, values.new_zeros(rows - there, *shape[1:])])
@@ -169,21 +173,3 @@ def _read_rows(planned: Planned, first: int, last: int, files: Mapping[Path, int
 def _sum_dtype(planned: Planned) -> torch.dtype:
     double = planned.dtype == "F64" or (planned.source is not None and planned.source.dtype == "F64")
     return torch.float64 if double else torch.float32
-
-
-class _Buffers(threading.local):
-    """Memory that each thread uses again for every block: fresh pages would cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, Tensor] = {}
-
-    def take(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` values of the buffer of that name; what it held before is gone."""
-        size = count * dtype.itemsize
-        held = self.held.get(name)
-        if held is None or held.numel() < size:
-            held = self.held[name] = torch.empty(size, dtype=torch.uint8)
-        return held[:size].view(dtype)
-
-
-_BUFFERS = _Buffers()

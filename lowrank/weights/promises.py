@@ -41,12 +41,12 @@ class Promise:
 
 
 @singledispatch
-def promised(update: Update, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
-    """What becomes of `products`, those of some rows of the base with x.
+def promised(update: Update, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+    """What becomes of the products of some rows of the base with x.
 
     Args:
         update: The update.
-        products: (rows,).
+        weight: The base's rows (rows, columns).
         x: The vector, as long as the rows.
         first: The first of the rows (of the columns, for a parameter that is stored transposed).
         low: What `thin` gives for x.
@@ -56,13 +56,14 @@ def promised(update: Update, products: Tensor, x: Tensor, first: int, low: Tenso
 
 @singledispatch
 def thin(update: Update, x: Tensor) -> Tensor | None:
-    """The factors' product with x, which all rows share."""
+    """What the factors give for x and all rows, or the part of it that all rows share: worked out once a parameter."""
     return None
 
 
 @thin.register
 def _(update: LowRankUpdate, x: Tensor) -> Tensor:
-    return _first_factor(update).to(x.dtype) @ x
+    A, B = _first_factor(update).to(x.dtype), update.load()["lora_B"].to(x.dtype)
+    return _scale(update, len(A)) * (B @ (A @ x))
 
 
 @thin.register
@@ -71,57 +72,62 @@ def _(update: ExpertsUpdate, x: Tensor) -> Tensor:
 
 
 @promised.register
-def _(update: LowRankUpdate, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
-    A, B = _first_factor(update).to(x.dtype), update.load()["lora_B"].to(x.dtype)
+def _(update: LowRankUpdate, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+    columns, rows = slice(None), slice(first, first + len(weight))
     if update.transposed:
-        low = A[:, first : first + len(x)] @ x
+        columns, rows = slice(first, first + len(x)), slice(None)
+        A, B = _first_factor(update)[:, columns].to(x.dtype), update.load()["lora_B"].to(x.dtype)
+        hoped = torch.addmv(weight @ x, B, A @ x, alpha=_scale(update, len(A)))
     else:
-        B = B[first : first + len(products)]
-    assert low is not None
-    scale, size = _scale(update, len(A)), low
-    hoped = torch.addmv(products, B, low, alpha=scale)
-    return Promise(hoped, lambda: torch.linalg.vector_norm(B, dim=1) * (torch.linalg.vector_norm(size) * abs(scale)))
+        assert low is not None
+        hoped = torch.addmv(low[rows], weight, x)
+
+    def terms() -> Tensor:
+        A, B = _first_factor(update)[:, columns].to(x.dtype), update.load()["lora_B"][rows].to(x.dtype)
+        return torch.linalg.vector_norm(B, dim=1) * (torch.linalg.vector_norm(A @ x) * abs(_scale(update, len(A))))
+
+    return Promise(hoped, terms)
 
 
 @promised.register
-def _(update: ExpertsUpdate, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+def _(update: ExpertsUpdate, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
     assert low is not None
-    left, rows = update.load()[0], torch.arange(first, first + len(products))
+    left, rows = update.load()[0], torch.arange(first, first + len(weight))
     expert = rows // left.shape[1] if update.expert is None else torch.full_like(rows, update.expert)
     of_rows = left[expert, rows - expert * left.shape[1] if update.expert is None else rows].to(x.dtype)
     each = of_rows * low[expert] * update.scale
-    return Promise(products + each.sum(1), lambda: each.abs().sum(1))
+    return Promise(weight @ x + each.sum(1), lambda: each.abs().sum(1))
 
 
 @promised.register
-def _(update: Replacement, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
-    rows = update.rows(first, first + len(products)).to(x.dtype)
-    hoped = rows.reshape(len(products), -1) @ x
+def _(update: Replacement, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+    rows = update.rows(first, first + len(weight)).to(x.dtype)
+    hoped = rows.reshape(len(weight), -1) @ x
     return Promise(hoped, hoped.abs)
 
 
 @promised.register
-def _(update: Resized, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
-    hoped = products.clone()
-    new = torch.arange(first, first + len(products)) >= update.stored
+def _(update: Resized, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+    hoped = weight @ x
+    new = torch.arange(first, first + len(weight)) >= update.stored
     if bool(new.any()):
         hoped[new] = update.fill().to(x.dtype).reshape(-1) @ x
     return Promise(hoped, hoped.abs)
 
 
 @promised.register
-def _(update: RowReplacement, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
-    hoped = products.clone()
+def _(update: RowReplacement, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+    hoped = weight @ x
     for row, values in zip(update.rows.tolist(), update.values, strict=True):
-        if first <= row < first + len(products):
+        if first <= row < first + len(weight):
             hoped[row - first] = values.to(x.dtype) @ x
     return Promise(hoped, hoped.abs)
 
 
 @promised.register
-def _(update: Shift, products: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
-    added = update.scale * update.load().to(x.dtype)[first : first + len(products)] * x
-    return Promise(products + added, added.abs)
+def _(update: Shift, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+    added = update.scale * update.load().to(x.dtype)[first : first + len(weight)] * x
+    return Promise(weight @ x + added, added.abs)
 
 
 def magnitudes(update: LowRankUpdate, first: int, count: int) -> Tensor:

@@ -3,8 +3,8 @@
 The vector x is of signs, so that E‖Mx‖² = ‖M‖² for any matrix M: an error anywhere in W' shows in W'x. What W'x has to
 be is worked out without W': from Wx and the factors' own products with x, and with the scale taken from the config and
 the tensors. Sums are compared in float32 (or float64) row by row, so that the tolerance is that of the sums and not of
-the weights' dtype; the rounding to that dtype is tried by itself; and a sixteenth of what the file holds is read back
-under its name. All this is done with a block of rows while it is in a core's cache.
+the weights' dtype. The rounding to that dtype is tried by itself, on one block of rows in sixteen, and these are read
+back from the file under their name. All this is done with a block of rows while it is in a core's cache.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from lowrank.adapters.tying import tied_group
 from lowrank.errors import JobError
 from lowrank.weights.adapterfile import FACTOR, AdapterFile, shorten
 from lowrank.weights.basemodel import BaseModel
+from lowrank.weights.buffers import BUFFERS
 from lowrank.weights.plan import Planned
 from lowrank.weights.promises import Promise, magnitudes, promised, thin
 from lowrank.weights.rounding import Rounding
-from lowrank.weights.tensorfile import open_tensors
+from lowrank.weights.tensorfile import TensorFile, open_tensors, read_bytes
 from lowrank.weights.updates import LowRankUpdate, Update
 
 _PERIOD = 65_521  # signs; longer vectors repeat them
+_COMPARED = 1 << 16  # bytes of a block that is held against the base's file
+_KEPT = 32  # parameters' products; threads are at a few of them at a time
 _DEVIATIONS = 7  # of a sum of independent roundings: one row in 10¹⁰ is farther off by chance
 
 
@@ -73,7 +76,7 @@ class Trial:
         start, columns = (first if transposed else 0), weight.shape[1]
         vectors = [self.signs(columns, start + other).to(weight.dtype) for other in range(1 + _has_gain(update))]
         hopes = [
-            promised(update, weight @ x, x, first, None if transposed else self._thin(update, x, other))
+            promised(update, weight, x, first, None if transposed else self._thin(update, x, other))
             for other, x in enumerate(vectors)
         ]
         with self._lock:
@@ -128,8 +131,8 @@ class Trial:
             return
         entry = file.entries[planned.name]
         row = entry.size // max(1, entry.shape[0] * planned.height) if entry.shape else entry.size
-        last = min(first + len(raw), entry.size // max(1, row))
-        own = file.read_bytes(planned.name, first * row, last * row).view(entry.torch_dtype)
+        last = min(first + min(len(raw), -(-_COMPARED // max(1, row))), entry.size // max(1, row))
+        own = _read(file, planned.name, first * row, last * row)
         if not _same_bytes(own, raw[: last - first].reshape(-1)):
             raise _wrong(planned.name, "it was made from another tensor of the base")
 
@@ -147,9 +150,9 @@ class Trial:
             starts = {*range(0, len(products), step * sampled), (len(products) - 1) // step * step}
             for first in sorted(starts):
                 last = min(first + step, len(products))
-                data = file.read_bytes(planned.name, first * row, last * row).view(entry.torch_dtype)
-                values = data.view(last - first, -1)
-                values = values if values.dtype == torch.float64 else values.float()
+                data = _read(file, planned.name, first * row, last * row).view(last - first, -1)
+                dtype = torch.promote_types(data.dtype, torch.float32)
+                values = BUFFERS.take("values", data.numel(), dtype).view(data.shape).copy_(data)
                 hoped = products[first:last].to(values.dtype)
                 got = values @ self.signs(values.shape[1]).to(values.dtype)
                 if not _within(got - hoped, 1e-5, hoped, values, hoped.abs):
@@ -190,9 +193,14 @@ class Trial:
     def _thin(self, update: Update, x: Tensor, other: int) -> Tensor | None:
         """What does not depend on the rows is worked out once for each parameter."""
         key = (id(update), other, x.dtype)
-        if key not in self._products:
-            self._products[key] = thin(update, x)
-        return self._products[key]
+        if key in self._products:
+            return self._products[key]
+        found = thin(update, x)
+        with self._lock:
+            self._products[key] = found
+            while len(self._products) > _KEPT:
+                del self._products[next(iter(self._products))]
+        return found
 
 
 def _matrix(block: Tensor, transposed: bool) -> Tensor:
@@ -207,10 +215,11 @@ def _has_gain(update: Update) -> bool:
 def _within(off: Tensor, unit: float, product: Tensor, rows: Tensor, more: Callable[[], Tensor]) -> bool:
     """Whether no row is farther off than `unit` times its size: that of its own and the rows' mean product, or, where
     that is too small, its norm and what `more` gives, which cost a pass over it."""
-    off, usual = off.abs_(), product.abs()
-    near = off <= (usual + usual.mean()) * unit
-    if bool(near.all()):
-        return True
+    usual = torch.linalg.vector_norm(product, 1).item() / max(1, len(product))
+    if torch.linalg.vector_norm(off, torch.inf).item() <= usual * unit < torch.inf:
+        return True  # stricter than what follows, and all that most blocks need
+    off = off.abs_()
+    near = off <= (product.abs() + usual) * unit
     far = ~near
     sizes = product[far].abs() + torch.linalg.vector_norm(rows[far], dim=1) + more()[far]
     return bool((off[far] <= unit * sizes + 1e-30).all())
@@ -234,6 +243,13 @@ def _has_norms(merged: Tensor, got: list[Tensor], hopes: list[Promise], wanted: 
     sized = (norms - wanted.abs()).abs() <= unit * (norms + wanted.abs()) + 1e-30
     same_side = got[0] * one * wanted >= -sums * norms * (one.abs() + before) * wanted.abs()
     return bool((nothing | (parallel & sized & same_side)).all())
+
+
+def _read(file: TensorFile, name: str, first: int, last: int) -> Tensor:
+    buffer = BUFFERS.take("read back", last - first, torch.uint8)
+    with file.path.open("rb", buffering=0) as opened:
+        read_bytes(opened.fileno(), file.entries[name].start + first, buffer)
+    return buffer.view(file.entries[name].torch_dtype)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
