@@ -233,7 +233,10 @@ def _name_of(model: nn.Module) -> str | None:
 
 
 def _task_type(model: nn.Module) -> str | None:
+    """Only of models that read tokens: peft gives whatever has a task `input_ids`."""
     name = type(model).__name__
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)

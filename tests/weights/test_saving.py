@@ -335,3 +335,58 @@ def test_several_adapters_and_trainable(adapter: Path) -> None:
     alone = logits(lowrank.load(tiny_llama(), adapter))
     torch.testing.assert_close(logits(model), alone, atol=0, rtol=0)
     assert model(IDS).logits.shape[-1] == VOCAB
+
+
+def test_a_path_that_is_the_end_of_another_is_meant_alone(tmp_path: Path) -> None:
+    class Body(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Sequential(torch.nn.Linear(8, 8))
+            self.up = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.up(x))
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Body(), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x))
+
+    torch.manual_seed(0)
+    weights = Whole().state_dict()
+
+    def base() -> Whole:
+        model = Whole()
+        model.load_state_dict(weights)
+        return model
+
+    x = torch.linspace(-1, 1, 16).view(2, 8)
+    model = lowrank.wrap(base(), LoraConfig(r=2))
+    randomise(model)
+    wanted = model(x)
+    lowrank.save(model, tmp_path / "a")
+    lowrank.compose([tmp_path / "a"], weights=[1.0], out=tmp_path / "b")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        torch.testing.assert_close(lowrank.load(base(), folder)(x), wanted)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(base(), folder)(x), wanted)
+
+
+def test_peft_runs_a_saved_model_of_speech(tmp_path: Path) -> None:
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    side = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8, "max_source_positions": 10}
+    config = transformers.WhisperConfig(**side, **ids, **sizes, vocab_size=96, max_target_positions=16)
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+
+    def base() -> transformers.PreTrainedModel:
+        return transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "base")
+
+    model = lowrank.wrap(base(), LoraConfig(r=2))
+    randomise(model)
+    lowrank.save(model, tmp_path / "a")
+    inputs = {"input_features": torch.ones(1, 8, 20), "decoder_input_ids": torch.tensor([[3, 9, 5]])}
+    read = peft.PeftModel.from_pretrained(base(), tmp_path / "a")
+    torch.testing.assert_close(read(**inputs).logits, model.eval()(**inputs).logits)
