@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from lowrank.paths import hub_commit
 
 _DTYPE_KEYS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 _SHOWN = 5
+_INDEX = "model.safetensors.index.json"
 # What the tables of positions are called: modules with weights, or tensors of a module.
 _TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings", "pos_encoding")
 
@@ -67,7 +69,7 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise cannot_load(name_or_path, error) from error
     if info["missing_keys"]:  # transformers fills these with random numbers and goes on
         missing = sorted(info["missing_keys"])
@@ -168,7 +170,7 @@ def _check_files(folder: Path) -> None:
                     f"{file} is a Git LFS pointer: the text that stands for a file that was not fetched",
                     fix=f"Fetch it: git -C {folder} lfs pull.",
                 )
-    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json", _INDEX):
         if (folder / name).is_file():
             try:
                 value = json.loads((folder / name).read_bytes())
@@ -176,6 +178,13 @@ def _check_files(folder: Path) -> None:
                 raise InputError(f"{folder / name} is not valid JSON: {error}") from None
             if not isinstance(value, dict):
                 raise InputError(f"{folder / name} holds no JSON object but a {type(value).__name__}")
+            _check_ends(value.get("eos_token_id"), folder / name)
+
+
+def _check_ends(ends: Any, file: Path) -> None:
+    tokens = ends if isinstance(ends, list) else [ends]
+    if ends is not None and not all(type(token) is int for token in tokens):
+        raise InputError(f"eos_token_id is {ends!r} in {file}", fix="It is the number of a token, or a list of such.")
 
 
 def cannot_load(what: str, error: Exception) -> InputError:
@@ -196,7 +205,8 @@ def cannot_load(what: str, error: Exception) -> InputError:
             f"{what} is no folder here, and the hub cannot be reached",
             fix="Is the name right? Without a hub, give the folder of a saved model.",
         )
-    return InputError(f"{what} cannot be loaded: {lines[0]}")
+    whole = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
+    return InputError(f"{what} cannot be loaded: {whole}")
 
 
 def _quantization(options: Mapping[str, Any]) -> transformers.BitsAndBytesConfig:

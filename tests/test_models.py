@@ -136,6 +136,13 @@ def test_a_pointer_of_git_lfs_is_told_as_that(folder, name):
             load(str(folder))
 
 
+def test_a_config_that_transformers_refuses(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "x"}))
+    with pytest.raises(InputError, match=r"cannot be loaded: Validation error for field 'hidden_size': \w+"):
+        load_model(str(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -144,6 +151,9 @@ def test_a_pointer_of_git_lfs_is_told_as_that(folder, name):
         ("tokenizer.json", "3", r"tokenizer.json holds no JSON object but a int"),
         ("tokenizer_config.json", "[1]", r"tokenizer_config.json holds no JSON object but a list"),
         ("generation_config.json", "", r"generation_config.json is not valid JSON"),
+        ("generation_config.json", '{"eos_token_id": "x"}', r"eos_token_id is 'x' in .*generation_config.json"),
+        ("config.json", '{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\] in .*config.json"),
+        ("model.safetensors.index.json", "[]", r"index.json holds no JSON object but a list"),
     ],
 )
 def test_a_file_that_is_no_object(folder, name, content, message):

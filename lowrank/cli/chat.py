@@ -56,7 +56,7 @@ def lines_of(file: Path) -> list[str]:
     """The lines of a text file that are not blank, as they are: only a line feed ends one.
 
     Raises:
-        InputError: the file is not UTF-8.
+        InputError: the file is not UTF-8, or has no other lines.
     """
     content = file.read_bytes()
     try:
@@ -66,4 +66,7 @@ def lines_of(file: Path) -> list[str]:
         raise InputError(
             f"the byte 0x{content[error.start]:02x} is not UTF-8", where=f"{file}, line {line}", fix="Save it as UTF-8."
         ) from None
-    return [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
+    lines = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
+    if not lines:
+        raise InputError("there is no prompt in it", where=str(file), fix="Write one in each line.")
+    return lines

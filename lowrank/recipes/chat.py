@@ -18,7 +18,7 @@ from lowrank.attention import set_attention
 from lowrank.data.rowerror import RowError
 from lowrank.data.template import ChatTemplate
 from lowrank.errors import InputError
-from lowrank.models import load_model, load_tokenizer
+from lowrank.models import load_model, load_tokenizer, positions_of, vocabulary_of
 from lowrank.paths import expanded
 from lowrank.recipes.show import open_console
 from lowrank.training.answers import answer_all, answer_text, greedy, up_to_end
@@ -133,8 +133,10 @@ def adapter_folder(path: str) -> Path | None:
 
 @torch.no_grad()
 def refuse_broken(model: Any, tokenizer: Any, messages: Messages, name: str) -> None:
-    """Raises InputError where the chat template refuses a conversation, or the base's weights hold NaN or infinity."""
-    ids = torch.tensor(prompt_ids(tokenizer, [messages]), device=model.device)
+    """Raises InputError for a conversation that cannot be asked, and for a base whose weights hold NaN or infinity."""
+    prompts = prompt_ids(tokenizer, [messages])
+    room(model, tokenizer, prompts, 1)
+    ids = torch.tensor(prompts, device=model.device)
     if not model(input_ids=ids).logits[:, -1].isfinite().all():
         refuse_broken_weights(model, name)
 
@@ -154,7 +156,9 @@ def prompt_ids(tokenizer: Any, asked: Sequence[Messages]) -> list[list[int]]:
 
 def answer(model: Any, tokenizer: Any, messages: Messages, max_new_tokens: int) -> str:
     """The answer to a conversation, printed as it comes."""
-    ids = torch.tensor(prompt_ids(tokenizer, [messages]), device=model.device)
+    prompts = prompt_ids(tokenizer, [messages])
+    ids = torch.tensor(prompts, device=model.device)
+    max_new_tokens = room(model, tokenizer, prompts, max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with greedy(model, tokenizer, max_new_tokens) as config:
         mask = torch.ones_like(ids)
@@ -165,6 +169,7 @@ def answer(model: Any, tokenizer: Any, messages: Messages, max_new_tokens: int) 
 def answers(model: Any, tokenizer: Any, asked: Sequence[Messages], max_new_tokens: int) -> list[str]:
     """The answers to several conversations at once, each printed beneath its question when all are there."""
     prompts = prompt_ids(tokenizer, asked)
+    max_new_tokens = room(model, tokenizer, prompts, max_new_tokens)
     set_attention(model, "auto")
     with Screen(Console(stderr=True)) as screen, screen.task("answering", len(prompts)) as advance:
         found = answer_all(
@@ -175,6 +180,27 @@ def answers(model: Any, tokenizer: Any, asked: Sequence[Messages], max_new_token
         print(seen.render(messages[-1]["content"]))
         print(text)
     return found
+
+
+def room(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], asked: int) -> int:
+    """How many tokens of the `asked` ones an answer may have, where the model has only so many positions.
+
+    Raises:
+        InputError: a prompt leaves no room for an answer, or holds a token that the embedding lacks.
+    """
+    vocabulary, positions = vocabulary_of(model), positions_of(model)
+    largest, longest = max(token for prompt in prompts for token in prompt), max(map(len, prompts))
+    if largest >= vocabulary:
+        raise InputError(
+            f"the prompt holds the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's "
+            f"embedding has only {vocabulary} rows",
+            fix="Take the tokenizer that belongs to the model.",
+        )
+    if positions is not None and longest >= positions:
+        raise InputError(
+            f"the prompt has {longest} tokens, and the model has only {positions} positions", fix="Ask for less."
+        )
+    return asked if positions is None else min(asked, positions - longest)
 
 
 def _said(tokenizer: Any, text: str) -> str:

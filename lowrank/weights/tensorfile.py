@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank.errors import InputError
+from lowrank.errors import LFS_POINTER, InputError
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
@@ -112,6 +112,7 @@ def open_tensors(path: Path) -> TensorFile:
                 raise _damaged(path, f"it has {size} bytes, less than the smallest file")
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER or length + 8 > size:
+                _refuse_pointer(prefix + file.read(len(LFS_POINTER)), path)
                 raise _damaged(path, f"its header claims {length} bytes in a file of {size}")
             raw = file.read(length)
     except OSError as error:
@@ -132,6 +133,7 @@ def open_tensors(path: Path) -> TensorFile:
 
 def parse_json_object(raw: bytes, path: Path) -> dict[str, object]:
     """A JSON object without duplicate keys; InputError naming `path` for anything else."""
+    _refuse_pointer(raw, path)
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except RecursionError as error:
@@ -234,6 +236,15 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(table) < len(pairs):
         raise ValueError("a key occurs twice")
     return table
+
+
+def _refuse_pointer(raw: bytes, path: Path) -> None:
+    if raw.startswith(LFS_POINTER):
+        raise InputError(
+            "The file is a Git LFS pointer: the text that stands for a file that was not fetched.",
+            where=str(path),
+            fix=f"Fetch it: git -C {path.parent} lfs pull.",
+        )
 
 
 def _damaged(path: Path, why: str) -> InputError:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 import lowrank
 from lowrank.cli.chat import lines_of
@@ -152,6 +152,12 @@ class TestFilesOfPrompts:
         with pytest.raises(InputError, match=r"prompts.txt, line 3: the byte 0xe9 is not UTF-8"):
             lines_of(file)
 
+    def test_a_file_without_a_prompt_is_refused(self, tmp_path):
+        file = tmp_path / "prompts.txt"
+        file.write_text("\n  \n")
+        with pytest.raises(InputError, match="there is no prompt in it"):
+            lines_of(file)
+
 
 def test_a_conversation_remembers_what_harmony_says_in_the_end(saved):
     _, tokenizer, _, _ = saved
@@ -160,3 +166,21 @@ def test_a_conversation_remembers_what_harmony_says_in_the_end(saved):
     assert recipe._said(tokenizer, "finalYes.") == "Yes."
     tokenizer.chat_template = "plain"
     assert recipe._said(tokenizer, "finalYes.") == "finalYes."
+
+
+class TestRoom:
+    """What a model has no position or no embedding for is told, before and while it answers."""
+
+    @pytest.mark.parametrize("prompts", [["x"], ["x", "yz"]])
+    def test_answers_end_where_positions_end(self, tmp_path, prompts):
+        tiny_gpt2(n_positions=32, n_layer=1).save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        assert len(chat(str(tmp_path), prompts=prompts, max_new_tokens=500)) == len(prompts)
+        with pytest.raises(InputError, match=r"the prompt has \d+ tokens, and the model has only 32 positions"):
+            chat(str(tmp_path), prompts=[*prompts, "x" * 40])
+
+    def test_tokens_that_the_embedding_lacks(self, tmp_path):
+        tiny_llama(vocab_size=100).save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="the model's embedding has only 100 rows"):
+            chat(str(tmp_path), prompts=["hi"])

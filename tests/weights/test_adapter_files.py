@@ -150,3 +150,12 @@ def test_an_adapter_on_few_modules_loads_back_from_every_form(place: str, base: 
         torch.testing.assert_close(logits(lowrank.load(reload(base), tmp_path / form)), wanted, atol=1e-5, rtol=0)
     merge_checkpoint(base, tmp_path / "vllm", tmp_path / "merged")
     torch.testing.assert_close(logits(reload(tmp_path / "merged")), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pointer_of_git_lfs_is_told_as_that(tmp_path, name):
+    model = lowrank.wrap(tiny_llama(), LoraConfig(r=2))
+    lowrank.save(model, tmp_path / "a")
+    (tmp_path / "a" / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(InputError, match=rf"{name}: The file is a Git LFS pointer.*\nFetch it: git -C .* lfs pull"):
+        lowrank.load(tiny_llama(), tmp_path / "a")
