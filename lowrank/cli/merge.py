@@ -10,7 +10,7 @@ import typer
 
 from lowrank.cli.options import TrustRemoteCode
 
-EXAMPLE = "Example: lowrank merge runs/quickstart runs/quickstart-merged"
+EXAMPLE = "Example: lowrank merge runs/quickstart"
 
 
 class DType(StrEnum):
@@ -46,8 +46,15 @@ class Verify(StrEnum):
 
 
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The merged model's folder; it must not exist.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder: a run, or a checkpoint.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[OUT]",
+            help="The merged model's folder, which must not exist; by default the adapter's with -merged at its end.",
+            show_default=False,
+        ),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The base; by default the one that the adapter names.")] = None,
     dtype: Annotated[DType | None, typer.Option(help="Of the merged weights; the base's by default.")] = None,
     rounding: Annotated[Rounding, typer.Option(help="stochastic keeps small changes on average.")] = Rounding.nearest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.weights import MergeReport, merge_checkpoint
 from lowrank.weights.decoding import Onto
+from lowrank.weights.folders import refuse_occupied
 from lowrank.weights.merge import Verify
 from lowrank.weights.rounding import Rounding
 
@@ -29,7 +31,7 @@ SCHEMES: dict[Scheme, dict[str, Any]] = {
 
 def merge_adapter(
     adapter: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     base: str | Path | None = None,
     *,
     dtype: str | None = None,
@@ -43,7 +45,7 @@ def merge_adapter(
 
     Args:
         adapter: An adapter folder.
-        out: The new model folder.
+        out: The new model folder; by default beside the adapter's, with its name and -merged.
         base: A model folder or a hub's name; the one in the adapter's config by default.
         dtype: "float32", "bfloat16", "float16" ...; the base's by default.
         rounding: "nearest" or "stochastic".
@@ -62,14 +64,18 @@ def merge_adapter(
         if quantization not in SCHEMES:
             raise InputError(f"There is no quantisation {quantization!r}; there are {', '.join(SCHEMES)}.")
         quantization = SCHEMES[quantization]
+    source = expanded(adapter)
+    target = Path(expanded(out)) if out is not None else beside(source)
+    if out is None:
+        refuse_occupied(target, fix=f"Name another folder: lowrank merge {shlex.quote(source)} OUT.")
     console = Console(stderr=True)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("merging", total=None)
         report = merge_checkpoint(
             base and expanded(base),
-            expanded(adapter),
-            expanded(out),
+            source,
+            target,
             dtype=dtype,
             rounding=rounding,
             onto=onto,
@@ -80,7 +86,15 @@ def merge_adapter(
         )
     for line in report_lines(report):
         print(line)
+    print(f"ask it: lowrank chat {shlex.quote(str(report.out))}")
     return report
+
+
+def beside(adapter: str | Path) -> Path:
+    """Where an adapter's merged model goes unless another place is given: `runs/a` to `runs/a-merged`."""
+    path = Path(adapter)
+    path = path if path.name not in ("", "..") else path.resolve()
+    return path.with_name(f"{path.name}-merged")
 
 
 def report_lines(report: MergeReport) -> list[str]:

@@ -142,7 +142,7 @@ def _check_range(exact: Tensor, planned: Planned, products: Tensor | None) -> No
     if not fits:
         raise InputError(
             f"{planned.name} gets values that {planned.dtype} cannot hold, or has NaN or infinity in the base.",
-            fix="Choose bfloat16 or float32 if the base is sound.",
+            fix="Choose bfloat16 or float32 (--dtype, dtype=) if the base is sound.",
         )
 
 

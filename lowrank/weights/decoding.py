@@ -58,8 +58,8 @@ def choose_decoding(base: BaseModel, onto: str, trained_over: Mapping[str, Any] 
     """
     if onto not in ("dequantised", "original"):
         raise InputError(
-            f"onto={onto!r} is neither dequantised nor original. Quantising the merged weights again is not offered: "
-            "their steps are larger than most of the adapter's changes, which would be lost.",
+            f"onto={onto!r} (--onto) is neither dequantised nor original. Quantising the merged weights again is "
+            "not offered: their steps are larger than most of the adapter's changes, which would be lost.",
             fix="Merge into 16 bits, and keep the adapter apart where 4 bits must be.",
         )
     stored = decode_stored(base)
@@ -67,7 +67,7 @@ def choose_decoding(base: BaseModel, onto: str, trained_over: Mapping[str, Any] 
         raise InputError(
             "The base's folder holds quantised weights; the original ones are not in it.",
             where=str(base.folder),
-            fix="Give the original model as the base.",
+            fix="Give the original model as the base (--base).",
         )
     if stored is not None:
         return stored
@@ -103,7 +103,7 @@ def decode_stored(base: BaseModel) -> Decoding | None:
             f"The base is quantised with {method or 'what its config does not name'}; adapters are merged into dense "
             "bases and bitsandbytes' ones.",
             where=str(base.folder),
-            fix="Give the dense model that it was made from as the base.",
+            fix="Give the dense model that it was made from as the base (--base).",
         )
     decoders: dict[str, Decoder] = {}
     dropped: set[str] = set()

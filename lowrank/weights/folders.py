@@ -84,15 +84,13 @@ def into_folder(path: Path, *, last: str, overwrite: bool) -> Generator[Path]:
         work.rmdir()
 
 
-def refuse_occupied(path: Path) -> None:
-    """InputError when `path` is a file or a folder with something in it."""
+def refuse_occupied(path: Path, fix: str = "Choose another folder.") -> None:
+    """InputError when `path` is a file or a folder with something in it; `fix` says what to do."""
     if path.is_dir():
         if next(path.iterdir(), None) is not None:
-            raise InputError(
-                "The output folder exists and is not empty.", where=str(path), fix="Choose another folder."
-            )
+            raise InputError("The output folder exists and is not empty.", where=str(path), fix=fix)
     elif path.exists() or path.is_symlink():
-        raise InputError("The output exists and is not a folder.", where=str(path), fix="Choose another name.")
+        raise InputError("The output exists and is not a folder.", where=str(path), fix=fix)
 
 
 def refuse_inside(out: Path, source: Path) -> None:

@@ -61,7 +61,7 @@ def _check_fingerprint(adapter: AdapterFile, base: BaseModel) -> None:
         raise InputError(
             f"The adapter was trained on another base: {', '.join(different)}.",
             where=str(adapter.path),
-            fix=f"Give the base that it was trained on{f', {adapter.base}' if adapter.base else ''}.",
+            fix=f"Give the base that it was trained on (--base){f': {adapter.base}' if adapter.base else ''}.",
         )
 
 

@@ -108,7 +108,7 @@ def refuse_unanswering(base: BaseModel) -> None:
     if not base.skeleton.can_generate() or base.config.is_encoder_decoder:
         raise InputError(
             f"Only causal language models answer prompts, and this is a {type(base.skeleton).__name__}.",
-            fix="Merge without comparing answers: each tensor is tried all the same.",
+            fix="Merge without comparing answers (--verify tensors): each tensor is tried all the same.",
         )
 
 
@@ -144,7 +144,7 @@ def _pack(folder: Path, base: BaseModel, prompts: Sequence[tuple[str, str]]) -> 
         raise InputError(
             f"The prompts cannot be tokenised: {type(error).__name__}: {error}",
             where=str(base.folder),
-            fix="Mend the tokenizer or its chat template, or merge without comparing answers.",
+            fix="Mend the tokenizer or its chat template, or merge without comparing answers (--verify tensors).",
         ) from error
 
 

@@ -72,6 +72,34 @@ def test_merge_verifies_and_says_what_rounding_lost(base: Path, adapter: Path, t
     assert "verified" not in capsys.readouterr().out
 
 
+def test_merge_goes_beside_the_adapter_unless_a_folder_is_named(
+    adapter: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("merge", "adapter/", "--no-verify") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "ask it: lowrank chat adapter-merged"
+    torch.testing.assert_close(weight(tmp_path / "adapter-merged"), weight(tmp_path / "base") + 2 * delta(adapter))
+    assert run("merge", adapter) == 2
+    err = capsys.readouterr().err
+    assert "not empty" in err
+    assert f"lowrank merge {adapter} OUT" in err
+    monkeypatch.chdir(adapter)
+    assert run("merge", ".", "--no-verify") == 2
+    assert "adapter-merged" in capsys.readouterr().err
+    assert run("merge", ".", tmp_path / "a named one", "--no-verify") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"ask it: lowrank chat '{tmp_path / 'a named one'}'"
+    assert run("merge", "--help") == 0
+    assert "-merged at its end" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_merge_names_the_flag_that_helps(base: Path, adapter: Path, tmp_path: Path, capsys) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{PLACE}.weight"][0, 0] = 1e6
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert run("merge", adapter, tmp_path / "merged", "--dtype", "float16") == 2
+    assert "--dtype" in capsys.readouterr().err
+
+
 def test_merge_shows_its_progress_in_bytes(adapter: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes standard error for a terminal
     assert run("merge", adapter, tmp_path / "merged", "--no-verify") == 0

@@ -17,9 +17,10 @@ from lowrank.data import TEMPLATES, load_examples, use_template
 from lowrank.data.choose import complete_template
 from lowrank.errors import InputError
 from lowrank.recipes.chat import chat, open_model
-from lowrank.recipes.compose import resize_adapter
+from lowrank.recipes.compose import compose_adapters, resize_adapter
 from lowrank.recipes.evaluate import evaluate
 from lowrank.recipes.export import export_adapter
+from lowrank.recipes.extract import extract_adapter
 from lowrank.recipes.merge import merge_adapter
 from lowrank.weights.notes import stop_at
 
@@ -95,13 +96,18 @@ def test_the_end_of_a_trained_turn_ends_an_answer_everywhere(run, tmp_path):
     export_adapter("out", "exported", to="vllm")
     export_adapter("out", "mlx", to="mlx")
     export_adapter("out", "peft", to="peft")
+    export_adapter("out", "gguf", to="llama.cpp")
     resize_adapter("out", "smaller", rank=2)
-    for folder in ("out", f"out/checkpoints/step-{STEPS}", "merged", "exported", "mlx", "peft", "smaller"):
+    compose_adapters(["out", "smaller"], "composed", weights=[1.0, 0.0])
+    extract_adapter(base, "merged", "extracted", r=16)
+    written = ("merged", "exported", "mlx", "peft", "gguf", "smaller", "composed", "extracted")
+    for folder in ("out", f"out/checkpoints/step-{STEPS}", *written):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         assert ends_in(folder) == [END, "</s>"], folder
         assert tokenizer.eos_token == "</s>", folder
         assert "<|im_start|>" in tokenizer.chat_template, folder
-    assert chat("merged", prompts=["one", "two"], max_new_tokens=12) == ["yes", "no"]
+    for folder in ("merged", "composed", "extracted"):
+        assert chat(folder, prompts=["one", "two"], max_new_tokens=12) == ["yes", "no"], folder
     _served_alone("merged")
 
 
