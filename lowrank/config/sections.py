@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
@@ -22,6 +23,13 @@ def _path(written: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_path), PlainSerializer(as_written, return_type=str, when_used="json")]
 """A file, a folder, or a name on the hub; `~` and `$NAME` are replaced when the config is read."""
+
+
+def _day(written: str) -> str:
+    try:
+        return date.fromisoformat(written).isoformat()
+    except ValueError:
+        raise ValueError(f"{written!r} is no date; write one as 2026-11-26") from None
 
 
 def _countable(tokens: int) -> int:
@@ -180,7 +188,7 @@ class DataSection(_Section):
     chat_template: PathText | None = None
     """chatml, llama3, gemma, phi, mistral or plain; or a .jinja file. By default the tokenizer's own."""
 
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_day)] | None = None
     """The date, as 2026-11-26, for chat templates that write the day's (Llama 3.2's, gpt-oss'); by default the day on
     which the run began, which a resumed run keeps."""
 

@@ -91,3 +91,9 @@ def test_the_date_that_rows_are_written_with():
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
     (example,) = load_examples([row], tokenizer, max_length=100, today="2024-07-26")
     assert tokenizer.decode(example.input_ids).startswith("Today: 26 Jul 2024\n")
+
+
+@pytest.mark.parametrize("day", ["2026-13-01", "2026-02-30", "0000-01-01"])
+def test_a_day_that_is_none_is_refused(day):
+    with pytest.raises(InputError, match=rf"data.date: '{day}' is no date; write one as 2026-11-26"):
+        load_config({"model": {"name_or_path": "base"}, "data": {"train": "rows.jsonl", "date": day}})
