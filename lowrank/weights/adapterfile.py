@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
+from lowrank.adapters.patterns import matches_end
 from lowrank.errors import InputError
 from lowrank.weights.fingerprint import Fingerprint
 from lowrank.weights.layouts import PICKLE, PREFIX, is_mlx, open_mlx, open_pickle, told_layout
@@ -115,10 +116,11 @@ def open_adapter(path: str | Path) -> AdapterFile:
     revision = raw.get("revision")
     if revision is not None and not isinstance(revision, str):
         raise InputError("revision is not a string.", where=str(config_path))
+    tensors = _plain_names({name.removeprefix(PREFIX): entry for name, entry in file.entries.items()})
     return AdapterFile(
         path=Path(path) if Path(path).is_file() else weights_path.parent,
-        config=parse_config(raw, config_path),
-        tensors=_plain_names({name.removeprefix(PREFIX): entry for name, entry in file.entries.items()}),
+        config=_with_wholes(parse_config(raw, config_path), list(tensors)),
+        tensors=tensors,
         file=file,
         base=base or None,
         revision=revision or None,
@@ -139,6 +141,24 @@ def _plain_names(tensors: dict[str, Entry]) -> dict[str, Entry]:
         if ".original_module." not in name and not copies & tensors.keys():
             plain[name.replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".base_layer.")] = entry
     return plain
+
+
+def _with_wholes(config: AdapterConfig, tensors: list[str]) -> AdapterConfig:
+    """Names in full what the file holds whole and `modules_to_save` means in peft alone: ends that begin at no dot.
+
+    "norm" is every "input_layernorm" there; here, names begin at dots.
+    """
+    names, more = tuple(config.modules_to_save or []), set()
+    for tensor in tensors if names else ():
+        path, _, own = tensor.rpartition(".")
+        parts = path.split(".")
+        around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        a_bias = own == "bias" and config.bias != "none"
+        if ".lora_" in tensor or "base_layer" in parts or tensor.endswith(TOKENS) or a_bias:
+            continue
+        if not any(matches_end(one, name) for one in around for name in names):
+            more.update([one for one in around if one.endswith(names)][:1])
+    return config.model_copy(update={"modules_to_save": [*names, *sorted(more)]}) if more else config
 
 
 def _open_folder(path: str | Path) -> tuple[TensorFile, dict[str, Any], Path]:

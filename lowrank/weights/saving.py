@@ -26,7 +26,7 @@ from lowrank.weights.expertlayout import turned_experts
 from lowrank.weights.fingerprint import Fingerprint, commit_of, text_config
 from lowrank.weights.notes import stop_as_noted
 from lowrank.weights.relocation import named_as_in
-from lowrank.weights.targetnames import target_names
+from lowrank.weights.targetnames import target_names, whole_names
 from lowrank.weights.vocabulary import base_tensors, new_rows, rows_to_save, tied_tokens, vocabulary_ends
 from lowrank.weights.writing import write_adapter
 
@@ -73,6 +73,7 @@ def save(
     if save_embedding_layers is not False:
         live = live | rows_to_save(model, adapter, always=save_embedding_layers is True)
     update = {"target_modules": _targets(model, config, live), "task_type": config.task_type or _task_type(model)}
+    update["modules_to_save"] = whole_names(base_modules(model), config.modules_to_save)
     known = isinstance(model, PreTrainedModel)
     write_adapter(
         Path(path),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.patterns import matches_end
 from lowrank.adapters.targets import ALL_LINEAR
 
 
@@ -21,6 +22,15 @@ def target_names(model: nn.Module, paths: list[str]) -> list[str] | str:
         if {path for path in modules if not names.isdisjoint(_ends(path))} == set(paths):
             return sorted(names)
     return _exactly(paths)
+
+
+def whole_names(modules: Iterable[str], names: list[str] | None) -> list[str] | None:
+    """`modules_to_save`: in full where peft, to whom an end need not begin at a dot, would take others as well."""
+    if not names:
+        return names
+    meant = [path for path in modules if any(matches_end(path, name) for name in names)]
+    taken = [path for path in modules if path.endswith(tuple(names))]
+    return names if len(meant) == len(taken) else sorted(meant)
 
 
 def targets_of(configs: Sequence[AdapterConfig], paths: list[str]) -> list[str] | str:

@@ -390,3 +390,19 @@ def test_peft_runs_a_saved_model_of_speech(tmp_path: Path) -> None:
     inputs = {"input_features": torch.ones(1, 8, 20), "decoder_input_ids": torch.tensor([[3, 9, 5]])}
     read = peft.PeftModel.from_pretrained(base(), tmp_path / "a")
     torch.testing.assert_close(read(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_ends_that_begin_at_no_dot_are_whole_in_peft(tmp_path: Path) -> None:
+    folder = save_base(tiny_llama(), tmp_path / "base")
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}  # in peft every input_layernorm too
+    theirs = peft.get_peft_model(reload(folder), peft.LoraConfig(task_type="CAUSAL_LM", r=2, **fields))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = lowrank.wrap(reload(folder), LoraConfig(r=2, **fields))
+    randomise(ours)
+    lowrank.save(ours, tmp_path / "ours")
+    for name, wanted in (("peft", logits(theirs)), ("ours", logits(ours))):
+        torch.testing.assert_close(logits(lowrank.load(reload(folder), tmp_path / name)), wanted)
+        torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(reload(folder), tmp_path / name)), wanted)
+        lowrank.merge_checkpoint(folder, tmp_path / name, tmp_path / f"{name}-merged")
+        torch.testing.assert_close(logits(reload(tmp_path / f"{name}-merged")), wanted, atol=1e-5, rtol=1e-5)
