@@ -50,6 +50,11 @@ def refuse_marks(row: Mapping[str, Any]) -> None:
 
     Numbers that a row keeps of itself (the loss that a model had on it, a step of training) are no marks.
     """
+    if row.get("label") is False:
+        raise RowError(
+            "the row's answer is labelled false: a rating (KTO), which cannot be trained on yet",
+            "Leave out the rows whose label is false, to train on the answers that are wanted.",
+        )
     fix = 'Leave it out, or say by message what carries loss: "train": true or false. A source as a whole has a weight.'
     for key, value in row.items():
         words = words_of(str(key))

@@ -317,6 +317,11 @@ class TestNames:
         with pytest.raises(InputError, match="which is not read"):
             texts({**chat(USER, ANSWER), **mark})
 
+    def test_an_answer_that_is_rated_wrong_is_not_learned_as_right(self):
+        with pytest.raises(InputError, match=r"labelled false: a rating \(KTO\)"):
+            texts({"prompt": "2+2=", "completion": "5", "label": False})
+        assert texts({**chat(USER, ANSWER), "label": True}) == texts(chat(USER, ANSWER))
+
     @pytest.mark.parametrize("key", ["training_step", "loss", "train_ids", "weight", "masked", "label", "split"])
     def test_what_a_row_keeps_of_itself_is_no_mark(self, key):
         said = {
