@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from lowrank.adapters import using as using
     from lowrank.attention import segments as segments
     from lowrank.attention import set_attention as set_attention
+    from lowrank.recipes.parts.opened import load as load
     from lowrank.recipes.train import train as train
     from lowrank.training.callbacks import Callback as Callback
     from lowrank.weights import compose as compose
     from lowrank.weights import extract as extract
-    from lowrank.weights import load as load
     from lowrank.weights import merge_checkpoint as merge_checkpoint
     from lowrank.weights import save as save
     from lowrank.weights import wrap as wrap
@@ -53,7 +53,7 @@ _HOME = {
     "save": "lowrank.weights",
     "compose": "lowrank.weights",
     "extract": "lowrank.weights",
-    "load": "lowrank.weights",
+    "load": "lowrank.recipes.parts.opened",
     "merge_checkpoint": "lowrank.weights",
 }
 

@@ -12,26 +12,22 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 from transformers import TextStreamer
-from transformers.utils import has_file
 
 from lowrank.attention import set_attention
 from lowrank.data.rowerror import RowError
 from lowrank.data.template import ChatTemplate
 from lowrank.errors import InputError
-from lowrank.models import load_model, load_tokenizer, positions_of, vocabulary_of
+from lowrank.models import positions_of, vocabulary_of
 from lowrank.paths import expanded
+from lowrank.recipes.parts.opened import adapter_folder, open_model
 from lowrank.recipes.show import open_console
 from lowrank.training.answers import answer_all, answer_text, greedy, up_to_end
 from lowrank.training.diagnosis import refuse_broken_weights
 from lowrank.training.progress import Screen
-from lowrank.weights import load
-from lowrank.weights.adapterfile import CONFIG_NAME, open_adapter
-from lowrank.weights.notes import noted_ends, noted_system, stop_at
-from lowrank.weights.places import local_folder
+from lowrank.weights.notes import noted_system
 
 Messages = list[dict[str, str]]
 
-_QUANTIZATION = ("load_in_", "bnb_4bit_")
 _FINAL = re.compile(r"\s*(?:analysis.*?assistant)?final(.*)", re.DOTALL)
 _AT_A_TIME = 16  # prompts
 
@@ -84,51 +80,6 @@ def chat(
             {"role": "assistant", "content": _said(tokenizer, answer(model, tokenizer, begun, max_new_tokens))}
         )
     return []
-
-
-def open_model(
-    path: str, *, base: str | None = None, use_adapter: bool = True, trust_remote_code: bool = False
-) -> tuple[Any, Any]:
-    """The model of a folder or name, or an adapter on its base, quantised as it was while the adapter was trained.
-
-    An adapter's tokenizer, and with it the chat template, is the one beside it; its answers end where it says so. The
-    arguments are those of `chat`.
-    """
-    path, folder = expanded(path), adapter_folder(path)
-    if folder is None:
-        if base is not None or not use_adapter:
-            raise InputError(f"{path} is no adapter's folder, and only an adapter has another base")
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        return load_model(path, **options), load_tokenizer(path, **options)
-    adapter = open_adapter(folder)
-    if base is None and adapter.base is None:
-        raise InputError("the adapter does not say which base it belongs to", where=path, fix="Give it: --base.")
-    named = str(base or adapter.base)
-    options = {"revision": adapter.revision_of(base), "trust_remote_code": trust_remote_code}
-    trained_over = {key: value for key, value in (adapter.quantization or {}).items() if key.startswith(_QUANTIZATION)}
-    model = load_model(named, quantization=trained_over or None, **options)
-    own_tokenizer = (folder / "tokenizer_config.json").exists()
-    tokenizer = (
-        load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-        if own_tokenizer
-        else load_tokenizer(named, **options)
-    )
-    if use_adapter:
-        load(model, folder)
-    stop_at(model, tokenizer, noted_ends(folder))
-    return model, tokenizer
-
-
-def adapter_folder(path: str) -> Path | None:
-    """Where the adapter of that path or name lies, fetched from the hub where it is there; None for a model."""
-    path = expanded(path)
-    if Path(path).is_dir():
-        return Path(path) if (Path(path) / CONFIG_NAME).is_file() else None
-    try:
-        there = has_file(path, CONFIG_NAME)
-    except (OSError, ValueError):  # no name of the hub's, no such repository, or no hub: what loads a model tells which
-        there = False
-    return local_folder(path, "adapter") if there else None
 
 
 @torch.no_grad()

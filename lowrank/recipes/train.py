@@ -41,9 +41,11 @@ from lowrank.training.loop import fit
 from lowrank.training.memory import few_kernels_kept, freed_blocks_kept
 from lowrank.training.metrics import FILE as METRICS
 from lowrank.training.neftune import noisy_embeddings
+from lowrank.training.pages import page
 from lowrank.training.parallel import Ranks, joined_ranks
 from lowrank.training.rehearsal import rehearse, rehearse_evaluation
 from lowrank.training.report import FILE as REPORT
+from lowrank.training.report import comparison
 from lowrank.training.shortage import told_when_short
 from lowrank.training.snapshot import load_model_state, restore
 from lowrank.training.state import read_state
@@ -70,6 +72,18 @@ class RunResult:
     interrupted: bool
     before: Evaluation | None
     after: Evaluation | None
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the figures of the page, and where it is."""
+        report = self.output_dir / REPORT
+        return page(
+            "result",
+            folder=self.output_dir,
+            steps=f"{self.steps:,}",
+            interrupted=self.interrupted,
+            report=report if report.exists() else None,
+            comparison=comparison(self.before, self.after),
+        )
 
 
 def train(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from short_run import chats
 from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
+import lowrank
 from lowrank.cli import main
 from lowrank.data import load_examples
 from lowrank.data.opening import shared_system
@@ -64,6 +67,24 @@ def test_check_tells_of_the_run_and_of_all_else(run, capsys):
     said = capsys.readouterr().out
     assert "memory" in said
     assert "the run can start" not in said
+
+
+def test_python_loads_it_without_a_model(run, tmp_path):
+    model = lowrank.load(run, adapter="mine", trainable=True)
+    other = lowrank.load(AutoModelForCausalLM.from_pretrained(lowrank.load(run).config._name_or_path), run)
+    ids = torch.arange(3, 9)[None]
+    torch.testing.assert_close(model(ids).logits, other(ids).logits)
+    assert lowrank.describe(model)["mine"].trainable
+    for given, said in (((tmp_path,), "there is no adapter"), ((run, run), "is given beside"), ((model,), "not said")):
+        with pytest.raises(InputError, match=said):
+            lowrank.load(*given)
+
+
+def test_a_notebook_shows_the_figures(write_config):
+    result = train(write_config(training={"max_steps": 1}))
+    shown = result._repr_html_()
+    assert f"{result.after.loss:.4f}" in shown
+    assert f'href="{result.output_dir}/report.html"' in shown
 
 
 def test_what_nearly_all_share_is_shared():
