@@ -35,10 +35,22 @@ def chat(
         typer.Option(help='The system message; by default the one that the training rows shared. "" for none.'),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw tokens at this temperature; answers are greedy by default, and at 0.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens that hold this share together.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many of the likeliest tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes drawn answers repeatable; set before each answer.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to a model, with an adapter or without."""
+    """Talk to a model, with an adapter or without.
+
+    In a conversation /help lists the commands (/system, /reset, /save ...), and Ctrl-C ends an answer.
+    """
     from lowrank.recipes.chat import chat as run
+    from lowrank.recipes.parts.sampling import Sampling
 
     asked = [*(prompt or []), *(lines_of(prompts) if prompts is not None else [])]
     run(
@@ -49,6 +61,7 @@ def chat(
         base=base,
         use_adapter=use_adapter,
         trust_remote_code=trust_remote_code,
+        sampling=Sampling(temperature, top_p, top_k, seed),
     )
 
 
