@@ -17,7 +17,7 @@ from lowrank.recipes.proposal.base import base_of
 from lowrank.recipes.proposal.machine import Machine, machine_at_hand
 from lowrank.recipes.proposal.page import as_yaml
 from lowrank.recipes.proposal.rows import rows_of
-from lowrank.recipes.proposal.rules import Goal, Setting, propose
+from lowrank.recipes.proposal.rules import Goal, Setting, placed, propose
 
 SCHEMA = "lowrank.schema.json"
 
@@ -112,9 +112,6 @@ def _with(settings: list[Setting], path: Path, overrides: Sequence[str]) -> list
         if document.problems:
             raise InputError("\n".join(map(str, document.problems)))
         section, _, key = assignment.partition("=")[0].partition(".")
-        asked = Setting(section, key.partition(".")[0], document.values[section][key.partition(".")[0]], "as asked")
-        places = [at for at, one in enumerate(settings) if (one.section, one.key) == asked[:2]]
-        last = max((at + 1 for at, one in enumerate(settings) if one.section == section), default=len(settings))
-        at, end = (places[0], places[0] + 1) if places else (last, last)
-        settings = [*settings[:at], asked, *settings[end:]]
+        key = key.partition(".")[0]
+        settings = placed(settings, Setting(section, key, document.values[section][key], "as asked"))
     return settings

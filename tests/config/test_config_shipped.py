@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ def test_every_config_loads_and_says_how_to_run_it(path):
     head = (ROOT / path).read_text(encoding="utf-8").partition("\nmodel:")[0]
     assert head.startswith(f"{HEADER}{os.path.relpath('configs/schema.json', path.parent)}\n")
     assert f"lowrank train {path}" in head
+
+
+def test_the_configs_are_what_init_would_write():
+    """All but quickstart's, whose values its score rests on."""
+    made = runpy.run_path(str(ROOT / "examples" / "make_configs.py"))
+    assert {*made["SITUATIONS"]} == {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"quickstart"}
+    for name in made["SITUATIONS"]:
+        shipped = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert shipped == made["text_of"](name), "python examples/make_configs.py"
 
 
 def test_the_shipped_schema_is_that_of_the_types():

@@ -64,9 +64,7 @@ def base_of(name_or_path: str, *, revision: str | None = None, trust_remote_code
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise cannot_load(name_or_path, error) from error
     _refuse_other_tasks(name_or_path, config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return _sizes(name_or_path, model)
+    return sizes(name_or_path, config, trust_remote_code=trust_remote_code)
 
 
 def _refuse_other_tasks(name: str, config: PreTrainedConfig) -> None:
@@ -81,7 +79,10 @@ def _refuse_other_tasks(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _sizes(name: str, model: Any) -> Base:
+def sizes(name: str, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Base:
+    """The sizes of what a config describes; nothing is read for the name."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = model.config.get_text_config()
     targets: list[Any] = list(find_targets(model, LoraConfig(), Calls(model)).modules.values())
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size

@@ -78,6 +78,14 @@ def propose(
     ]
 
 
+def placed(settings: list[Setting], asked: Setting) -> list[Setting]:
+    """The settings with another in its key's place, or at the end of its section."""
+    places = [at for at, one in enumerate(settings) if (one.section, one.key) == asked[:2]]
+    last = max((at + 1 for at, one in enumerate(settings) if one.section == asked.section), default=len(settings))
+    at, end = (places[0], places[0] + 1) if places else (last, last)
+    return [*settings[:at], asked, *settings[end:]]
+
+
 def max_length(rows: RowFacts, base: Base) -> tuple[int, str]:
     """The longest example that is taken, and what that leaves out."""
     longest, most = int(rows.lengths.max()), int(np.percentile(rows.lengths, 99))
