@@ -79,6 +79,12 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         shutil.copytree(source / TEMPLATES, out / TEMPLATES, dirs_exist_ok=True)
 
 
+def note_files(folder: Path) -> list[Path]:
+    """All of these that lie in a folder, in the order of their names."""
+    names = {*TOKENIZER, GENERATION, SYSTEM, f"{TEMPLATES}/*"}
+    return sorted(file for name in names for file in folder.glob(name) if file.is_file())
+
+
 def noted_ends(folder: Path) -> list[int]:
     """The tokens at which the answers of what lies in a folder end; none where it does not say."""
     file = folder / GENERATION
