@@ -60,7 +60,7 @@ def plan_of(
         "loss": loss.why,
         "adapter": _adapter(config, model),
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
-        "data": _rows(plan),
+        "data": _data(plan),
         **asking,
         "batches": f"{_batches(plan)}; {size}",
         "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
@@ -70,9 +70,16 @@ def plan_of(
     }
 
 
-def _rows(plan: BatchPlan | BatchStream) -> str:
+def _data(plan: BatchPlan | BatchStream) -> str:
     if isinstance(plan, BatchStream):
         return f"streamed from {', '.join(source.path for source in plan.sources)}"
+    return rows_of(plan)
+
+
+def rows_of(plan: BatchPlan | BatchStream) -> str:
+    """What was read, in numbers: rows, tokens, and what was left out; of a stream, so far."""
+    if isinstance(plan, BatchStream):
+        return f"streamed: {plan.counts}"
     report = plan.examples.report
     text = f"{report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised"
     counts = {"truncated": report.truncated, "split": report.split, "dropped": report.dropped}

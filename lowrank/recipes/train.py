@@ -18,6 +18,7 @@ from lowrank.config import RunConfig, dump_config, load_config
 from lowrank.config.loading import CONFIG
 from lowrank.data import BatchPlan, BatchStream
 from lowrank.data.opening import shared_system
+from lowrank.recipes.card import write_card
 from lowrank.recipes.crew import Crew, crew_of, save_adapter
 from lowrank.recipes.optimisation import optimizer_for, schedule_for
 from lowrank.recipes.prepare import batch_plan
@@ -28,7 +29,7 @@ from lowrank.recipes.resume import (
     refuse_another_schedule,
 )
 from lowrank.recipes.setup import Setup, own_device, set_up
-from lowrank.recipes.show import open_console, plan_of, show_outcome, show_plan
+from lowrank.recipes.show import open_console, plan_of, rows_of, show_outcome, show_plan
 from lowrank.training.best import Best
 from lowrank.training.callbacks import Callback, Run
 from lowrank.training.checkpoint import FOLDER
@@ -50,6 +51,7 @@ from lowrank.training.shortage import told_when_short
 from lowrank.training.snapshot import load_model_state, restore
 from lowrank.training.state import read_state
 from lowrank.training.trackers import chosen_trackers
+from lowrank.weights.cards import FILE as CARD
 from lowrank.weights.notes import note_system
 
 LOGS = "logs"
@@ -166,6 +168,8 @@ def run_from(
             after = crew.evaluate()
             run.tell(Callback.on_eval, after)
 
+    if ranks.main and (remark := try_to_write_card(config, summary, setup, run, after)):
+        console.print(remark, highlight=False, soft_wrap=True)
     show_outcome(console, run.before, after)
     console.print(farewell(run, crew.best, setup.plan), highlight=False, soft_wrap=True)
     return RunResult(output, run.step, run.interrupted, run.before, after)
@@ -267,6 +271,22 @@ def save_result(model: Any, setup: Setup, output: Path) -> None:
         return
     model.to(setup.dtype).save_pretrained(output)
     setup.tokenizer.save_pretrained(output)
+
+
+def try_to_write_card(
+    config: RunConfig, summary: Mapping[str, str], setup: Setup, run: Run, after: Evaluation | None
+) -> str | None:
+    """The adapter's `README.md`; why there is none from this run, where it is so. A whole model gets none."""
+    if not describe(run.model):
+        return None
+    of = f"{run.step:,} of {run.total_steps:,}" if run.step < run.total_steps else f"{run.step:,}"
+    done = {**summary, "steps": f"{of} steps taken; planned: {summary['steps']}"}
+    try:
+        if write_card(run.output_dir, config, done, rows_of(setup.plan), run.before, after):
+            return None
+    except OSError as error:  # the adapter is there, and the run has not failed for want of its card
+        return f"warning: {run.output_dir / CARD} cannot be written: {error.strerror}"
+    return f"{run.output_dir / CARD} was written or changed by a person: it stays as it is"
 
 
 def farewell(run: Run, best: Best | None, plan: BatchPlan | BatchStream) -> str:

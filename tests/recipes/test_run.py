@@ -24,6 +24,7 @@ from lowrank.recipes.preview import preview
 from lowrank.recipes.train import advice
 
 WRITTEN = {
+    "README.md",
     "adapter_config.json",
     "adapter_model.safetensors",
     "tokenizer.json",
