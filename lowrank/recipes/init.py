@@ -8,6 +8,7 @@ from pathlib import Path
 from lowrank.config import load_config
 from lowrank.config.assignments import override
 from lowrank.config.document import read_document
+from lowrank.config.keys import METHODS
 from lowrank.config.schema import json_schema
 from lowrank.errors import InputError
 from lowrank.models import load_tokenizer
@@ -109,9 +110,24 @@ def _with(settings: list[Setting], path: Path, overrides: Sequence[str]) -> list
     document = read_document(path)
     for assignment in overrides:
         override(document, assignment)
-        if document.problems:
-            raise InputError("\n".join(map(str, document.problems)))
+    if document.problems:
+        raise InputError("\n".join(map(str, document.problems)))
+    settings = _of_method(settings, document.values["adapter"]["method"])
+    for assignment in overrides:
         section, _, key = assignment.partition("=")[0].partition(".")
         key = key.partition(".")[0]
         settings = placed(settings, Setting(section, key, document.values[section][key], "as asked"))
     return settings
+
+
+def _of_method(settings: list[Setting], method: str) -> list[Setting]:
+    """The settings without those that a method has no use for; full fine-tuning takes a rate of its own."""
+    if method not in METHODS:
+        return settings  # the config's check names those that are
+    settings = [one for one in settings if one.section != "adapter" or one.key in METHODS[method].model_fields]
+    if method != "full":
+        return settings
+    rate = next(one.value for one in settings if one.key == "learning_rate")
+    return placed(
+        settings, Setting("training", "learning_rate", float(f"{rate / 10:.1e}"), "a tenth of what adapters learn with")
+    )

@@ -167,6 +167,23 @@ def test_what_was_decided_already_stands_as_asked(models, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
+    ("method", "rate"), [("dora", 9.3e-4), ("adalora", 9.3e-4), ("full", 9.3e-5), ("bias", 9.3e-4)]
+)
+def test_another_method_takes_what_it_has_use_for(method, rate, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(jsonl(chat(100)))
+    asked = [f"adapter.method={method}"]
+    config = load_config(init("rows.jsonl", models / "small", machine=LAPTOP, overrides=asked, checked=False))
+    assert config.adapter.method == method
+    assert config.training.learning_rate == pytest.approx(rate)
+    asked += ["training.learning_rate=0.1"]
+    path = init("rows.jsonl", models / "small", "b.yaml", machine=LAPTOP, overrides=asked, checked=False)
+    assert load_config(path).training.learning_rate == 0.1
+    with pytest.raises(InputError, match="'vera' is no method"):
+        init("rows.jsonl", models / "small", "c.yaml", machine=LAPTOP, overrides=["adapter.method=vera"])
+
+
+@pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("missing.jsonl", None, "missing.jsonl"),
