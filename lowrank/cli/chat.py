@@ -14,8 +14,12 @@ EXAMPLE = 'Example: lowrank chat runs/quickstart --prompt "Wake me at 7"'
 
 
 def chat(
-    path: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_ADAPTER", help="A model's folder or name, or an adapter's folder.")
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL_OR_ADAPTER ...",
+            help="A model's folder or name, or an adapter's folder; with --compare several adapters of one base.",
+        ),
     ],
     prompt: Annotated[
         list[str] | None,
@@ -30,6 +34,10 @@ def chat(
     use_adapter: Annotated[
         bool, typer.Option("--adapter/--no-adapter", help="Without: the adapter's base alone, asked as the adapter is.")
     ] = True,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Show the adapter's answers beside its base's, or those of several adapters."),
+    ] = False,
     system: Annotated[
         str | None,
         typer.Option(help='The system message; by default the one that the training rows shared. "" for none.'),
@@ -50,18 +58,35 @@ def chat(
     In a conversation /help lists the commands (/system, /reset, /save ...), and Ctrl-C ends an answer.
     """
     from lowrank.recipes.chat import chat as run
+    from lowrank.recipes.compare import compare as beside
     from lowrank.recipes.parts.sampling import Sampling
 
     asked = [*(prompt or []), *(lines_of(prompts) if prompts is not None else [])]
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    if compare:
+        if not use_adapter:
+            raise InputError("--compare shows the base beside the adapter already", fix="Leave out --no-adapter.")
+        beside(
+            paths,
+            prompts=asked,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            base=base,
+            trust_remote_code=trust_remote_code,
+            sampling=sampling,
+        )
+        return
+    if len(paths) > 1:
+        raise InputError("one model answers at a time", fix="--compare asks several adapters.")
     run(
-        path,
+        paths[0],
         prompts=asked,
         system=system,
         max_new_tokens=max_new_tokens,
         base=base,
         use_adapter=use_adapter,
         trust_remote_code=trust_remote_code,
-        sampling=Sampling(temperature, top_p, top_k, seed),
+        sampling=sampling,
     )
 
 

@@ -80,7 +80,7 @@ def chat(
     def reply(histories: Sequence[Messages]) -> list[str]:
         with ended_by_interrupt() as ended:
             said = answer(model, tokenizer, histories[0], max_new_tokens, sampling, ended)
-        return [_said(tokenizer, said)]
+        return [remembered(tokenizer, said)]
 
     converse(path, Talk([system]), reply)
     return []
@@ -225,7 +225,7 @@ def room(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], asked: in
     return asked if positions is None else min(asked, positions - longest)
 
 
-def _said(tokenizer: Any, text: str) -> str:
+def remembered(tokenizer: Any, text: str) -> str:
     """An answer as a conversation remembers it: of harmony's channels, whose marks are not in the text, the final."""
     channels = "<|channel|>" in str(tokenizer.chat_template)
     final = _FINAL.match(text) if channels else None

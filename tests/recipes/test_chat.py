@@ -162,10 +162,10 @@ class TestFilesOfPrompts:
 def test_a_conversation_remembers_what_harmony_says_in_the_end(saved):
     _, tokenizer, _, _ = saved
     tokenizer.chat_template = "<|channel|>" + tokenizer.chat_template
-    assert recipe._said(tokenizer, "analysisHm, final?assistantfinalYes. final") == "Yes. final"
-    assert recipe._said(tokenizer, "finalYes.") == "Yes."
+    assert recipe.remembered(tokenizer, "analysisHm, final?assistantfinalYes. final") == "Yes. final"
+    assert recipe.remembered(tokenizer, "finalYes.") == "Yes."
     tokenizer.chat_template = "plain"
-    assert recipe._said(tokenizer, "finalYes.") == "finalYes."
+    assert recipe.remembered(tokenizer, "finalYes.") == "finalYes."
 
 
 class TestRoom:

@@ -12,7 +12,7 @@ from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer
 from lowrank.paths import expanded
 from lowrank.weights import load as load_onto
-from lowrank.weights.adapterfile import CONFIG_NAME, open_adapter
+from lowrank.weights.adapterfile import CONFIG_NAME, AdapterFile, open_adapter
 from lowrank.weights.notes import noted_ends, stop_at
 from lowrank.weights.places import local_folder
 
@@ -83,22 +83,40 @@ def open_model(
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         return load_model(path, **options), load_tokenizer(path, **options)
     file = open_adapter(folder)
-    if base is None and file.base is None:
-        raise InputError("the adapter does not say which base it belongs to", where=path, fix="Give it: --base.")
-    named = str(base or file.base)
-    options = {"revision": file.revision_of(base), "trust_remote_code": trust_remote_code}
-    trained_over = {key: value for key, value in (file.quantization or {}).items() if key.startswith(_QUANTIZATION)}
-    model = load_model(named, quantization=trained_over or None, **options)
-    own_tokenizer = (folder / "tokenizer_config.json").exists()
-    tokenizer = (
-        load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-        if own_tokenizer
-        else load_tokenizer(named, **options)
-    )
+    model = base_of(file, base, trust_remote_code)
+    tokenizer = tokenizer_of(file, base, trust_remote_code)
     if use_adapter:
         load_onto(model, folder, adapter, trainable=trainable)
     stop_at(model, tokenizer, noted_ends(folder))
     return model, tokenizer
+
+
+def base_of(file: AdapterFile, base: str | None, trust_remote_code: bool) -> Any:
+    """The base that an adapter was trained on, quantised as it was then; `base`: where it lies now."""
+    trained_over = {key: value for key, value in (file.quantization or {}).items() if key.startswith(_QUANTIZATION)}
+    options = {"revision": file.revision_of(base), "trust_remote_code": trust_remote_code}
+    return load_model(base_name(file, base), quantization=trained_over or None, **options)
+
+
+def tokenizer_of(file: AdapterFile, base: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer beside an adapter; its base's where there is none."""
+    if (file.path / "tokenizer_config.json").exists():
+        return load_tokenizer(str(file.path), trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"revision": file.revision_of(base), "trust_remote_code": trust_remote_code}
+    return load_tokenizer(base_name(file, base), **options)
+
+
+def base_name(file: AdapterFile, base: str | None) -> str:
+    """The folder or name of an adapter's base; `base` where that is given.
+
+    Raises:
+        InputError: neither is known.
+    """
+    if base is None and file.base is None:
+        raise InputError(
+            "the adapter does not say which base it belongs to", where=str(file.path), fix="Give it: --base."
+        )
+    return str(base or file.base)
 
 
 def adapter_folder(path: str) -> Path | None:

@@ -1,0 +1,101 @@
+"""The same questions to a base and its adapter, or to several adapters, with the answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from lowrank.errors import InputError
+from lowrank.recipes.chat import answer, converse, found_answers, refuse_broken, remembered, system_of
+from lowrank.recipes.parts.interrupt import ended_by_interrupt
+from lowrank.recipes.parts.sampling import GREEDY, Sampling
+from lowrank.recipes.parts.talk import Messages, Talk
+from lowrank.recipes.parts.voices import Voice, open_voices
+from lowrank.recipes.show import open_console
+
+
+def compare(
+    paths: Sequence[str],
+    *,
+    prompts: Sequence[str] = (),
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    sampling: Sampling = GREEDY,
+) -> dict[str, list[str]]:
+    """What a base and its adapter, or several adapters of one base, answer to `prompts`, or in a conversation.
+
+    Each answers as `chat` with it alone does: with its own template, end tokens and system message. In a conversation
+    each remembers its own answers.
+
+    Args:
+        paths: An adapter's folder or name; or several adapters' of one base, which is loaded once.
+        prompts: Questions, each a conversation of its own; without any there is a conversation until an empty line.
+        system: The system message of all; by default each adapter's own (the base has its adapter's); "" for none.
+        max_new_tokens: Longest answer.
+        base: The adapters' base, where it is not the one that they name.
+        trust_remote_code: Whether code that comes with the model may run.
+        sampling: How tokens are chosen; greedily by default.
+
+    Returns:
+        For each one's name the answers to `prompts`. Names are the folders', and "base".
+
+    Raises:
+        InputError: an adapter cannot be used, their bases differ, or a chat template refuses the conversation.
+    """
+    voices = open_voices(paths, base, trust_remote_code)
+    for voice in voices:
+        if voice.tokenizer.chat_template is None:
+            raise InputError(f"{voice.path}: its tokenizer has no chat template; it was not made to be talked to")
+    own = {path: system_of(path, system) for path in paths}
+    names = [voice.name for voice in voices]
+    talk = Talk([own[voice.path] for voice in voices], names)
+    for voice, begun in zip(voices, talk.histories, strict=True):
+        with voice.speaking():
+            first = {"role": "user", "content": prompts[0] if prompts else "Hi"}
+            refuse_broken(voice.model, voice.tokenizer, [*begun, first], voice.path)
+    if prompts:
+        asked = [[[*begun, {"role": "user", "content": text}] for text in prompts] for begun in talk.histories]
+        found = [_answers(*pair, max_new_tokens, sampling) for pair in zip(voices, asked, strict=True)]
+        console = open_console()
+        for i, text in enumerate(prompts):
+            print(Style(dim=console.is_terminal or None).render(text))
+            show(console, names, [answers[i] for answers in found])
+        return dict(zip(names, found, strict=True))
+
+    def reply(histories: Sequence[Messages]) -> list[str]:
+        said = []
+        for voice, history in zip(voices, histories, strict=True):
+            with voice.speaking(), ended_by_interrupt() as ended:
+                said.append(answer(voice.model, voice.tokenizer, history, max_new_tokens, sampling, ended, show=False))
+        show(open_console(), names, said)
+        return [remembered(voice.tokenizer, text) for voice, text in zip(voices, said, strict=True)]
+
+    converse(" | ".join(names), talk, reply)
+    return {name: [] for name in names}
+
+
+def _answers(voice: Voice, asked: Sequence[Messages], max_new_tokens: int, sampling: Sampling) -> list[str]:
+    with voice.speaking():
+        if len(asked) == 1:
+            return [answer(voice.model, voice.tokenizer, asked[0], max_new_tokens, sampling, show=False)]
+        return found_answers(voice.model, voice.tokenizer, asked, max_new_tokens, sampling)
+
+
+def show(console: Console, names: Sequence[str], said: Sequence[str]) -> None:
+    """Answers in columns on a terminal; elsewhere each as it is, beneath its name."""
+    if not console.is_terminal:
+        for name, text in zip(names, said, strict=True):
+            print(f"[{name}]\n{text}")
+        return
+    table = Table(box=box.SIMPLE, expand=True)
+    for name in names:
+        table.add_column(Text(name), ratio=1, overflow="fold")
+    table.add_row(*map(Text, said))
+    console.print(table)
