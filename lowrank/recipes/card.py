@@ -31,14 +31,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 adapter = "$title"  # this folder, or the repository's name on the hub
 tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = AutoModelForCausalLM.from_pretrained("$base_name")
+model = AutoModelForCausalLM.from_pretrained($base_name)
 model = PeftModel.from_pretrained(model, adapter)
 ```
 
 With transformers' own adapters:
 
 ```python
-model = AutoModelForCausalLM.from_pretrained("$base_name")
+model = AutoModelForCausalLM.from_pretrained($base_name)
 model.load_adapter(adapter)
 ```
 
@@ -47,7 +47,7 @@ With lowrank, which `lowrank chat` also asks it with:
 ```python
 import lowrank
 
-model = AutoModelForCausalLM.from_pretrained("$base_name")
+model = AutoModelForCausalLM.from_pretrained($base_name)
 model = lowrank.load(model, adapter)
 ```
 
@@ -83,7 +83,7 @@ def write_card(
     """
     if not may_write(folder):
         return False
-    title, base = folder.resolve().name, config.model.name_or_path
+    title, base, revision = folder.resolve().name, config.model.name_or_path, config.model.revision
     front = _front(config, title, after)
     on_hub = is_hub_name(base)
     name = base if on_hub else Path(base).name
@@ -92,7 +92,7 @@ def write_card(
         title=title,
         method=config.adapter.method,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{name}`",
-        base_name=name,
+        base_name=f'"{name}"' + (f', revision="{revision}"' if revision else ""),
         training=_table(("", ""), told),
         results=_results(config, before, after),
     )

@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import lowrank
-from lowrank.recipes.card import _license
+from lowrank.config import RunConfig
+from lowrank.recipes.card import _license, write_card
+from lowrank.training.evaluate import Evaluation
 from lowrank.weights.cards import FILE, is_made
 
 BASE_CARD = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n# Base\n"
@@ -70,6 +72,21 @@ def test_no_evaluation_no_figures(write_config):
     text = (folder / FILE).read_text()
     assert ModelCard(text).data.eval_results is None
     assert "Results" not in text
+
+
+def test_a_base_on_the_hub_is_named_with_its_revision(tmp_path):
+    model = {"name_or_path": "someone/base", "revision": "v2"}
+    config = RunConfig.model_validate(
+        {"model": model, "data": {"train": "/data/b.jsonl", "eval": "/data/c.jsonl"}, "training": {"output_dir": "o"}}
+    )
+    summary = dict.fromkeys(("adapter", "trainable", "dtype", "batches", "steps"), "told | so\nhere")
+    assert write_card(tmp_path, config, summary, "7 rows", None, Evaluation(0.5, 10))
+    text = (tmp_path / FILE).read_text()
+    data = ModelCard(text).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("someone/base", "adapter")
+    assert text.count('from_pretrained("someone/base", revision="v2")') == 3
+    assert "| b.jsonl: 7 rows |" in text
+    assert "told \\| so<br>here" in text
 
 
 def test_the_license_is_the_bases(tmp_path):
