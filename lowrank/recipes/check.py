@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     Raises:
         InputError: whatever would stop the run.
     """
+    path = config if isinstance(config, str | Path) else None
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
     refuse_launcher_options(fsdp=config.training.fsdp)
@@ -77,8 +79,13 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     show_plan(console, {**plan, **_needs(memory, written, free)})
     if there is not None:
         raise there  # told last: all else has been looked at
-    console.print("the run can start", highlight=False)
+    told = "the run can start" if path is None else f"the run can start: {_command(path, overrides)}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
     return memory
+
+
+def _command(path: str | Path, overrides: Sequence[str]) -> str:
+    return shlex.join(["lowrank", "train", str(path), *(part for one in overrides for part in ("--set", one))])
 
 
 def _said_by(refuse: Callable[[Path], object], path: Path) -> InputError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,3 +59,4 @@ def _show(report: ComposeReport) -> None:
             print(f"  {path}: {error:.2%}")
     for note in report.notes:
         print(note)
+    print(f"merge it: lowrank merge {shlex.quote(str(report.out))}")

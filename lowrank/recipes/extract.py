@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -47,4 +48,5 @@ def extract_adapter(
         print(f"saved whole: {', '.join(report.whole)}")
     print(f"proved: loaded again, it changes all {report.proved} tensors that differ, each as far as its rank goes")
     print(f"into {report.out}: {report.kept_of_all:.2%} of the difference kept, {report.seconds:.1f} s")
+    print(f"merge it: lowrank merge {shlex.quote(str(report.out))}")
     return report

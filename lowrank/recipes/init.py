@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,8 +77,9 @@ def init(
     _write(path, settings, head, overrides)
     print(f"wrote {path}, each value with its reason, and {path.parent / SCHEMA} for editors")
     if checked:
-        check(path)
-    print(f"next: lowrank train {path}")
+        check(path)  # its last line is the command
+    else:
+        print(f"next: lowrank check {shlex.quote(str(path))}")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -305,7 +306,9 @@ def farewell(run: Run, best: Best | None, plan: BatchPlan | BatchStream) -> str:
     if isinstance(plan, BatchStream):
         ended += f" From the stream: {plan.counts}."
         ended += "".join(f"\nleft out: {reason}" for reason in plan.counts.reasons)
-    return f"{ended}\nTo go on: lowrank train {run.output_dir} --resume" if run.interrupted else ended
+    place = shlex.quote(str(run.output_dir))
+    how = f"To go on: lowrank train {place} --resume" if run.interrupted else f"To talk to it: lowrank chat {place}"
+    return f"{ended}\n{how}"
 
 
 def advice(config: RunConfig) -> list[str]:

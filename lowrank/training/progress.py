@@ -59,7 +59,7 @@ class Screen(Callback):
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
         """Moves the bar, or prints a line when one is due."""
         self._steps, self._seconds = self._steps + 1, self._seconds + metrics.seconds
-        left = _clock(self._seconds / self._steps * (run.total_steps - run.step))
+        left = spoken(self._seconds / self._steps * (run.total_steps - run.step))
         if self._training is not None:
             self._bars.update(self._training, completed=run.step, figures=f"{_figures([metrics])}  {left} left")
         self._window.append(metrics)
@@ -96,6 +96,9 @@ def _figures(window: list[StepMetrics]) -> str:
     return f"loss {loss:.4f}  lr {window[-1].learning_rate:.2e}  {speed:,.0f} supervised tokens/s"
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+def spoken(seconds: float) -> str:
+    """A duration as people say it: 40 s, 12 min, 3 h 05 min."""
+    if round(seconds) < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -14,6 +14,7 @@ from lowrank.training.evaluate import Evaluation, Sample
 from lowrank.training.files import write_whole
 from lowrank.training.metrics import read_metrics
 from lowrank.training.pages import page
+from lowrank.training.progress import spoken
 
 FILE = "report.html"
 FILES = ("config.yaml", "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl")
@@ -125,20 +126,13 @@ def _cards(
         cards.append(("evaluation loss", f"{after.loss:.4f}", f"from {_number(before, 'loss', '.4f')}"))
     if steps:
         seconds = sum(line["seconds"] for line in steps)
-        cards.append(("training time", _duration(seconds), f"{seconds / len(steps):.2f} s a step"))
+        cards.append(("training time", spoken(seconds), f"{seconds / len(steps):.2f} s a step"))
         cards.append(("tokens seen", f"{sum(line['tokens'] for line in steps):,}", "padding not counted"))
         speed = statistics.median(line["tokens_per_second"] for line in steps)
         supervised = statistics.median(line["supervised_per_second"] for line in steps)
         cards.append(("tokens a second", f"{speed:,.0f}", f"{supervised:,.0f} of them supervised"))
         cards.append(("peak memory", f"{steps[-1]['peak_bytes'] / 2**30:.2f} GiB", ""))
     return cards
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _samples(before: Evaluation | None, after: Evaluation | None) -> list[Pair]:
