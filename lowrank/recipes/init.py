@@ -122,9 +122,9 @@ def _with(settings: list[Setting], path: Path, overrides: Sequence[str]) -> list
     return settings
 
 
-def _of_method(settings: list[Setting], method: str) -> list[Setting]:
+def _of_method(settings: list[Setting], method: object) -> list[Setting]:
     """The settings without those that a method has no use for; full fine-tuning takes a rate of its own."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         return settings  # the config's check names those that are
     settings = [one for one in settings if one.section != "adapter" or one.key in METHODS[method].model_fields]
     if method != "full":

@@ -228,7 +228,7 @@ def _template(rows: RowFacts) -> Setting:
 def _held_out(rows: RowFacts, given: str | None) -> Setting:
     if given is not None:
         return Setting("data", "eval", given, "as given")
-    share = float(f"{min(0.1, max(20, min(500, rows.count * 0.05)) / rows.count):.2g}")
+    share = float(f"{min(0.25, max(20, min(500, rows.count * 0.05)) / rows.count):.2g}")
     return Setting(
         "data", "eval", share, f"no evaluation rows were given: about {share * rows.count:.0f} are set aside"
     )
