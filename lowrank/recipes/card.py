@@ -35,14 +35,7 @@ model = AutoModelForCausalLM.from_pretrained($base_name)
 model = PeftModel.from_pretrained(model, adapter)
 ```
 
-With transformers' own adapters:
-
-```python
-model = AutoModelForCausalLM.from_pretrained($base_name)
-model.load_adapter(adapter)
-```
-
-With lowrank, which `lowrank chat` also asks it with:
+${transformers}With lowrank, which `lowrank chat` also asks it with:
 
 ```python
 import lowrank
@@ -55,6 +48,15 @@ model = lowrank.load(model, adapter)
 
 $training
 $results""")
+
+_TRANSFORMERS = Template("""With transformers' own adapters:
+
+```python
+model = AutoModelForCausalLM.from_pretrained($base_name)
+model.load_adapter(adapter)
+```
+
+""")
 
 
 def write_card(
@@ -88,16 +90,23 @@ def write_card(
     on_hub = is_hub_name(base)
     name = base if on_hub else Path(base).name
     told = [("data", f"{_sources(config.data.train)}: {rows}"), *((key, summary[key]) for key in _SHOWN)]
+    base_name = f'"{name}"' + (f', revision="{revision}"' if revision else "")
     text = _TEXT.substitute(
         title=title,
         method=config.adapter.method,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{name}`",
-        base_name=f'"{name}"' + (f', revision="{revision}"' if revision else ""),
+        base_name=base_name,
+        transformers=_TRANSFORMERS.substitute(base_name=base_name) if _is_plain(config) else "",
         training=_table(("", ""), told),
         results=_results(config, before, after),
     )
     write_whole(folder / FILE, signed(f"---\n{front.to_yaml()}\n---\n\n{text}"))
     return True
+
+
+def _is_plain(config: RunConfig) -> bool:
+    """Whether `load_adapter` of transformers gives the same: DoRA comes out as another model, AdaLoRA is refused."""
+    return config.adapter.method == "lora" and not config.adapter.use_dora
 
 
 def _front(config: RunConfig, title: str, after: Evaluation | None) -> ModelCardData:

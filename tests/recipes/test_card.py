@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import lowrank
-from lowrank.config import RunConfig
+from lowrank.config import RunConfig, load_config
 from lowrank.recipes.card import _license, write_card
 from lowrank.training.evaluate import Evaluation
 from lowrank.weights.cards import FILE, is_made
@@ -35,15 +35,21 @@ def test_the_hub_reads_it_and_the_figures_are_the_runs(write_config):
     assert str(result.output_dir.resolve().parent) not in text
 
 
-def test_each_way_of_use_that_it_shows_gives_the_same_logits(write_config, base, tmp_path):
-    result = lowrank.train(write_config(training={"max_steps": 3}))
+@pytest.mark.parametrize(
+    ("adapter", "ways"),
+    [({}, 3), ({"method": "dora"}, 2), ({"use_dora": True}, 2), ({"method": "adalora", "r": None, "target_r": 2}, 2)],
+)
+def test_each_way_of_use_that_it_shows_gives_the_same_logits(write_config, base, tmp_path, adapter, ways):
+    values = {key: value for key, value in {"r": 4, **adapter}.items() if value is not None}
+    path = write_config(training={"max_steps": 6})
+    result = lowrank.train(RunConfig.model_validate({**load_config(path).model_dump(mode="json"), "adapter": values}))
     ids = torch.arange(3, 19)[None]
     reference = lowrank.load(AutoModelForCausalLM.from_pretrained(base), result.output_dir)
     plain = AutoModelForCausalLM.from_pretrained(base)
     (tmp_path / base.name).symlink_to(base)
     scope: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", (result.output_dir / FILE).read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == ways
     with torch.no_grad():
         expected = reference(ids).logits
         assert (expected - plain(ids).logits).abs().max() > 1e-3
