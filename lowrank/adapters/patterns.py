@@ -43,8 +43,8 @@ def check_patterns(config: AdapterConfig, modules: Mapping[str, nn.Module], adap
         modules: All of the model's, by path.
         adapted: The paths of the modules and parameters that the adapter goes to.
     """
-    for field, key, hint in idle_patterns(config, modules, adapted):
-        raise InputError(f"{field}: {key!r} {hint}", fix="Correct it, or leave it out.")
+    if idle := [f"{field}: {key!r} {hint}" for field, key, hint in idle_patterns(config, modules, adapted)]:
+        raise InputError("; ".join(idle), fix="Correct it, or leave it out.")
 
 
 def idle_patterns(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import MODELS
 from safetensors import safe_open
+from tiny import tiny_llama
 
 import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
@@ -141,3 +142,12 @@ def test_peft_models_are_refused():
             lowrank.wrap(model, LoraConfig(**QV))
         with pytest.raises(InputError, match="carries adapters of peft"):
             lowrank.merge(model)
+
+
+def test_all_that_means_nothing_is_told_at_once():
+    config = LoraConfig(
+        target_modules=["q_proj"], rank_pattern={"q_prj": 4}, exclude_modules=["layer.0"], layers_to_transform=[0, 99]
+    )
+    with pytest.raises(InputError) as raised:
+        lowrank.wrap(tiny_llama(), config)
+    assert all(name in str(raised.value) for name in ("'q_prj'", "'layer.0'", "99"))
