@@ -64,7 +64,7 @@ def test_four_commands_lead_from_rows_to_an_answer_and_a_model(data, write: Call
     write(tmp_path / data)
     run = f"runs/{data.partition('.')[0]}"
     said = lowrank(["init", data, "--model", str(BASE), "--set", "training.max_steps=3"], tmp_path)
-    assert said.endswith("the run can start\nnext: lowrank train run.yaml\n")
+    assert said.endswith("the run can start: lowrank train run.yaml\n")
     lowrank(["train", "run.yaml"], tmp_path)
     assert any(
         B.any() for name, B in load_file(tmp_path / run / "adapter_model.safetensors").items() if "lora_B" in name
