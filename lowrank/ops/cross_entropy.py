@@ -47,6 +47,7 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
     options: LossOptions = LossOptions(),
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over the rows of the cross-entropy of `hidden @ weight.T + bias` against `labels`.
 
@@ -56,6 +57,7 @@ def linear_cross_entropy(
         labels: (n,) token ids; every row counts, so leave unsupervised rows out.
         bias: (V,) or None.
         options: What else is done to the logits.
+        row_weights: How often each row's loss counts, z-loss and all, (n,); None: once. No gradient flows to them.
 
     Returns:
         A float32 scalar (float64 for float64 input).
@@ -65,13 +67,18 @@ def linear_cross_entropy(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():  # which the function itself is not told
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    loss = _LinearCrossEntropy.apply(hidden, weight, bias, labels, options)
+    loss = _LinearCrossEntropy.apply(hidden, weight, bias, labels, options, row_weights)
     assert isinstance(loss, torch.Tensor)
     return loss
 
 
 def cross_entropy_through(
-    head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, vocabulary: int, options: LossOptions = LossOptions()
+    head: nn.Module,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    vocabulary: int,
+    options: LossOptions = LossOptions(),
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same through a head that is more than a product: with adapters, quantised, or under hooks.
 
@@ -81,6 +88,7 @@ def cross_entropy_through(
         labels: (n,).
         vocabulary: V.
         options: What else is done to the logits.
+        row_weights: How often each row counts, (n,); None: once.
 
     Raises:
         RuntimeError: from autograd, where the head's backward pass needs what it returned.
@@ -88,7 +96,7 @@ def cross_entropy_through(
     evaluated = not torch.is_grad_enabled()
     trained = [] if evaluated else [parameter for parameter in head.parameters() if parameter.requires_grad]
     loss = _CrossEntropyThrough.apply(
-        hidden.detach() if evaluated else hidden, head, labels, vocabulary, options, *trained
+        hidden.detach() if evaluated else hidden, head, labels, vocabulary, options, row_weights, *trained
     )
     assert isinstance(loss, torch.Tensor)
     return loss
@@ -100,18 +108,24 @@ def linear_cross_entropy_reference(
     labels: torch.Tensor,
     bias: torch.Tensor | None = None,
     options: LossOptions = LossOptions(),
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same from all logits at once."""
-    return cross_entropy(F.linear(hidden, weight, bias), labels, options)
+    return cross_entropy(F.linear(hidden, weight, bias), labels, options, row_weights)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """Sum over the rows of the cross-entropy of `logits` (n, V), what `options` say done to them first."""
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, row_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum over the rows of the cross-entropy of `logits` (n, V), what `options` say done to them first; each row counts
+    as often as `row_weights` (n,) say."""
     logits = options.logit_scale * logits.to(precise(logits))
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
-    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=options.label_smoothing)
-    return loss + options.z_loss * torch.logsumexp(logits, dim=-1).square().sum() if options.z_loss else loss
+    loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=options.label_smoothing)
+    if options.z_loss:
+        loss = loss + options.z_loss * torch.logsumexp(logits, dim=-1).square()
+    return (loss if row_weights is None else loss * row_weights.to(loss.dtype)).sum()
 
 
 def _chunk_rows(vocabulary: int, bytes_each: int) -> int:
@@ -134,6 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         options: LossOptions,
+        row_weights: torch.Tensor | None,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad
         digits = precise(hidden)
@@ -149,7 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(hidden[part], weight.t(), out=z)
             else:
                 torch.addmm(bias, hidden[part], weight.t(), out=z)
-            loss += _loss_of_chunk(z, labels[part], options, any(wanted[:3]))
+            loss += _loss_of_chunk(z, labels[part], options, _part(row_weights, part), any(wanted[:3]))
             if d_bias is not None:
                 d_bias += z.sum(0, dtype=digits)
             if d_hidden is not None:
@@ -165,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors), None, None
+        return *(None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors), None, None, None
 
 
 class _CrossEntropyThrough(torch.autograd.Function):
@@ -177,6 +192,7 @@ class _CrossEntropyThrough(torch.autograd.Function):
         labels: torch.Tensor,
         vocabulary: int,
         options: LossOptions,
+        row_weights: torch.Tensor | None,
         *trained: nn.Parameter,
     ) -> torch.Tensor:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -189,7 +205,7 @@ class _CrossEntropyThrough(torch.autograd.Function):
                 given = hidden[part].detach().requires_grad_(d_hidden is not None)
                 z = head(given)
             slope = z.detach()
-            loss += _loss_of_chunk(slope, labels[part], options, gradients)
+            loss += _loss_of_chunk(slope, labels[part], options, _part(row_weights, part), gradients)
             if not gradients:
                 continue
             wanted = [*([given] if d_hidden is not None else []), *trained]
@@ -206,20 +222,29 @@ class _CrossEntropyThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_hidden, *d_trained = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
-        return d_hidden, None, None, None, None, *d_trained
+        return d_hidden, None, None, None, None, None, *d_trained
 
 
-def _loss_of_chunk(logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, gradient: bool) -> torch.Tensor:
+def _part(row_weights: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return None if row_weights is None else row_weights[part]
+
+
+def _loss_of_chunk(
+    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, weights: torch.Tensor | None, gradient: bool
+) -> torch.Tensor:
     """The loss of some rows (rows, V), in float32 at least; their `gradient`, if wanted, takes their place."""
     rows, vocabulary = logits.shape
     at_once = max(1, BLOCK_BYTES // (vocabulary * 4)) if logits.device.type == "cpu" else rows
     loss = torch.zeros((), dtype=precise(logits), device=logits.device)
-    for block, targets in zip(logits.split(at_once), labels.split(at_once), strict=True):
-        loss += _loss_of_block(block, targets, options, gradient)
+    for start in range(0, rows, at_once):
+        block = slice(start, start + at_once)
+        loss += _loss_of_block(logits[block], labels[block], options, _part(weights, block), gradient)
     return loss
 
 
-def _loss_of_block(logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, gradient: bool) -> torch.Tensor:
+def _loss_of_block(
+    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, weights: torch.Tensor | None, gradient: bool
+) -> torch.Tensor:
     changed = options.logit_scale != 1.0 or options.softcap is not None
     z = logits.to(precise(logits), copy=changed)
     if changed:
@@ -233,6 +258,9 @@ def _loss_of_block(logits: torch.Tensor, labels: torch.Tensor, options: LossOpti
     loss = (smooth - 1.0) * (z.gather(1, target) - largest + log_largest) + options.z_loss * lse.square()
     if smooth:
         loss -= smooth * (z.mean(dim=-1, keepdim=True) - largest + log_largest)
+    if weights is not None:
+        weights = weights[:, None].to(loss.dtype)
+        loss *= weights
     if not gradient:
         return loss.sum()
     if options.z_loss:
@@ -244,6 +272,8 @@ def _loss_of_block(logits: torch.Tensor, labels: torch.Tensor, options: LossOpti
         slope *= z.div_(options.softcap).square_().neg_().add_(1.0)  # 1 - tanh²
     if options.logit_scale != 1.0:
         slope *= options.logit_scale
+    if weights is not None:
+        slope *= weights
     logits.copy_(slope)
     return loss.sum()
 

@@ -28,6 +28,9 @@ OPTIONS = {
 }
 
 
+ROW_WEIGHTS = {"once": None, "weighted": torch.tensor([1.0, 16.0, 0.0, 2.5, -1.0, 1.0, 3.0])}
+
+
 @pytest.fixture
 def operands():
     torch.manual_seed(0)
@@ -37,29 +40,44 @@ def operands():
     return hidden, weight, torch.randint(0, 11, (7,)), bias
 
 
+@pytest.mark.parametrize("row_weights", ROW_WEIGHTS.values(), ids=ROW_WEIGHTS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("block_bytes", [1, 10**6], ids=["row-by-row", "whole"])
 @pytest.mark.parametrize("chunk_bytes", [1, 11 * 8 * 3, 10**6], ids=["row-by-row", "three-rows", "one-chunk"])
-def test_equals_all_logits_at_once(operands, options, chunk_bytes, block_bytes, monkeypatch):
+def test_equals_all_logits_at_once(operands, options, row_weights, chunk_bytes, block_bytes, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", block_bytes)
     hidden, weight, labels, bias = operands
-    loss = linear_cross_entropy(hidden, weight, labels, bias, options)
+    loss = linear_cross_entropy(hidden, weight, labels, bias, options, row_weights)
     grads = torch.autograd.grad(loss, (hidden, weight, bias))
-    expected = linear_cross_entropy_reference(hidden, weight, labels, bias, options)
+    expected = linear_cross_entropy_reference(hidden, weight, labels, bias, options, row_weights)
     torch.testing.assert_close(loss, expected)
     for got, want in zip(grads, torch.autograd.grad(expected, (hidden, weight, bias)), strict=True):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("row_weights", ROW_WEIGHTS.values(), ids=ROW_WEIGHTS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_gradients_in_float64(operands, options):
+def test_gradients_in_float64(operands, options, row_weights):
     hidden, weight, labels, bias = operands
 
     def loss(h, w, b):
-        return linear_cross_entropy(h, w, labels, b, options)
+        return linear_cross_entropy(h, w, labels, b, options, row_weights)
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_row_that_counts_three_times_is_three_rows(operands, options):
+    hidden, weight, labels, bias = operands
+    counts = torch.tensor([1, 3, 1, 1, 0, 2, 1])
+    loss = linear_cross_entropy(hidden, weight, labels, bias, options, counts.float())
+    repeated = torch.arange(len(labels)).repeat_interleave(counts)
+    expected = linear_cross_entropy(hidden[repeated], weight, labels[repeated], bias, options)
+    torch.testing.assert_close(loss, expected)
+    of = (hidden, weight, bias)
+    for got, want in zip(torch.autograd.grad(loss, of), torch.autograd.grad(expected, of), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_a_frozen_head_keeps_only_the_gradient_of_the_hidden_states(operands):
@@ -96,20 +114,21 @@ class Adapted(nn.Module):
         return x @ self.weight.t() + self.bias + x @ self.A.t() @ self.B.t()
 
 
+@pytest.mark.parametrize("row_weights", ROW_WEIGHTS.values(), ids=ROW_WEIGHTS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("chunk_bytes", [1, 11 * 16 * 3, 10**6], ids=["row-by-row", "three-rows", "one-chunk"])
-def test_through_an_adapted_head_equals_all_logits_at_once(operands, options, chunk_bytes, monkeypatch):
+def test_through_an_adapted_head_equals_all_logits_at_once(operands, options, row_weights, chunk_bytes, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk_bytes)
     hidden, weight, labels, bias = operands
     head = Adapted(weight, bias)
-    loss = 2.0 * cross_entropy_through(head, hidden, labels, len(weight), options)
-    expected = 2.0 * cross_entropy.cross_entropy(head(hidden), labels, options)
+    loss = 2.0 * cross_entropy_through(head, hidden, labels, len(weight), options, row_weights)
+    expected = 2.0 * cross_entropy.cross_entropy(head(hidden), labels, options, row_weights)
     torch.testing.assert_close(loss, expected)
     of = (hidden, head.A, head.B, head.bias)
     for got, want in zip(torch.autograd.grad(loss, of), torch.autograd.grad(expected, of), strict=True):
         torch.testing.assert_close(got, want)
     with torch.no_grad():
-        assert torch.equal(2.0 * cross_entropy_through(head, hidden, labels, len(weight), options), loss)
+        assert torch.equal(2.0 * cross_entropy_through(head, hidden, labels, len(weight), options, row_weights), loss)
 
 
 def test_a_head_that_needs_what_it_returned_is_an_error_and_no_wrong_gradient(operands):
