@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 
 import lowrank
 from lowrank.data import Example, Examples, plan_batches
-from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.loop import fit
-from lowrank.training.loss import supervised_loss
-from lowrank.training.optim import Settings, build_optimizer
-from lowrank.training.recompute import recompute_activations
-from lowrank.training.schedule import build_schedule
+from lowrank.training.losses.supervised import supervised_loss
+from lowrank.training.optimisers.build import OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.run import Callback, Run, StepMetrics
+from lowrank.training.transforms.recompute import recompute_activations
 
 RESULTS = Path(__file__).parent / "results"
 LINEAR = 1.1  # the highest exponent that counts as linear
@@ -79,7 +79,7 @@ def _fit(model: PreTrainedModel, length: int, options: argparse.Namespace, watch
     ids = torch.randint(3, options.vocabulary, (length,)).tolist()
     examples = Examples.of([Example(ids, [False] + [True] * (length - 1))], "all")
     plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=length, pad_token_id=0, seed=0)
-    optimizer = build_optimizer(model, Settings(1e-4))
+    optimizer = build_optimizer(model, OptimizerSettings(1e-4))
     schedule = build_schedule(optimizer, "constant", warmup_steps=0, total_steps=1)
     scaler = torch.amp.GradScaler(options.device, enabled=False)
     run = Run(model, optimizer, schedule, scaler, Path(), 1, callbacks=[watch])

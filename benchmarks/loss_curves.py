@@ -28,12 +28,12 @@ import lowrank
 from lowrank.attention import set_attention
 from lowrank.data import BatchPlan, Example, Examples
 from lowrank.models import load_model
-from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.loop import fit
-from lowrank.training.loss import supervised_loss
-from lowrank.training.norms import lean_norms
-from lowrank.training.optim import Settings, build_optimizer
-from lowrank.training.schedule import build_schedule
+from lowrank.training.losses.supervised import supervised_loss
+from lowrank.training.optimisers.build import OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.run import Callback, Run, StepMetrics
+from lowrank.training.transforms.norms import lean_norms
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "contestants"))
@@ -65,7 +65,7 @@ def of_lowrank(model: Any, rows: Sequence[Row], at_a_time: int, learning_rate: f
     steps = len(plan.epoch(0))
     set_attention(model, "auto", packing=True)
     lean_norms(model)
-    optimizer = build_optimizer(model, Settings(learning_rate))
+    optimizer = build_optimizer(model, OptimizerSettings(learning_rate))
     schedule = build_schedule(optimizer, "constant", warmup_steps=0, total_steps=steps)
     losses = Losses()
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -27,7 +27,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lowrank.weights.tensorfile import encode_header
+from lowrank.storage.tensorfile import encode_header
 
 RESULTS = Path(__file__).parent / "results"
 MEBIBYTE = 2**20

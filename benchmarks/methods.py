@@ -22,8 +22,8 @@ import transformers
 
 import lowrank
 from lowrank.models import load_model
-from lowrank.training.layers import compile_layers
-from lowrank.training.memory import freed_blocks_kept
+from lowrank.training.machine.memory import freed_blocks_kept
+from lowrank.training.transforms.layers import compile_layers
 
 RESULTS = Path(__file__).parent / "results"
 BFLOAT16, COMPILED = "lowrank LoRA, adapters in bfloat16", "lowrank LoRA, layers compiled"

@@ -18,8 +18,8 @@ import lowrank
 from lowrank.attention import set_attention
 from lowrank.config import load_config
 from lowrank.models import load_model, load_tokenizer
-from lowrank.training.answers import answer_all, same_json
-from lowrank.training.memory import freed_blocks_kept
+from lowrank.training.evaluation.answers import answer_all, same_json
+from lowrank.training.machine.memory import freed_blocks_kept
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 from lowrank.recipes.proposal.base import sizes
 from lowrank.recipes.proposal.machine import GiB, Machine
 from lowrank.recipes.proposal.page import as_yaml
-from lowrank.recipes.proposal.rows import SAMPLE, RowFacts
+from lowrank.recipes.proposal.row_figures import SAMPLE, RowFacts
 from lowrank.recipes.proposal.rules import Setting, placed, propose
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lowrank.attention import set_attention as set_attention
     from lowrank.recipes.parts.opened import load as load
     from lowrank.recipes.train import train as train
-    from lowrank.training.callbacks import Callback as Callback
+    from lowrank.training.run import Callback as Callback
     from lowrank.weights import compose as compose
     from lowrank.weights import extract as extract
     from lowrank.weights import merge_checkpoint as merge_checkpoint
@@ -49,7 +49,7 @@ _HOME = {
     "segments": "lowrank.attention",
     "set_attention": "lowrank.attention",
     "train": "lowrank.recipes.train",
-    "Callback": "lowrank.training.callbacks",
+    "Callback": "lowrank.training.run",
     "save": "lowrank.weights",
     "compose": "lowrank.weights",
     "extract": "lowrank.weights",

@@ -57,9 +57,9 @@ def _run(
     os.chdir(folder)
     os.environ.update(environment)
     if workers:
-        import lowrank.data.workers
+        import lowrank.data.loading.workers
 
-        lowrank.data.workers.WORTH_PROCESSES = 1
+        lowrank.data.loading.workers.WORTH_PROCESSES = 1
     if dies is not None:
         _arrange(*dies)
     with open("out.txt", "a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -70,12 +70,12 @@ def _run(
 
 def _arrange(moment: str, count: int) -> None:
     """Makes the process kill itself in the middle of the moment after `count` of them."""
-    import lowrank.training.checkpoint as checkpoint
-    import lowrank.training.evaluate as evaluate
-    import lowrank.training.files as files
+    import lowrank.storage.whole_file as files
+    import lowrank.training.checkpoints.writer as checkpoint
+    import lowrank.training.evaluation.evaluation as evaluate
     import lowrank.training.loop as loop
-    from lowrank.recipes import assess
-    from lowrank.weights import folders
+    from lowrank.recipes.parts import assess
+    from lowrank.storage import folders
 
     module, name = {
         "step": (loop, "_clip"),  # gradients are there, weights are as before

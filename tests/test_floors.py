@@ -15,8 +15,9 @@ FLOORS = {
     "errors": 0,
     "paths": 0,
     "ops": 0,
-    "adapters": 1,
+    "storage": 1,
     "attention": 1,
+    "adapters": 1,
     "weights": 2,
     "data": 2,
     "models": 2,
@@ -25,6 +26,20 @@ FLOORS = {
     "recipes": 5,
     "cli": 6,
 }
+
+INSIDE = {
+    "data": [{"reading"}, {"examples"}, {"supervision"}, {"loading"}, {"batches"}, {"preview"}],
+    "weights": [{"files"}, {"arithmetic", "merging"}],
+    "training": [
+        {"machine", "diagnosis", "reach"},
+        {"losses", "optimisers", "transforms", "steps"},
+        {"evaluation"},
+        {"run"},
+        {"checkpoints", "callbacks", "loop"},
+    ],
+    "recipes": [{"parts"}],
+}
+"""The sub-rooms of a room, and what stands between them, ground floor first; whatever is not named stands above."""
 
 
 def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
@@ -57,6 +72,22 @@ def breaches(path: Path, source: str) -> list[str]:
     return found
 
 
+def breaches_inside(path: Path, source: str) -> list[str]:
+    """The same between the sub-rooms of one room."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    room = parts[0]
+    floors = {entry: floor for floor, entries in enumerate(INSIDE.get(room, [])) for entry in entries}
+    mine = floors.get(parts[1], len(floors))
+    found = []
+    for line, name in imported(source, ".".join(["lowrank", *parts[:-1]])):
+        other = (name.split(".") + ["", ""])[2]
+        theirs = floors.get(other, len(floors))
+        beside = other == parts[1] or (theirs == mine == len(floors))
+        if name.split(".")[1:2] == [room] and other and theirs >= mine and not beside:
+            found.append(f"{path.name}:{line}: {room}/{parts[1]} imports {name}")
+    return found
+
+
 def test_contributing_shows_the_house_as_it_is():
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert {room: int(floor) for floor, room in re.findall(r"^ (\d)  (\w+) ", text, re.MULTILINE)} == FLOORS
@@ -68,6 +99,36 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAG
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_room_imports_only_lower_rooms(path):
     assert breaches(path, path.read_text(encoding="utf-8")) == []
+
+
+WITHIN = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in INSIDE and path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", WITHIN, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_sub_room_imports_only_lower_ones(path):
+    assert breaches_inside(path, path.read_text(encoding="utf-8")) == []
+
+
+def test_every_sub_room_has_a_floor():
+    for room, floors in INSIDE.items():
+        rooms = {path.name for path in (PACKAGE / room).iterdir() if (path / "__init__.py").exists()}
+        assert rooms <= set().union(*floors) | {"proposal"}, room
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("data/reading/x.py", "from lowrank.data.batches.batch import Batch"),
+        ("data/reading/x.py", "from lowrank.data.batches import batch"),
+        ("training/losses/x.py", "from lowrank.training.loop import fit"),
+        ("training/machine/x.py", "def f():\n    from lowrank.training.steps import groups"),
+        ("weights/merging/x.py", "from lowrank.weights.arithmetic import factors"),
+        ("weights/merging/x.py", "from lowrank.weights.exporting import export"),
+        ("recipes/parts/x.py", "import lowrank.recipes.train"),
+    ],
+)
+def test_a_breach_between_sub_rooms_is_found(place, source):
+    assert len(breaches_inside(PACKAGE / place, source)) == 1
 
 
 @pytest.mark.parametrize("room", ["config", "cli"])

@@ -13,15 +13,15 @@ import lowrank
 from lowrank.attention import set_attention
 from lowrank.data import Example, Examples, plan_batches
 from lowrank.models import load_model
-from lowrank.training.callbacks import Callback, Run, StepMetrics
-from lowrank.training.layers import compile_layers
 from lowrank.training.loop import fit
-from lowrank.training.loss import supervised_loss
-from lowrank.training.memory import few_kernels_kept, freed_blocks_kept
-from lowrank.training.norms import lean_norms
-from lowrank.training.optim import Settings, build_optimizer
-from lowrank.training.schedule import build_schedule
+from lowrank.training.losses.supervised import supervised_loss
+from lowrank.training.machine.memory import few_kernels_kept, freed_blocks_kept
+from lowrank.training.optimisers.build import OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.steps import StepSize
+from lowrank.training.transforms.layers import compile_layers
+from lowrank.training.transforms.norms import lean_norms
 
 
 class Watch(Callback):
@@ -55,7 +55,7 @@ def main(*, compiled: bool = False) -> None:
     examples = Examples.of([Example(ids, [label != IGNORED for label in labels]) for ids, labels in rows], "all")
     plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=job.pack, pad_token_id=0, seed=job.seed)
     size = StepSize(tokens=counted(rows)[0] // job.steps)  # as many tokens in a step as the others have on average
-    optimizer = build_optimizer(model, Settings(job.learning_rate))
+    optimizer = build_optimizer(model, OptimizerSettings(job.learning_rate))
     schedule = build_schedule(optimizer, "constant", warmup_steps=0, total_steps=job.steps)
     watch = Watch()
     scaler = torch.amp.GradScaler(job.device, enabled=False)

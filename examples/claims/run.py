@@ -33,7 +33,7 @@ import lowrank
 from lowrank.config import load_config
 from lowrank.errors import JobError
 from lowrank.recipes.evaluate import evaluate
-from lowrank.training.callbacks import Run
+from lowrank.training.run import Run
 
 HERE = Path(__file__).parent
 BASE = "lora"  # whose config says what the base is

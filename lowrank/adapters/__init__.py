@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from lowrank.adapters.activation import set_active as set_active
     from lowrank.adapters.activation import set_scale as set_scale
     from lowrank.adapters.activation import using as using
-    from lowrank.adapters.adalora_budget import RankBudget as RankBudget
-    from lowrank.adapters.adalora_budget import orthogonality as orthogonality
     from lowrank.adapters.config import AdaLoraConfig as AdaLoraConfig
     from lowrank.adapters.config import AdapterConfig as AdapterConfig
     from lowrank.adapters.config import LoraConfig as LoraConfig
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     from lowrank.adapters.inspection import config_of as config_of
     from lowrank.adapters.inspection import describe as describe
     from lowrank.adapters.merging import merge as merge
+    from lowrank.adapters.methods.adalora_budget import RankBudget as RankBudget
+    from lowrank.adapters.methods.adalora_budget import orthogonality as orthogonality
     from lowrank.adapters.registry import METHODS as METHODS
     from lowrank.adapters.registry import register_kind as register_kind
     from lowrank.adapters.wrapping import delete as delete
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "lowrank.adapters.activation": ("disabled", "routed", "scaled", "set_active", "set_scale", "using"),
-    "lowrank.adapters.adalora_budget": ("RankBudget", "orthogonality"),
+    "lowrank.adapters.methods.adalora_budget": ("RankBudget", "orthogonality"),
     "lowrank.adapters.config": ("AdaLoraConfig", "AdapterConfig", "LoraConfig"),
     "lowrank.adapters.conversion": ("as_lora", "portable"),
     "lowrank.adapters.inspection": ("AdapterInfo", "adapter_tensors", "config_of", "describe"),

@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.adapters.host import Choice, hosts
+from lowrank.adapters.activity import Setting
 from lowrank.adapters.inplace import check_in_place
+from lowrank.adapters.install import Choice, hosts
 from lowrank.adapters.modules import bare
 from lowrank.adapters.record import Record, record_of
 from lowrank.adapters.routing import Routing, note_repeats, turning
-from lowrank.adapters.setting import Setting
 from lowrank.adapters.together import check_together
 from lowrank.errors import InputError
 

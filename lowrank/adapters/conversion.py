@@ -7,11 +7,11 @@ import math
 import torch
 from torch import nn
 
-from lowrank.adapters.adalora import AdaLoraLayer
 from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
-from lowrank.adapters.host import hosts
 from lowrank.adapters.inspection import adapter_tensors, config_of
-from lowrank.adapters.lora import LoraLayer
+from lowrank.adapters.install import hosts
+from lowrank.adapters.methods.adalora import AdaLoraLayer
+from lowrank.adapters.methods.lora import LoraLayer
 from lowrank.adapters.record import record_of
 from lowrank.errors import InputError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowrank.adapters.host import hosts
+from lowrank.adapters.install import hosts
 
 _SETTING, _MARK = "use_nested_tensor", "_lowrank_nested"
 

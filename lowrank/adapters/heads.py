@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.kinds import HostModule
+from lowrank.adapters.kinds.kind import HostModule
 from lowrank.adapters.modules import bare, base_modules
 from lowrank.errors import InputError
 

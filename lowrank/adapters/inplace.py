@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowrank.adapters.copies import WholeCopy
-from lowrank.adapters.host import hosts
-from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.install import hosts
+from lowrank.adapters.kinds.kind import HostModule, Kind
 from lowrank.adapters.modules import ADAPTERS
 from lowrank.adapters.record import record_of
-from lowrank.adapters.tokens import SharedTokens, TokenRows
+from lowrank.adapters.token_rows import SharedTokens, TokenRows
+from lowrank.adapters.whole_modules import WholeCopy
 from lowrank.errors import InputError
 
 Sizes = tuple[object, ...] | None

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.host import hosts
 from lowrank.adapters.inplace import check_in_place
+from lowrank.adapters.install import hosts
 from lowrank.adapters.record import find_record, record_of
 
 

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lowrank.adapters.copies import WholeCopy
-from lowrank.adapters.dequantise import dense_dtype, dense_twin, forget_quantisation, is_quantised, make_dense
-from lowrank.adapters.host import AdapterSet, hosts
+from lowrank.adapters.dense_base import dense_dtype, dense_twin, forget_quantisation, is_quantised, make_dense
 from lowrank.adapters.inplace import check_in_place
-from lowrank.adapters.kinds import HostModule, Kind
-from lowrank.adapters.method import JointLayer, Layer, LowRankLayer
+from lowrank.adapters.install import AdapterSet, hosts
+from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.methods.layer import JointLayer, Layer, LowRankLayer
 from lowrank.adapters.modules import bare
 from lowrank.adapters.offload import refuse_offloaded
-from lowrank.adapters.parameters import make_parameters_dense, quantised_names
 from lowrank.adapters.record import Record, record_of
+from lowrank.adapters.targeting.parameters import make_parameters_dense, quantised_names
 from lowrank.adapters.ties import Ties
 from lowrank.adapters.together import check_together
-from lowrank.adapters.tokens import TokenRows
+from lowrank.adapters.token_rows import TokenRows
+from lowrank.adapters.whole_modules import WholeCopy
 from lowrank.adapters.wrapping import unwrap
 from lowrank.errors import InputError, JobError
 from lowrank.ops.precision import precise

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lowrank.adapters.kinds import HostModule
+from lowrank.adapters.kinds.kind import HostModule
 
 ADAPTERS = "adapters"
 """The child of a module that holds its adapters."""

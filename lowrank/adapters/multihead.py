@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.kinds import HostModule, Kind
-from lowrank.adapters.linear import LinearKind
-from lowrank.adapters.lora import LoraLayer
-from lowrank.adapters.method import JointLayer, Layer
+from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.kinds.linear import LinearKind
+from lowrank.adapters.methods.layer import JointLayer, Layer
+from lowrank.adapters.methods.lora import LoraLayer
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
-from lowrank.ops.merging import merged_weight
+from lowrank.ops.merged import merged_weight
 
 OUT_PROJ = "base_layer.out_proj"
 """Where peft's files have the factors of `out_proj`, after the attention's path."""

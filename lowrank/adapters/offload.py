@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lowrank.adapters.kinds import HostModule
+from lowrank.adapters.kinds.kind import HostModule
 from lowrank.adapters.modules import named_modules
 from lowrank.errors import InputError
 

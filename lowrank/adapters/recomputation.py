@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.utils.checkpoint as torch_checkpoint
 
-from lowrank.adapters.setting import pinned
+from lowrank.adapters.activity import pinned
 
 
 @functools.cache

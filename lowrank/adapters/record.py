@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lowrank.adapters.activity import Setting
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.foreign import refuse_foreign
-from lowrank.adapters.host import Activity
+from lowrank.adapters.install import Activity
 from lowrank.adapters.modules import bare
-from lowrank.adapters.setting import Setting
 from lowrank.errors import InputError
 
 _ATTRIBUTE = "_lowrank"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lowrank.adapters.adalora import AdaLoraLayer
-from lowrank.adapters.conv import ConvKind
-from lowrank.adapters.dora import DoraLayer
-from lowrank.adapters.embedding import EmbeddingKind
-from lowrank.adapters.kinds import Kind
-from lowrank.adapters.linear import Conv1DKind, LinearKind
-from lowrank.adapters.lora import LoraLayer
-from lowrank.adapters.method import LowRankLayer
+from lowrank.adapters.kinds.conv import ConvKind
+from lowrank.adapters.kinds.embedding import EmbeddingKind
+from lowrank.adapters.kinds.kind import Kind
+from lowrank.adapters.kinds.linear import Conv1DKind, LinearKind
+from lowrank.adapters.methods.adalora import AdaLoraLayer
+from lowrank.adapters.methods.dora import DoraLayer
+from lowrank.adapters.methods.layer import LowRankLayer
+from lowrank.adapters.methods.lora import LoraLayer
 from lowrank.errors import InputError
 
 METHODS: dict[str, type[LowRankLayer]] = {"lora": LoraLayer, "dora": DoraLayer, "adalora": AdaLoraLayer}

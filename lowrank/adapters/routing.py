@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.adapters.kinds import HostModule, Kind
-from lowrank.adapters.method import Layer
+from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.methods.layer import Layer
 from lowrank.adapters.modules import bare, submodule
 from lowrank.errors import InputError
 

@@ -6,10 +6,10 @@ from itertools import combinations
 
 from torch import nn
 
-from lowrank.adapters.copies import WholeCopy
-from lowrank.adapters.host import hosts
-from lowrank.adapters.method import JointLayer, Layer
-from lowrank.adapters.tokens import SharedTokens, TokenRows
+from lowrank.adapters.install import hosts
+from lowrank.adapters.methods.layer import JointLayer, Layer
+from lowrank.adapters.token_rows import SharedTokens, TokenRows
+from lowrank.adapters.whole_modules import WholeCopy
 from lowrank.errors import InputError
 
 

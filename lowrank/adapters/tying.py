@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.copies import WholeCopy
-from lowrank.adapters.embedding import EmbeddingKind
-from lowrank.adapters.host import AdapterSet
-from lowrank.adapters.kinds import HostModule, Kind
-from lowrank.adapters.lora import LoraLayer
+from lowrank.adapters.install import AdapterSet
+from lowrank.adapters.kinds.embedding import EmbeddingKind
+from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.methods.lora import LoraLayer
 from lowrank.adapters.modules import base_modules, submodule
-from lowrank.adapters.tokens import find_input_embedding, tied_to
+from lowrank.adapters.token_rows import find_input_embedding, tied_to
+from lowrank.adapters.whole_modules import WholeCopy
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
 

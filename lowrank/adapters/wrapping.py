@@ -10,33 +10,33 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank.adapters.activity import Setting
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.copies import BiasCopy, WholeCopy
-from lowrank.adapters.dequantise import is_quantised
-from lowrank.adapters.experts import ExpertFactors, experts_layers
+from lowrank.adapters.dense_base import is_quantised
+from lowrank.adapters.experts.fused import ExpertFactors, experts_layers
+from lowrank.adapters.experts.single import find_single_experts, single_experts_layers, without_single_experts
 from lowrank.adapters.fastpath import give_back, take_dense
 from lowrank.adapters.foreign import refuse_foreign
 from lowrank.adapters.heads import with_head
-from lowrank.adapters.host import Activity, AdapterSet, hosts, install, remove
 from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
 from lowrank.adapters.inplace import places_of
-from lowrank.adapters.kinds import Kind, is_multihead, kind_of
-from lowrank.adapters.lora import LoraLayer
-from lowrank.adapters.method import LowRankLayer
+from lowrank.adapters.install import Activity, AdapterSet, hosts, install, remove
+from lowrank.adapters.kinds.kind import Kind, is_multihead, kind_of
+from lowrank.adapters.methods.layer import LowRankLayer
+from lowrank.adapters.methods.lora import LoraLayer
 from lowrank.adapters.modules import bare, base_modules, named_parameters, submodule
 from lowrank.adapters.multihead import MultiheadLayer, biases
 from lowrank.adapters.offload import refuse_empty, weights_here
-from lowrank.adapters.parameters import find_parameters
-from lowrank.adapters.patterns import check_patterns, matches_end, nearest, without_idle, without_missing
-from lowrank.adapters.plain import check_none_hidden, check_plain, has_other_codes
+from lowrank.adapters.plain_weight import check_none_hidden, check_plain, has_other_codes
 from lowrank.adapters.record import Record, attach, detach, find_record, record_of
 from lowrank.adapters.registry import METHODS
-from lowrank.adapters.setting import Setting
-from lowrank.adapters.singleexperts import find_single_experts, single_experts_layers, without_single_experts
-from lowrank.adapters.targets import ALL_LINEAR, Targets, find_targets
-from lowrank.adapters.tokens import token_layers
+from lowrank.adapters.targeting.parameters import find_parameters
+from lowrank.adapters.targeting.patterns import check_patterns, matches_end, nearest, without_idle, without_missing
+from lowrank.adapters.targeting.targets import ALL_LINEAR, Targets, find_targets
+from lowrank.adapters.targeting.uncalled import Calls, check_called, check_copy_called
+from lowrank.adapters.token_rows import token_layers
 from lowrank.adapters.tying import check_fields, followers, tied_group, with_first
-from lowrank.adapters.uncalled import Calls, check_called, check_copy_called
+from lowrank.adapters.whole_modules import BiasCopy, WholeCopy
 from lowrank.errors import InputError
 
 Model = TypeVar("Model", bound=nn.Module)

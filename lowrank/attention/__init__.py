@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lowrank.attention.backends import BACKENDS
 from lowrank.attention.choice import AttentionChoice, set_attention
 from lowrank.attention.packing import check_packing, segments
-from lowrank.attention.registry import BACKENDS
 
 __all__ = ["BACKENDS", "AttentionChoice", "check_packing", "segments", "set_attention"]

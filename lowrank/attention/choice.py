@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from lowrank.attention.backends import BACKENDS
 from lowrank.attention.paged import CHOSEN, PAGED
-from lowrank.attention.registry import BACKENDS
 from lowrank.attention.setting import Setting, setting_of
 from lowrank.errors import InputError
 

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lowrank.attention import dense, varlen
+from lowrank.attention import square as dense
+from lowrank.attention import varlen
 from lowrank.attention.backend import Backend
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.maskparts import CAUSAL, CHUNKS, WINDOW, parts_of

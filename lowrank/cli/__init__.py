@@ -11,7 +11,7 @@ import sys
 
 from lowrank.cli.app import app
 from lowrank.cli.failure import told
-from lowrank.recipes.streams import unfailing_output
+from lowrank.recipes.parts.streams import unfailing_output
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from lowrank.config.document import Document, KeyPath, Problem, invalid, values_of
 from lowrank.config.keys import field_at
-from lowrank.config.words import allowed
+from lowrank.config.type_words import allowed
 from lowrank.config.yamlcore import TAG, CoreLoader
 
 _SCALARS = ("bool", "int", "float")

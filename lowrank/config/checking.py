@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from lowrank.config.contradictions import ContradictionsError, without_effect
 from lowrank.config.document import Document, KeyPath, Problem
+from lowrank.config.findings import Found, contradiction, problems, traps
 from lowrank.config.keys import SECTIONS
-from lowrank.config.messages import Found, contradiction, problems, traps
-from lowrank.config.run import RunConfig
+from lowrank.config.run_config import RunConfig
 
 
 def check(document: Document) -> tuple[RunConfig | None, list[Problem]]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lowrank.config.run import RunConfig
+from lowrank.config.run_sections import RunSections
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class ContradictionsError(ValueError):
         super().__init__("; ".join(map(str, found)))
 
 
-def contradictions(config: RunConfig) -> Iterator[Contradiction]:
+def contradictions(config: RunSections) -> Iterator[Contradiction]:
     """Whatever in the sections does not go together."""
     method, training, data = config.adapter.method, config.training, config.data
     if config.quantization is not None and method in ("full", "bias"):
@@ -95,7 +93,7 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
             yield idle
 
 
-def streaming_alone(config: RunConfig) -> Iterator[Contradiction]:
+def streaming_alone(config: RunSections) -> Iterator[Contradiction]:
     """What needs to know all rows, which a stream does not."""
     if config.training.max_steps < 1:
         yield Contradiction(
@@ -116,7 +114,7 @@ def streaming_alone(config: RunConfig) -> Iterator[Contradiction]:
         )
 
 
-def selective_alone(config: RunConfig) -> Iterator[Contradiction]:
+def selective_alone(config: RunSections) -> Iterator[Contradiction]:
     """What hides a layer's products from recomputation that keeps them."""
     for name in ("torch_compile", "fsdp"):
         if getattr(config.training, name):
@@ -126,7 +124,7 @@ def selective_alone(config: RunConfig) -> Iterator[Contradiction]:
             )
 
 
-def without_effect(config: RunConfig) -> Iterator[Contradiction]:
+def without_effect(config: RunSections) -> Iterator[Contradiction]:
     """The keys that change nothing in this run, each with what makes it so."""
     if config.data.packing:
         yield Contradiction(

@@ -10,10 +10,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lowrank.config.document import Document, KeyPath
-from lowrank.config.run import RunConfig
+from lowrank.config.run_config import RunConfig
 from lowrank.config.sections import AdapterSection
 from lowrank.config.synonyms import ABSENT, SYNONYMS
-from lowrank.config.words import inside
+from lowrank.config.type_words import inside
 
 METHODS: dict[str, type[BaseModel]] = {
     get_args(member.model_fields["method"].annotation)[0]: member for member in get_args(get_args(AdapterSection)[0])

@@ -13,7 +13,7 @@ from lowrank.config.assignments import override
 from lowrank.config.checking import check
 from lowrank.config.contradictions import without_effect
 from lowrank.config.document import Problem, document_of, read_document
-from lowrank.config.run import RunConfig
+from lowrank.config.run_config import RunConfig
 from lowrank.config.yamlcore import CoreDumper
 from lowrank.errors import InputError
 from lowrank.paths import expanded

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from lowrank.config.run import RunConfig
+from lowrank.config.run_config import RunConfig
 
 
 def json_schema() -> str:

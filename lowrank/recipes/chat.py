@@ -16,20 +16,20 @@ from rich.style import Style
 from transformers import StoppingCriteriaList, TextStreamer
 
 from lowrank.attention import set_attention
-from lowrank.data.rowerror import RowError
-from lowrank.data.template import ChatTemplate
+from lowrank.data.reading.row_error import RowError
+from lowrank.data.supervision.template import ChatTemplate
 from lowrank.errors import InputError
 from lowrank.models import positions_of, vocabulary_of
 from lowrank.paths import expanded
 from lowrank.recipes.parts.interrupt import Ended, ended_by_interrupt
 from lowrank.recipes.parts.opened import adapter_folder, open_model
 from lowrank.recipes.parts.sampling import GREEDY, Sampling
+from lowrank.recipes.parts.show import open_console
 from lowrank.recipes.parts.talk import Messages, Talk
-from lowrank.recipes.show import open_console
-from lowrank.training.answers import answer_all, answer_text, greedy, up_to_end
+from lowrank.training.callbacks.progress import Screen
 from lowrank.training.diagnosis import refuse_broken_weights
-from lowrank.training.progress import Screen
-from lowrank.weights.notes import noted_system
+from lowrank.training.evaluation.answers import answer_all, answer_text, greedy, up_to_end
+from lowrank.weights.files.notes import noted_system
 
 _FINAL = re.compile(r"\s*(?:analysis.*?assistant)?final(.*)", re.DOTALL)
 _QUOTES = '"""'

@@ -14,21 +14,21 @@ from lowrank.config import RunConfig, load_config
 from lowrank.config.sections import TrainingSection
 from lowrank.data import questions_of
 from lowrank.errors import InputError, JobError
-from lowrank.recipes.assess import expected_answers
-from lowrank.recipes.budget import rank_budget
-from lowrank.recipes.resume import refuse_a_run_in
-from lowrank.recipes.setup import Setup, own_device, set_up
-from lowrank.recipes.show import open_console, plan_of, show_plan
+from lowrank.recipes.memory_trial import estimate_memory
+from lowrank.recipes.parts.assess import expected_answers
+from lowrank.recipes.parts.rank_budget import rank_budget
+from lowrank.recipes.parts.resume import refuse_a_run_in
+from lowrank.recipes.parts.setup import Setup, own_device, set_up
+from lowrank.recipes.parts.show import open_console, plan_of, show_plan
 from lowrank.recipes.train import advice, advice_for_loading, new_run
-from lowrank.recipes.trial import estimate_memory
+from lowrank.storage.lock import held
+from lowrank.training.callbacks.trackers import chosen_trackers
 from lowrank.training.estimate import ADAM_BYTES, MemoryEstimate
-from lowrank.training.joining import refuse_half_a_launch
-from lowrank.training.launch import refuse_launcher_options
-from lowrank.training.memory import few_kernels_kept, forget_peak, resident_bytes
-from lowrank.training.parallel import Ranks
-from lowrank.training.shortage import told_when_short
-from lowrank.training.trackers import chosen_trackers
-from lowrank.weights.lock import held
+from lowrank.training.machine.joining import refuse_half_a_launch
+from lowrank.training.machine.launch import refuse_launcher_options
+from lowrank.training.machine.memory import few_kernels_kept, forget_peak, resident_bytes
+from lowrank.training.machine.ranks import Ranks
+from lowrank.training.machine.shortage import told_when_short
 
 SPARE_DISK = 64 * 2**20  # metrics, report, config
 

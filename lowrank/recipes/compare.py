@@ -14,9 +14,9 @@ from lowrank.errors import InputError
 from lowrank.recipes.chat import answer, converse, found_answers, refuse_broken, remembered, system_of
 from lowrank.recipes.parts.interrupt import ended_by_interrupt
 from lowrank.recipes.parts.sampling import GREEDY, Sampling
+from lowrank.recipes.parts.show import open_console
 from lowrank.recipes.parts.talk import Messages, Talk
 from lowrank.recipes.parts.voices import Voice, open_voices
-from lowrank.recipes.show import open_console
 
 
 def compare(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lowrank.paths import expanded
 from lowrank.weights import ComposeReport, compose, resize
-from lowrank.weights.combine import MajoritySign
-from lowrank.weights.compose import ComposeMethod
+from lowrank.weights.arithmetic.combine import MajoritySign
+from lowrank.weights.arithmetic.composition import ComposeMethod
 
 
 def compose_adapters(
@@ -25,7 +25,7 @@ def compose_adapters(
     majority_sign: MajoritySign = "total",
     seed: int = 0,
 ) -> ComposeReport:
-    """Composes and prints ranks and the distance from the plain weighted sum; see `lowrank.weights.compose`."""
+    """Composes and prints ranks and the distance from the plain weighted sum."""
     report = compose(
         [expanded(adapter) for adapter in adapters],
         out=expanded(out),

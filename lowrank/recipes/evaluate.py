@@ -11,16 +11,16 @@ from lowrank.config import RunConfig, load_config
 from lowrank.data import end_tokens
 from lowrank.errors import InputError
 from lowrank.paths import expanded
-from lowrank.recipes.assess import assess
-from lowrank.recipes.prepare import base_model, base_tokenizer, fitting, read_examples, swap_attention
-from lowrank.recipes.show import open_console
+from lowrank.recipes.parts.assess import assess
+from lowrank.recipes.parts.prepare import base_model, base_tokenizer, fitting, read_examples, swap_attention
+from lowrank.recipes.parts.show import open_console
+from lowrank.training.callbacks.progress import Screen
 from lowrank.training.diagnosis import refuse_broken_weights
-from lowrank.training.evaluate import Evaluation
-from lowrank.training.loss import supervised_loss
-from lowrank.training.progress import Screen
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.losses.supervised import supervised_loss
 from lowrank.weights import load
-from lowrank.weights.adapterfile import AdapterFile, open_adapter
-from lowrank.weights.notes import noted_ends, stop_at
+from lowrank.weights.files.adapter_file import AdapterFile, open_adapter
+from lowrank.weights.files.notes import noted_ends, stop_at
 
 
 def evaluate(

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lowrank.paths import expanded
 from lowrank.weights import ExportReport, export
-from lowrank.weights.export import Target
+from lowrank.weights.exporting import Target
 from lowrank.weights.upload import base_elsewhere, files_for_hub, refuse_no_name, upload
 
 
 def export_adapter(adapter: str | Path, out: str | Path, *, to: Target, base: str | Path | None = None) -> ExportReport:
-    """Exports, and prints what was changed and how the other program is called; see `lowrank.weights.export`."""
+    """Exports, and prints what was changed and how the other program is called; see `lowrank.weights.exporting`."""
     report = export(expanded(adapter), expanded(out), to=to, base=base and expanded(base))
     print(f"exported to {report.out}" + ("" if report.rank is None else f", rank {report.rank}"))
     for note in report.notes:

@@ -26,7 +26,7 @@ def extract_adapter(
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> ExtractReport:
-    """Extracts with a progress bar, and prints rank and kept energy of every module; see `lowrank.weights.extract`."""
+    """Extracts with a progress bar, and prints rank and kept energy of every module."""
     if dtype not in _DTYPES:
         raise InputError(f"The dtype {dtype!r} is not one of {', '.join(_DTYPES)}.")
     console = Console(stderr=True)

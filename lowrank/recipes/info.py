@@ -9,10 +9,10 @@ from rich.table import Table
 
 from lowrank.errors import InputError
 from lowrank.paths import expanded
-from lowrank.recipes.show import open_console
-from lowrank.training.metrics import FILE as METRICS
-from lowrank.training.metrics import read_metrics
-from lowrank.weights.info import AdapterSummary, summarise
+from lowrank.recipes.parts.show import open_console
+from lowrank.training.callbacks.metrics_file import FILE as METRICS
+from lowrank.training.callbacks.metrics_file import read_metrics
+from lowrank.weights.adapter_info import AdapterSummary, summarise
 
 _BAR = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"

@@ -18,7 +18,7 @@ from lowrank.recipes.check import check
 from lowrank.recipes.proposal.base import base_of
 from lowrank.recipes.proposal.machine import Machine, machine_at_hand
 from lowrank.recipes.proposal.page import as_yaml
-from lowrank.recipes.proposal.rows import rows_of
+from lowrank.recipes.proposal.row_figures import rows_of
 from lowrank.recipes.proposal.rules import Goal, Setting, placed, propose
 
 SCHEMA = "lowrank.schema.json"

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lowrank.errors import InputError
 from lowrank.paths import expanded
+from lowrank.storage.folders import refuse_occupied
 from lowrank.weights import MergeReport, merge_checkpoint
-from lowrank.weights.decoding import Onto
-from lowrank.weights.folders import refuse_occupied
-from lowrank.weights.merge import Verify
-from lowrank.weights.rounding import Rounding
+from lowrank.weights.files.dequantise import Onto
+from lowrank.weights.merging.merge_checkpoint import Verify
+from lowrank.weights.merging.rounding import Rounding
 
 Scheme = Literal["nf4", "nf4-double", "fp4", "int8", "none"]
 

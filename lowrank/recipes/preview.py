@@ -8,15 +8,15 @@ from typing import Any
 
 from lowrank.config import RunConfig, load_config
 from lowrank.data import BatchStream
-from lowrank.data.preview import preview_of
-from lowrank.data.preview_html import preview_html
-from lowrank.data.preview_text import preview_text
+from lowrank.data.preview.gathered import preview_of
+from lowrank.data.preview.preview_html import preview_html
+from lowrank.data.preview.preview_text import preview_text
 from lowrank.errors import InputError
 from lowrank.paths import expanded
-from lowrank.recipes.prepare import SAMPLE_ROWS, base_tokenizer, batch_plan
-from lowrank.recipes.setup import plan_and_held_out, step_size
-from lowrank.recipes.show import open_console
-from lowrank.training.parallel import Ranks
+from lowrank.recipes.parts.prepare import SAMPLE_ROWS, base_tokenizer, batch_plan
+from lowrank.recipes.parts.setup import plan_and_held_out, step_size
+from lowrank.recipes.parts.show import open_console
+from lowrank.training.machine.ranks import Ranks
 from lowrank.training.steps import run_length
 
 

@@ -12,12 +12,12 @@ from lowrank.config.loading import CONFIG
 from lowrank.config.yamlcore import CoreLoader
 from lowrank.errors import InputError
 from lowrank.paths import expanded
-from lowrank.recipes.resume import flat
-from lowrank.training.charts import Curve, chart
-from lowrank.training.files import write_whole
-from lowrank.training.metrics import FILE as METRICS
-from lowrank.training.metrics import read_metrics
-from lowrank.training.pages import page
+from lowrank.recipes.parts.resume import flat
+from lowrank.storage.whole_file import write_whole
+from lowrank.training.callbacks.charts import Curve, chart
+from lowrank.training.callbacks.metrics_file import FILE as METRICS
+from lowrank.training.callbacks.metrics_file import read_metrics
+from lowrank.training.callbacks.pages import page
 
 MOST = 8  # curves that can be told apart
 _OWN = ("training.output_dir",)

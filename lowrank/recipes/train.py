@@ -18,42 +18,42 @@ from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
 from lowrank.config.loading import CONFIG
 from lowrank.data import BatchPlan, BatchStream
-from lowrank.data.opening import shared_system
-from lowrank.recipes.card import write_card
-from lowrank.recipes.crew import Crew, crew_of, save_adapter
-from lowrank.recipes.optimisation import optimizer_for, schedule_for
-from lowrank.recipes.prepare import batch_plan
-from lowrank.recipes.resume import (
+from lowrank.data.supervision.shared_opening import shared_system
+from lowrank.recipes.parts.followers import Crew, crew_of, save_adapter
+from lowrank.recipes.parts.model_card import write_card
+from lowrank.recipes.parts.optimisation import optimizer_for, schedule_for
+from lowrank.recipes.parts.prepare import batch_plan
+from lowrank.recipes.parts.resume import (
     dated,
     describe_start,
     own_folder,
     refuse_another_schedule,
 )
-from lowrank.recipes.setup import Setup, own_device, set_up
-from lowrank.recipes.show import open_console, plan_of, rows_of, show_outcome, show_plan
-from lowrank.training.best import Best
-from lowrank.training.callbacks import Callback, Run
-from lowrank.training.checkpoint import FOLDER
-from lowrank.training.evaluate import Evaluation
-from lowrank.training.files import write_whole
-from lowrank.training.interrupt import saving, stopping_softly
-from lowrank.training.joining import join, not_joined, refuse_half_a_launch
-from lowrank.training.launch import refuse_launcher_options
+from lowrank.recipes.parts.setup import Setup, own_device, set_up
+from lowrank.recipes.parts.show import open_console, plan_of, rows_of, show_outcome, show_plan
+from lowrank.storage.whole_file import write_whole
+from lowrank.training.callbacks.metrics_file import FILE as METRICS
+from lowrank.training.callbacks.pages import page
+from lowrank.training.callbacks.run_report import FILE as REPORT
+from lowrank.training.callbacks.run_report import comparison
+from lowrank.training.callbacks.signals import saving, stopping_softly
+from lowrank.training.callbacks.trackers import chosen_trackers
+from lowrank.training.checkpoints.snapshot import load_model_state, restore
+from lowrank.training.checkpoints.state import read_state
+from lowrank.training.checkpoints.writer import FOLDER
+from lowrank.training.evaluation.best import Best
+from lowrank.training.evaluation.evaluation import Evaluation
 from lowrank.training.loop import fit
-from lowrank.training.memory import few_kernels_kept, freed_blocks_kept
-from lowrank.training.metrics import FILE as METRICS
-from lowrank.training.neftune import noisy_embeddings
-from lowrank.training.pages import page
-from lowrank.training.parallel import Ranks, joined_ranks
+from lowrank.training.machine.joining import join, not_joined, refuse_half_a_launch
+from lowrank.training.machine.launch import refuse_launcher_options
+from lowrank.training.machine.memory import few_kernels_kept, freed_blocks_kept
+from lowrank.training.machine.ranks import Ranks, joined_ranks
+from lowrank.training.machine.shortage import told_when_short
 from lowrank.training.rehearsal import rehearse, rehearse_evaluation
-from lowrank.training.report import FILE as REPORT
-from lowrank.training.report import comparison
-from lowrank.training.shortage import told_when_short
-from lowrank.training.snapshot import load_model_state, restore
-from lowrank.training.state import read_state
-from lowrank.training.trackers import chosen_trackers
+from lowrank.training.run import Callback, Run
+from lowrank.training.transforms.neftune import noisy_embeddings
 from lowrank.weights.cards import FILE as CARD
-from lowrank.weights.notes import note_system
+from lowrank.weights.files.notes import note_system
 
 LOGS = "logs"
 

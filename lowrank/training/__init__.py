@@ -1,13 +1,13 @@
 """The loop, the step, what is measured, and the report."""
 
-from lowrank.training.callbacks import Callback, Run, StepMetrics
-from lowrank.training.evaluate import Evaluation, Sample
+from lowrank.training.evaluation.evaluation import Evaluation, Sample
 from lowrank.training.loop import fit
-from lowrank.training.loss import supervised_loss
-from lowrank.training.norms import lean_norms
-from lowrank.training.optim import build_optimizer
-from lowrank.training.schedule import build_schedule
+from lowrank.training.losses.supervised import supervised_loss
+from lowrank.training.optimisers.build import build_optimizer
+from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.steps import run_length
+from lowrank.training.transforms.norms import lean_norms
 
 __all__ = [
     "Callback",

@@ -16,10 +16,10 @@ import torch
 from accelerate import Accelerator
 
 from lowrank.data import Batch, BatchPlan, BatchStream
-from lowrank.training.callbacks import Callback, Run, StepMetrics
 from lowrank.training.loop import fit
-from lowrank.training.loss import Loss
-from lowrank.training.memory import SETTLING_STEPS, freed_blocks_kept, peak_bytes
+from lowrank.training.losses.supervised import Loss
+from lowrank.training.machine.memory import SETTLING_STEPS, freed_blocks_kept, peak_bytes
+from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.steps import StepSize
 
 ADAM_BYTES = 2  # moments of AdamW, in values per trained value

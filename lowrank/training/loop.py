@@ -13,10 +13,10 @@ from torch import nn
 from lowrank.attention import segments
 from lowrank.data import BatchPlan, BatchStream
 from lowrank.errors import JobError
-from lowrank.training.callbacks import Callback, Run, StepMetrics
-from lowrank.training.loss import Loss
-from lowrank.training.memory import HeapKeeper, peak_bytes
-from lowrank.training.parallel import ALONE, Ranks
+from lowrank.training.losses.supervised import Loss
+from lowrank.training.machine.memory import HeapKeeper, peak_bytes
+from lowrank.training.machine.ranks import ALONE, Ranks
+from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.steps import ONE_BATCH, Group, StepSize, groups
 
 

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 
 from lowrank.attention import segments
 from lowrank.data import BatchPlan, BatchStream
+from lowrank.training.checkpoints.snapshot import random_state, set_random_state
 from lowrank.training.diagnosis import first_not_finite, refuse_broken_weights
-from lowrank.training.loss import Loss
+from lowrank.training.losses.supervised import Loss
 from lowrank.training.reach import refuse_unreached, unreached
-from lowrank.training.snapshot import random_state, set_random_state
 
 
 def rehearse(

@@ -11,7 +11,7 @@ import torch
 
 from lowrank.data import Batch, BatchPlan, BatchStream, Prefetched
 from lowrank.errors import JobError
-from lowrank.training.parallel import ALONE, Ranks, share
+from lowrank.training.machine.ranks import ALONE, Ranks, share
 
 
 @dataclass(frozen=True, slots=True)

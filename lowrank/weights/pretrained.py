@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from lowrank.adapters import wrapping
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.host import AdapterSet
 from lowrank.adapters.initialisations.outside import Batches, Originals
+from lowrank.adapters.install import AdapterSet
 from lowrank.adapters.record import record_of
 from lowrank.errors import InputError
-from lowrank.weights import saving
-from lowrank.weights.tensorfile import save_tensors
+from lowrank.storage.tensorfile import save_tensors
+from lowrank.weights.files import saving
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,7 +54,7 @@ def wrap(
 def load(
     model: Model, path: str | Path, adapter: str = "default", strict: bool = True, trainable: bool = False
 ) -> Model:
-    """`lowrank.weights.saving.load`, after which transformers' own verbs keep the adapters."""
+    """`lowrank.weights.files.saving.load`, after which transformers' own verbs keep the adapters."""
     return _keeping_adapters(saving.load(model, path, adapter, strict=strict, trainable=trainable))
 
 

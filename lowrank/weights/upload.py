@@ -20,10 +20,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from lowrank.errors import InputError
-from lowrank.weights.adapterfile import CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from lowrank.weights.cards import FILE as CARD
 from lowrank.weights.cards import is_made
-from lowrank.weights.notes import note_files
+from lowrank.weights.files.adapter_file import CONFIG_NAME, WEIGHTS_NAME, open_adapter
+from lowrank.weights.files.notes import note_files
 
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
 _REFUSED = {

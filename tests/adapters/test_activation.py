@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
 from lowrank.errors import InputError
-from lowrank.training.recompute import recompute_activations
+from lowrank.training.transforms.recompute import recompute_activations
 
 IDS = torch.arange(3, 23)[None]
 RANDOM = {"init_lora_weights": False}

@@ -14,7 +14,7 @@ import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
 from lowrank.adapters import adapter_tensors
 from lowrank.errors import InputError
-from lowrank.weights import info
+from lowrank.weights import adapter_info as info
 
 PREFIX = "base_model.model."
 NETS = {

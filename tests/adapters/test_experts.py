@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank
 from lowrank.adapters import adapter_tensors
-from lowrank.adapters.experts import ExpertsLayer
-from lowrank.adapters.host import hosts
+from lowrank.adapters.experts.fused import ExpertsLayer
+from lowrank.adapters.install import hosts
 
 PREFIX = "base_model.model."
 IMPLEMENTATIONS = [(name, None) for name in ARCHITECTURES] + [

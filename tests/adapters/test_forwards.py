@@ -10,7 +10,7 @@ from torch import nn
 import lowrank
 from lowrank import LoraConfig
 from lowrank.adapters.modules import base_modules
-from lowrank.adapters.routers import routers
+from lowrank.adapters.targeting.routers import routers
 from lowrank.errors import InputError
 
 SIZES = {

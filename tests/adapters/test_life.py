@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
 from lowrank.adapters import delete, rename
-from lowrank.adapters.host import hosts
+from lowrank.adapters.install import hosts
 from lowrank.errors import InputError
 
 IDS = torch.arange(3, 23)[None]

@@ -9,7 +9,7 @@ from tiny import tiny_llama
 
 import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
-from lowrank.adapters.kinds import kind_of
+from lowrank.adapters.kinds.kind import kind_of
 from lowrank.errors import InputError
 from lowrank.models import load_model
 

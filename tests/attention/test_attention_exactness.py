@@ -10,7 +10,7 @@ import zoo
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank.attention import check_packing, set_attention
-from lowrank.attention.registry import BACKENDS
+from lowrank.attention.backends import BACKENDS
 from lowrank.attention.setting import setting_of
 from lowrank.errors import InputError
 

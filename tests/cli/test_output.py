@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from lowrank.cli.failure import told
-from lowrank.recipes.show import open_console
-from lowrank.recipes.streams import Unfailing, unfailing_output
+from lowrank.recipes.parts.show import open_console
+from lowrank.recipes.parts.streams import Unfailing, unfailing_output
 
 LOWRANK = [sys.executable, "-m", "lowrank"]
 

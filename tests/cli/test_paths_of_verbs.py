@@ -50,7 +50,7 @@ def test_home_is_home(tmp_path, monkeypatch, capsys):
 
 
 def test_the_cache_of_tokens_follows_it_too(monkeypatch):
-    from lowrank.data.store import cache_root
+    from lowrank.data.loading.store import cache_root
 
     monkeypatch.setenv("HOME", "/home/me")
     for given, root in (("~/c", "/home/me/c"), ("$HOME/c", "/home/me/c"), ("", "/home/me/.cache/lowrank")):

@@ -12,10 +12,10 @@ from lowrank.config.document import Document
 from lowrank.config.keys import METHODS, SECTIONS, field_at
 from lowrank.config.sections import DataSection, ModelSection
 from lowrank.config.synonyms import ABSENT, SYNONYMS
-from lowrank.config.words import allowed, options
-from lowrank.data.formats import FORMATS
-from lowrank.data.tokenise import TOO_LONG
-from lowrank.data.turns import TRAIN_ON
+from lowrank.config.type_words import allowed, options
+from lowrank.data.reading.formats import FORMATS
+from lowrank.data.supervision.tokenise import TOO_LONG
+from lowrank.data.supervision.turns import TRAIN_ON
 
 MODELS = {**SECTIONS, **{f"adapter.{method}": model for method, model in METHODS.items()}}
 KEYS = {f"{section.partition('.')[0]}.{key}" for section, model in MODELS.items() for key in model.model_fields}

@@ -9,9 +9,10 @@ from rich.console import Console
 from test_data_files import DEEP
 from tiny import tiny_tokenizer
 
-from lowrank.data import load, load_examples, load_train_eval, plan_batches, preview_of, stream_batches
-from lowrank.data.preview_html import preview_html
-from lowrank.data.preview_text import preview_text
+from lowrank.data import load_examples, load_train_eval, plan_batches, preview_of, stream_batches
+from lowrank.data.loading import load
+from lowrank.data.preview.preview_html import preview_html
+from lowrank.data.preview.preview_text import preview_text
 from lowrank.errors import InputError
 
 TOKENIZER = tiny_tokenizer()

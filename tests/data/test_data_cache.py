@@ -12,9 +12,10 @@ import pytest
 from data_families import CHATML, IM, byte_level
 from tiny import tiny_tokenizer
 
-from lowrank.data import load, load_examples, workers
-from lowrank.data.store import TableWriter, cache_key, forget_unused, open_table
-from lowrank.data.tokenise import Options, Tokeniser
+from lowrank.data import load_examples
+from lowrank.data.loading import load, workers
+from lowrank.data.loading.store import TableWriter, cache_key, forget_unused, open_table
+from lowrank.data.supervision.tokenise import Options, Tokeniser
 from lowrank.errors import InputError, JobError
 
 COUNT = 1200
@@ -84,7 +85,7 @@ def test_a_template_with_the_date_in_it_is_rendered_again_the_next_day(monkeypat
     options = Options("assistant", 100, "error")
     dated, plain = tiny_tokenizer("{{ strftime_now('%d') }}" + CHATML), tiny_tokenizer()
     before = [cache_key("x", tokenizer, options) for tokenizer in (dated, plain)]
-    monkeypatch.setattr("lowrank.data.store.time.strftime", lambda form: "2031-01-01")
+    monkeypatch.setattr("lowrank.data.loading.store.time.strftime", lambda form: "2031-01-01")
     after = [cache_key("x", tokenizer, options) for tokenizer in (dated, plain)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
 
@@ -161,7 +162,7 @@ def test_a_cache_that_may_only_be_read_is_read(path, tokenised, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("lowrank.data.store.os.utime", refused)
+    monkeypatch.setattr("lowrank.data.loading.store.os.utime", refused)
     assert same(load_examples(path, tiny_tokenizer(), max_length=500), first)
     assert len(tokenised) == 1
 

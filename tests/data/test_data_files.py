@@ -15,11 +15,12 @@ import pyarrow.parquet
 import pytest
 from tiny import tiny_tokenizer
 
-from lowrank.data import load, load_examples, stream_batches
-from lowrank.data.folders import split_of
-from lowrank.data.readers import open_rows, stream_rows
-from lowrank.data.sources import open_sources
-from lowrank.data.tables import dataset_rows
+from lowrank.data import load_examples, stream_batches
+from lowrank.data.loading import load
+from lowrank.data.reading.readers import open_rows, stream_rows
+from lowrank.data.reading.row_folders import split_of
+from lowrank.data.reading.sources import open_sources
+from lowrank.data.reading.tables import dataset_rows
 from lowrank.errors import InputError
 
 TOKENIZER = tiny_tokenizer()
@@ -321,8 +322,8 @@ def test_objects_of_mixed_types_are_read_as_they_were_written(tmp_path):
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("large", [False, True])
 def test_a_stream_knows_when_its_files_were_rewritten(tmp_path, monkeypatch, name, large):
-    monkeypatch.setattr("lowrank.data.files.BLOCK", 32)
-    monkeypatch.setattr("lowrank.data.files.MAP_FROM", 1024 if large else 2**20)
+    monkeypatch.setattr("lowrank.data.reading.data_files.BLOCK", 32)
+    monkeypatch.setattr("lowrank.data.reading.data_files.MAP_FROM", 1024 if large else 2**20)
     prints = []
     for word in ("red", "red", "sky"):
         WRITERS[name](tmp_path / name, rows(word, 40))

@@ -9,8 +9,8 @@ from data_families import CHATML, IM, byte_level
 from tiny import tiny_tokenizer
 
 from lowrank.data import answer_of, load_examples, prompt_of, read_preferences, use_template
-from lowrank.data.conversation import Conversation, Plain
-from lowrank.data.formats import FORMATS, detect, read_row
+from lowrank.data.reading.conversation import Conversation, Plain
+from lowrank.data.reading.formats import FORMATS, detect, read_row
 from lowrank.errors import InputError
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

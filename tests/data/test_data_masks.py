@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lowrank.data import Examples, check_supervision, load_examples
-from lowrank.data.align import Encoder
+from lowrank.data.supervision.align import Encoder
 from lowrank.errors import InputError
 
 SETTINGS = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

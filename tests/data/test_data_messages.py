@@ -9,8 +9,8 @@ from data_families import CHATML, IM, byte_level
 from test_data_formats import MESSAGES, texts
 from tiny import tiny_tokenizer
 
-from lowrank.data.conversation import Conversation, Plain
-from lowrank.data.formats import detect, read_row
+from lowrank.data.reading.conversation import Conversation, Plain
+from lowrank.data.reading.formats import detect, read_row
 from lowrank.errors import InputError
 
 USER, ANSWER = MESSAGES

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.data import Example, Examples, packed_batch, padded_batch, plan_batches
-from lowrank.data.packing import best_fit_decreasing, pack
+from lowrank.data.batches.bin_packing import best_fit_decreasing, pack
 from lowrank.errors import InputError
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny import tiny_tokenizer
 
 from lowrank.data import load_examples, plan_batches, preview_html, preview_of, preview_text
-from lowrank.data.pieces import pieces
+from lowrank.data.preview.token_text import pieces
 from lowrank.errors import InputError
 
 

@@ -7,8 +7,8 @@ from io import StringIO
 
 import pytest
 
-from lowrank.data import progress as module
-from lowrank.data.progress import LINE_EVERY, PATIENCE, progress
+from lowrank.data.loading import reading_progress as module
+from lowrank.data.loading.reading_progress import LINE_EVERY, PATIENCE, progress
 
 
 class Terminal(StringIO):

@@ -12,8 +12,8 @@ import pytest
 from tiny import tiny_tokenizer
 
 from lowrank.data import Source, load_examples, load_train_eval, stream_batches
-from lowrank.data.rows import JsonLines
-from lowrank.data.sources import Joined, open_sources
+from lowrank.data.reading.rows import JsonLines
+from lowrank.data.reading.sources import Joined, open_sources
 from lowrank.errors import InputError
 
 TOKENIZER = tiny_tokenizer()
@@ -98,7 +98,7 @@ def test_line_breaks_are_found_whatever_the_block(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
     content = Path(path).read_bytes()
     whole = [dict(row) for row in JsonLines(content, path).read(0, len(ROWS))]
-    monkeypatch.setattr("lowrank.data.rows.BLOCK_BYTES", 7)
+    monkeypatch.setattr("lowrank.data.reading.rows.BLOCK_BYTES", 7)
     assert len(JsonLines(content, path)) == len(ROWS)
     assert JsonLines(content, path).read(0, len(ROWS)) == whole == ROWS
 

@@ -171,7 +171,7 @@ import sys, torch
 from torch import nn
 import lowrank
 from lowrank.ops.cross_entropy import cross_entropy_through, linear_cross_entropy
-from lowrank.training.memory import forget_peak, peak_bytes, resident_bytes
+from lowrank.training.machine.memory import forget_peak, peak_bytes, resident_bytes
 
 torch.manual_seed(0)
 vocabulary, rows, size = 60_000, 1_500, 64

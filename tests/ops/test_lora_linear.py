@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank.ops.dora_norm import dora_norm, dora_norm_reference, row_norm2
 from lowrank.ops.lora_linear import lora_linear, lora_linear_reference
 from lowrank.ops.low_rank import LowRank
-from lowrank.ops.merging import merged_weight
+from lowrank.ops.merged import merged_weight
 
 SHAPE = {"x": (2, 5, 6), "weight": (4, 6), "bias": (4,), "A": (3, 6), "B": (4, 3), "gain": (4,)}
 

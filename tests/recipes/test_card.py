@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import lowrank
 from lowrank.config import RunConfig, load_config
-from lowrank.recipes.card import _license, write_card
-from lowrank.training.evaluate import Evaluation
+from lowrank.recipes.parts.model_card import _license, write_card
+from lowrank.training.evaluation.evaluation import Evaluation
 from lowrank.weights.cards import FILE, is_made
 
 BASE_CARD = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n# Base\n"

@@ -19,7 +19,7 @@ from lowrank.recipes import chat as recipe
 from lowrank.recipes.chat import chat
 from lowrank.recipes.compare import compare, show
 from lowrank.recipes.parts.sampling import Sampling
-from lowrank.weights.notes import SYSTEM
+from lowrank.weights.files.notes import SYSTEM
 
 PROMPTS = ["Who?", "What is it?", "a"]
 

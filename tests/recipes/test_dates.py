@@ -12,10 +12,11 @@ from tiny import CHATML, tiny_llama, tiny_tokenizer
 
 import lowrank
 from lowrank.config import load_config
-from lowrank.data import load_examples, template
+from lowrank.data import load_examples
+from lowrank.data.supervision import template
 from lowrank.errors import InputError
-from lowrank.recipes import resume
-from lowrank.training.callbacks import Callback
+from lowrank.recipes.parts import resume
+from lowrank.training.run import Callback
 
 DATED = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + CHATML
 

@@ -17,10 +17,10 @@ from tiny import build
 from lowrank.config import RunConfig
 from lowrank.data import Examples, end_tokens, load_examples, questions_of
 from lowrank.errors import InputError
-from lowrank.recipes.assess import assess
-from lowrank.training.answers import same_json
-from lowrank.training.loss import supervised_loss
-from lowrank.weights.notes import stop_at
+from lowrank.recipes.parts.assess import assess
+from lowrank.training.evaluation.answers import same_json
+from lowrank.training.losses.supervised import supervised_loss
+from lowrank.weights.files.notes import stop_at
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from data_families import TOOLS, byte_level

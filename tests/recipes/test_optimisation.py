@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank.config.sections import TrainingSection
-from lowrank.recipes.optimisation import remarks, schedule_for
+from lowrank.recipes.parts.optimisation import remarks, schedule_for
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ import lowrank
 from lowrank.cli import main
 from lowrank.config import load_config
 from lowrank.errors import InputError, JobError
-from lowrank.recipes.resume import refuse_another_config
-from lowrank.training.callbacks import Callback
-from lowrank.training.checkpoint import checkpoints_in
+from lowrank.recipes.parts.resume import refuse_another_config
+from lowrank.training.checkpoints.writer import checkpoints_in
+from lowrank.training.run import Callback
 
 KILLED = -signal.SIGKILL
 ADAPTER = "adapter_model.safetensors"

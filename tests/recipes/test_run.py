@@ -176,7 +176,7 @@ def test_a_base_that_does_not_fit_is_told(write_config, tmp_path, monkeypatch):
     def short(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lowrank.recipes.setup.base_model", short)
+    monkeypatch.setattr("lowrank.recipes.parts.setup.base_model", short)
     with pytest.raises(JobError, match=r"loading the model.*\n.*load_in_4bit"):
         lowrank.train(write_config())
     assert not (tmp_path / "out").exists()

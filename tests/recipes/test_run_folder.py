@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 import lowrank
 from lowrank.cli import main
 from lowrank.data import load_examples
-from lowrank.data.opening import shared_system
+from lowrank.data.supervision.shared_opening import shared_system
 from lowrank.errors import InputError
 from lowrank.recipes.chat import chat
 from lowrank.recipes.check import check
 from lowrank.recipes.train import train
-from lowrank.weights.notes import noted_system
+from lowrank.weights.files.notes import noted_system
 
 PROMPT = "Answer with the number as JSON."
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import lowrank
 from lowrank.errors import InputError
-from lowrank.training.parallel import Ranks, share
+from lowrank.training.machine.ranks import Ranks, share
 
 ADAPTER = "adapter_model.safetensors"
 

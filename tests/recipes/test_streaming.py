@@ -13,7 +13,7 @@ from short_run import chats
 import lowrank
 from lowrank.config import load_config
 from lowrank.errors import InputError
-from lowrank.training.callbacks import Callback
+from lowrank.training.run import Callback
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 
 import lowrank
 from lowrank.data import TEMPLATES, load_examples, use_template
-from lowrank.data.choose import complete_template
+from lowrank.data.supervision.choose_template import complete_template
 from lowrank.errors import InputError
 from lowrank.recipes.chat import chat, open_model
 from lowrank.recipes.compose import compose_adapters, resize_adapter
@@ -22,7 +22,7 @@ from lowrank.recipes.evaluate import evaluate
 from lowrank.recipes.export import export_adapter
 from lowrank.recipes.extract import extract_adapter
 from lowrank.recipes.merge import merge_adapter
-from lowrank.weights.notes import stop_at
+from lowrank.weights.files.notes import stop_at
 
 HEADLESS = CHATML.partition("{% if add_generation_prompt")[0]
 

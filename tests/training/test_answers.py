@@ -9,9 +9,9 @@ import transformers
 
 import lowrank
 from lowrank.attention import set_attention
-from lowrank.training import answers
-from lowrank.training.answers import answer_all, greedy
-from lowrank.training.decoding import (
+from lowrank.training.evaluation import answers
+from lowrank.training.evaluation.answers import answer_all, greedy
+from lowrank.training.evaluation.greedy import (
     RoomyLayer,
     can_continue_rows,
     can_share,

@@ -13,14 +13,14 @@ from tiny import tiny_llama
 
 import lowrank
 from lowrank.errors import InputError, JobError
-from lowrank.training.best import Best
-from lowrank.training.callbacks import Callback, Run, StepMetrics
-from lowrank.training.checkpoint import Checkpoints, checkpoints_in
-from lowrank.training.evaluate import Evaluation
-from lowrank.training.optim import Settings, build_optimizer
-from lowrank.training.schedule import build_schedule
-from lowrank.training.snapshot import capture, restore
-from lowrank.training.state import read_state
+from lowrank.training.checkpoints.snapshot import capture, restore
+from lowrank.training.checkpoints.state import read_state
+from lowrank.training.checkpoints.writer import Checkpoints, checkpoints_in
+from lowrank.training.evaluation.best import Best
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.optimisers.build import OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.run import Callback, Run, StepMetrics
 
 METRICS = StepMetrics(1, 0.1, 1.0, 1e-3, 1.0, 8, 4, 0.1, 0.0, 1)
 
@@ -28,7 +28,7 @@ METRICS = StepMetrics(1, 0.1, 1.0, 1e-3, 1.0, 8, 4, 0.1, 0.0, 1)
 def new_run(folder, steps: int = 10, seed: int = 0) -> Run:
     torch.manual_seed(seed)
     model = lowrank.wrap(tiny_llama(), lowrank.LoraConfig(r=4, target_modules="all-linear"))
-    optimizer = build_optimizer(model, Settings(1e-2))
+    optimizer = build_optimizer(model, OptimizerSettings(1e-2))
     schedule = build_schedule(optimizer, "linear", warmup_steps=2, total_steps=steps)
     return Run(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), folder, steps)
 
@@ -108,14 +108,14 @@ def test_a_best_one_that_could_not_be_kept_is_not_the_best(tmp_path, monkeypatch
         return checkpoints.best.step, there(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank.training.checkpoint.write_state", full)
+        patch.setattr("lowrank.training.checkpoints.writer.write_state", full)
         assert evaluated(1, 3.0) == (None, [])
     assert evaluated(2, 3.5) == (2, ["step-2"])
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank.training.checkpoint.write_state", full)
+        patch.setattr("lowrank.training.checkpoints.writer.write_state", full)
         assert evaluated(3, 1.0) == (2, ["step-2"])
     assert evaluated(4, 2.0) == (4, ["step-4"])
-    monkeypatch.setattr("lowrank.training.checkpoint.write_state", full)
+    monkeypatch.setattr("lowrank.training.checkpoints.writer.write_state", full)
     assert evaluated(10, 1.5) == (10, ["step-4"])  # the last step's weights are in the model
 
 
@@ -140,7 +140,7 @@ def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
     run.callbacks = [callback(steps=2, told=lines.append)]
     take_steps(run, 2)
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank.training.checkpoint.write_state", full)
+        patch.setattr("lowrank.training.checkpoints.writer.write_state", full)
         take_steps(run, 2)
     assert there(run) == ["step-2"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
@@ -148,7 +148,7 @@ def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
     assert "The disk is full" in lines[0]
     take_steps(run, 2)
     assert there(run) == ["step-2", "step-6"]
-    monkeypatch.setattr("lowrank.training.checkpoint.write_state", full)
+    monkeypatch.setattr("lowrank.training.checkpoints.writer.write_state", full)
     run.step += 1
     with pytest.raises(JobError, match="disk is full"):
         run.callbacks[0].write(run)
@@ -224,7 +224,7 @@ def test_all_processes_learn_that_it_could_not_be_written(tmp_path, monkeypatch)
     def full(folder, state):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lowrank.training.checkpoint.write_state", full)
+    monkeypatch.setattr("lowrank.training.checkpoints.writer.write_state", full)
     barrier, box = threading.Barrier(2, timeout=20), {}
     runs = [new_run(tmp_path) for _ in range(2)]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank.training.best import better
-from lowrank.training.callbacks import Run
-from lowrank.training.early_stopping import EarlyStopping
-from lowrank.training.evaluate import Evaluation
+from lowrank.training.callbacks.early_stopping import EarlyStopping
+from lowrank.training.evaluation.best import better
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.run import Run
 
 
 def new_run(tmp_path) -> Run:

@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from lowrank.training import files
-from lowrank.training.files import unfinished, write_whole
+from lowrank.storage import whole_file as files
+from lowrank.storage.whole_file import unfinished, write_whole
 
 
 def test_it_takes_the_place_of_what_was_there(tmp_path):

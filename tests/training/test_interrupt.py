@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from lowrank.training.callbacks import Run
-from lowrank.training.interrupt import saving, stopping_softly
+from lowrank.training.callbacks.signals import saving, stopping_softly
+from lowrank.training.run import Run
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

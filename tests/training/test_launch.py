@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lowrank.errors import InputError
-from lowrank.training import joining
-from lowrank.training.joining import join, refuse_half_a_launch
-from lowrank.training.launch import refuse_launcher_options
+from lowrank.training.machine import joining
+from lowrank.training.machine.joining import join, refuse_half_a_launch
+from lowrank.training.machine.launch import refuse_launcher_options
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "True"}
 

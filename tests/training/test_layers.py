@@ -10,7 +10,7 @@ from torch import nn
 import lowrank
 from lowrank.attention import set_attention
 from lowrank.errors import InputError
-from lowrank.training.layers import compile_layers, layers_of
+from lowrank.training.transforms.layers import compile_layers, layers_of
 
 
 def gradients(compiled: bool, **options) -> dict[str, torch.Tensor]:

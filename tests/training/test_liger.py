@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 
 import lowrank
 from lowrank.errors import InputError
-from lowrank.training import liger
+from lowrank.training.transforms import liger
 
 KERNELS = "liger_kernel.transformers.monkey_patch"
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from lowrank.training import memory
+from lowrank.training.machine import memory
 
 PRODUCTS = """
 import ctypes, sys, torch
-from lowrank.training.memory import few_kernels_kept
+from lowrank.training.machine.memory import few_kernels_kept
 
 class Heap(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -34,7 +34,7 @@ print(used[1] - used[0])
 
 HEAP = """
 import random, sys, torch
-from lowrank.training.memory import HeapKeeper, forget_peak, freed_blocks_kept, peak_bytes
+from lowrank.training.machine.memory import HeapKeeper, forget_peak, freed_blocks_kept, peak_bytes
 
 here, draw, keeper = torch.device("cpu"), random.Random(0), HeapKeeper()
 living = [torch.ones(2**14) for _ in range(64)]  # what outlives a step, and lies between what does not

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from lowrank.training.callbacks import Run, StepMetrics
-from lowrank.training.metrics import MetricsFile, read_metrics
-from lowrank.training.report import ReportWriter
+from lowrank.training.callbacks.metrics_file import MetricsFile, read_metrics
+from lowrank.training.callbacks.run_report import ReportWriter
+from lowrank.training.run import Run, StepMetrics
 
 
 @pytest.fixture

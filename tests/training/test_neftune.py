@@ -10,7 +10,7 @@ from tiny import tiny_llama
 
 import lowrank
 from lowrank.attention import set_attention
-from lowrank.training.neftune import noisy_embeddings
+from lowrank.training.transforms.neftune import noisy_embeddings
 
 ALPHA = 5.0
 

@@ -10,10 +10,16 @@ from tiny import tiny_llama
 
 import lowrank
 from lowrank.errors import InputError
-from lowrank.training.muon import for_muon
-from lowrank.training.optim import OPTIMIZERS, GroupRule, Settings, build_optimizer, parameter_groups
-from lowrank.training.snapshot import load_optimizer_state, optimizer_state
-from lowrank.training.state import read_state, write_state
+from lowrank.training.checkpoints.snapshot import load_optimizer_state, optimizer_state
+from lowrank.training.checkpoints.state import read_state, write_state
+from lowrank.training.optimisers.build import (
+    OPTIMIZERS,
+    GroupRule,
+    OptimizerSettings,
+    build_optimizer,
+    parameter_groups,
+)
+from lowrank.training.optimisers.muon import for_muon
 
 ON_CPU = [name for name in OPTIMIZERS if not name.startswith("paged")]
 
@@ -29,7 +35,7 @@ def rates(groups) -> dict[int, tuple[float, float]]:
 
 
 def test_loraplus_divides_as_peft_does():
-    settings = Settings(1e-3, weight_decay=0.1, loraplus_lr_ratio=16.0, loraplus_lr_embedding=1e-5)
+    settings = OptimizerSettings(1e-3, weight_decay=0.1, loraplus_lr_ratio=16.0, loraplus_lr_embedding=1e-5)
     mine = wrapped()
     found = rates(parameter_groups(mine, settings))
     by_name = {name: found[id(p)] for name, p in mine.named_parameters() if p.requires_grad}
@@ -54,7 +60,7 @@ def test_loraplus_divides_as_peft_does():
 
 def test_weight_decay_is_for_matrices():
     model = wrapped(use_dora=True, bias="lora_only", target_modules=["q_proj"])
-    found = rates(parameter_groups(model, Settings(1e-3, weight_decay=0.1)))
+    found = rates(parameter_groups(model, OptimizerSettings(1e-3, weight_decay=0.1)))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert found[id(parameter)] == (1e-3, 0.1 if parameter.ndim == 2 else 0.0), name
@@ -63,7 +69,7 @@ def test_weight_decay_is_for_matrices():
 def test_rules_stand_first():
     rules = [GroupRule(r"layers\.0.*lora_B", learning_rate=5e-3), GroupRule("lora_B", weight_decay=0.0)]
     model = wrapped(target_modules=["q_proj"])
-    groups = parameter_groups(model, Settings(1e-3, weight_decay=0.1, rules=rules))
+    groups = parameter_groups(model, OptimizerSettings(1e-3, weight_decay=0.1, rules=rules))
     found = rates(groups)
     by_name = {name: found[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     assert by_name["model.layers.0.self_attn.q_proj.adapters.default.lora_B"] == (5e-3, 0.1)
@@ -71,7 +77,7 @@ def test_rules_stand_first():
     assert by_name["model.layers.1.self_attn.q_proj.adapters.default.lora_A"] == (1e-3, 0.1)
     assert groups[0]["lr"] == 1e-3  # what the progress bar shows
     with pytest.raises(InputError, match="'k_proj'"):
-        parameter_groups(model, Settings(1e-3, rules=[GroupRule("k_proj")]))
+        parameter_groups(model, OptimizerSettings(1e-3, rules=[GroupRule("k_proj")]))
 
 
 def train(model, optimizer, steps: int, seed: int) -> list[float]:
@@ -97,7 +103,7 @@ def wide():
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_each_learns_and_its_state_survives_a_checkpoint(name, tmp_path):
-    settings = Settings(learning_rate={"sgd": 1.0, "adafactor": 0.05}.get(name, 3e-3), weight_decay=0.01)
+    settings = OptimizerSettings(learning_rate={"sgd": 1.0, "adafactor": 0.05}.get(name, 3e-3), weight_decay=0.01)
     straight = wide()
     optimizer = build_optimizer(straight, settings, name)
     losses = train(straight, optimizer, 12, seed=1)
@@ -120,12 +126,12 @@ def test_each_learns_and_its_state_survives_a_checkpoint(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.startswith("paged")])
 def test_what_cannot_page_here_is_refused(name):
     with pytest.raises(InputError, match="this run is on the CPU"):
-        build_optimizer(wide(), Settings(1e-3), name)
+        build_optimizer(wide(), OptimizerSettings(1e-3), name)
 
 
 def test_muon_leaves_vectors_embeddings_and_head_to_adamw():
     model = wrapped(use_dora=True, target_modules=["q_proj", "embed_tokens", "lm_head"])
-    matrices, rest = for_muon(model, parameter_groups(model, Settings(1e-3)))
+    matrices, rest = for_muon(model, parameter_groups(model, OptimizerSettings(1e-3)))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     to_muon = {names[id(p)] for group in matrices for p in group["params"]}
     to_adamw = {names[id(p)] for group in rest for p in group["params"]}
@@ -139,7 +145,7 @@ def test_muon_beside_adamw_is_each_of_them_alone():
     together = wrapped(use_dora=True, target_modules=["q_proj"])
     apart = wrapped(use_dora=True, target_modules=["q_proj"])
     apart.load_state_dict(together.state_dict())
-    settings = Settings(1e-2, weight_decay=0.1)
+    settings = OptimizerSettings(1e-2, weight_decay=0.1)
     both = build_optimizer(together, settings, "muon")
     matrices, rest = for_muon(apart, parameter_groups(apart, settings))
     alone = [
@@ -161,9 +167,9 @@ def test_muon_beside_adamw_is_each_of_them_alone():
 
 def test_muon_refuses_a_model_without_matrices_for_it():
     with pytest.raises(InputError, match="none of them trains"):
-        build_optimizer(wrapped(target_modules=["embed_tokens"]), Settings(1e-3), "muon")
+        build_optimizer(wrapped(target_modules=["embed_tokens"]), OptimizerSettings(1e-3), "muon")
 
 
 def test_an_unknown_one_is_refused():
     with pytest.raises(InputError, match="no optimiser 'adam'"):
-        build_optimizer(wide(), Settings(1e-3), "adam")
+        build_optimizer(wide(), OptimizerSettings(1e-3), "adam")

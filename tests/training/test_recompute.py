@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.adapters import LoraConfig, wrap
 from lowrank.attention import segments, set_attention
-from lowrank.training.recompute import recompute_activations
-from lowrank.training.selective import selective_contexts
+from lowrank.training.transforms.recompute import recompute_activations
+from lowrank.training.transforms.selective import selective_contexts
 
 SELECTIVE = {"use_reentrant": False, "context_fn": selective_contexts, "early_stop": False}
 PRODUCTS = ("aten.mm", "aten.addmm", "aten._scaled_dot_product")

@@ -12,10 +12,10 @@ import lowrank
 from lowrank.attention import set_attention
 from lowrank.data import Example, Examples, plan_batches
 from lowrank.errors import InputError, JobError
-from lowrank.training.loss import supervised_loss
+from lowrank.training.losses.supervised import supervised_loss
+from lowrank.training.machine.shortage import told_when_short
 from lowrank.training.reach import unreached
 from lowrank.training.rehearsal import rehearse, rehearse_evaluation
-from lowrank.training.shortage import told_when_short
 
 LENGTHS = [5, 40, 12, 31, 7, 22]
 

@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
-from lowrank.training.callbacks import Run
-from lowrank.training.charts import smoothed
-from lowrank.training.evaluate import Evaluation, Sample
-from lowrank.training.report import ReportWriter, comparison
+from lowrank.training.callbacks.charts import smoothed
+from lowrank.training.callbacks.run_report import ReportWriter, comparison
+from lowrank.training.evaluation.evaluation import Evaluation, Sample
+from lowrank.training.run import Run
 
 BEFORE = Evaluation(2.0, 10, 0.0, (Sample("ask <b>", "yes", "no & never", False),))
 AFTER = Evaluation(0.5, 10, 1.0, (Sample("ask <b>", "yes", "yes", True),))

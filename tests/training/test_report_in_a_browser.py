@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_report import AFTER, BEFORE, Run, Sample, page_of, run, step_line
 
-from lowrank.training.evaluate import Evaluation
-from lowrank.training.pages import page
+from lowrank.training.callbacks.pages import page
+from lowrank.training.evaluation.evaluation import Evaluation
 
 __all__ = ["run"]  # the fixture
 

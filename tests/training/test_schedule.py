@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from lowrank.training.schedule import SHAPES, build_schedule
+from lowrank.training.optimisers.schedule import SHAPES, build_schedule
 
 WARMUP, TOTAL = 7, 50
 THEIRS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank.errors import InputError
-from lowrank.training.state import read_state, write_state
+from lowrank.training.checkpoints.state import read_state, write_state
 
 STATE = {
     "step": 7,

@@ -13,7 +13,7 @@ import lowrank
 from lowrank import LoraConfig
 from lowrank.data import Batch
 from lowrank.ops.cross_entropy import LossOptions
-from lowrank.training.loss import HiddenLoss, LogitsLoss, supervised_loss
+from lowrank.training.losses.supervised import HiddenLoss, LogitsLoss, supervised_loss
 
 
 def tiny_cohere():

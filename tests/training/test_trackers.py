@@ -12,9 +12,9 @@ from accelerate.utils import ProjectConfiguration
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lowrank.errors import InputError
-from lowrank.training.callbacks import Callback, Run, StepMetrics
-from lowrank.training.evaluate import Evaluation
-from lowrank.training.trackers import Trackers, chosen_trackers
+from lowrank.training.callbacks.trackers import Trackers, chosen_trackers
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.run import Callback, Run, StepMetrics
 
 
 def tell_a_run(tmp_path, names, project="mine", told=print, config=None):

@@ -13,9 +13,10 @@ from weight_helpers import logits, randomise, reload, save_base, tiny_qwen3_moe,
 import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError, JobError
-from lowrank.weights import carriers, extract, merge_checkpoint
-from lowrank.weights.approximate import leading
-from lowrank.weights.factors import Product
+from lowrank.weights import extract, merge_checkpoint
+from lowrank.weights.arithmetic import carriers
+from lowrank.weights.arithmetic.approximate import leading
+from lowrank.weights.arithmetic.factors import Product
 
 
 def full_tuned(make, folder: Path, scale: float = 0.02, only: str = "") -> tuple[Path, Path]:

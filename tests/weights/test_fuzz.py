@@ -20,10 +20,10 @@ from weight_helpers import save_base
 import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError, JobError
+from lowrank.storage.tensorfile import open_tensors
 from lowrank.weights import merge_checkpoint
-from lowrank.weights.adapterfile import open_adapter
-from lowrank.weights.basemodel import open_base
-from lowrank.weights.tensorfile import open_tensors
+from lowrank.weights.files.adapter_file import open_adapter
+from lowrank.weights.files.model_folder import open_base
 
 ODD = [
     None,

@@ -15,7 +15,7 @@ import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
 from lowrank.errors import InputError
 from lowrank.recipes.info import show_info
-from lowrank.weights.info import summarise
+from lowrank.weights.adapter_info import summarise
 
 CONFIGS = [
     LoraConfig(r=4, rank_pattern={"k_proj": 2}, target_modules=["q_proj", "k_proj", "embed_tokens"]),

@@ -12,8 +12,8 @@ import pytest
 from processes import CONTEXT
 
 from lowrank.errors import InputError
-from lowrank.weights import lock
-from lowrank.weights.lock import held, holder
+from lowrank.storage import lock
+from lowrank.storage.lock import held, holder
 
 
 def hold(folder: str, with_a_child: bool) -> None:

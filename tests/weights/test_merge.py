@@ -19,8 +19,10 @@ from weight_helpers import IDS, edit_json, logits, peft_adapter, randomise, relo
 import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
 from lowrank.errors import InputError, JobError
-from lowrank.weights import blocks, merge_checkpoint, stream
-from lowrank.weights import merge as merge_module
+from lowrank.weights import merge_checkpoint
+from lowrank.weights.merging import blocks
+from lowrank.weights.merging import merge_checkpoint as merge_module
+from lowrank.weights.merging import shard_writer as stream
 
 
 def tiny_phi3():

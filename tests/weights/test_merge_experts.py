@@ -17,7 +17,9 @@ from weight_helpers import logits, peft_adapter, randomise, reload, save_base, t
 
 import lowrank
 from lowrank import LoraConfig
-from lowrank.weights import blocks, merge_checkpoint, stream
+from lowrank.weights import merge_checkpoint
+from lowrank.weights.merging import blocks
+from lowrank.weights.merging import shard_writer as stream
 
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

@@ -16,7 +16,7 @@ import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError
 from lowrank.weights import merge_checkpoint
-from lowrank.weights.info import summarise
+from lowrank.weights.adapter_info import summarise
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])

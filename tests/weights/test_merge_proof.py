@@ -19,8 +19,10 @@ import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import JobError
 from lowrank.ops.low_rank import LowRank
-from lowrank.weights import blocks, merge_checkpoint, stream, updates
-from lowrank.weights import merge as merge_module
+from lowrank.weights import merge_checkpoint
+from lowrank.weights.merging import blocks, updates
+from lowrank.weights.merging import merge_checkpoint as merge_module
+from lowrank.weights.merging import shard_writer as stream
 
 EXPERTS = LoraConfig(
     r=2,

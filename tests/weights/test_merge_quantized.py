@@ -15,9 +15,10 @@ from weight_helpers import edit_json, logits, randomise, reload, save_base
 import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError
-from lowrank.weights import blocks, merge_checkpoint
-from lowrank.weights import quantized as quantized_module
-from lowrank.weights.tensorfile import TensorFile
+from lowrank.storage.tensorfile import TensorFile
+from lowrank.weights import merge_checkpoint
+from lowrank.weights.files import quantized as quantized_module
+from lowrank.weights.merging import blocks
 
 pytest.importorskip("bitsandbytes")
 

@@ -15,8 +15,8 @@ from weight_helpers import logits, randomise, reload, save_base
 import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError
+from lowrank.storage.tensorfile import open_tensors
 from lowrank.weights import merge_checkpoint
-from lowrank.weights.tensorfile import open_tensors
 
 
 def merged(base: Path, adapter: Path) -> transformers.PreTrainedModel:

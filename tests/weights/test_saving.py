@@ -17,7 +17,7 @@ from weight_helpers import IDS, edit_json, logits, peft_adapter, randomise, relo
 import lowrank
 from lowrank import AdaLoraConfig, LoraConfig
 from lowrank.errors import InputError
-from lowrank.weights.adapterfile import open_adapter
+from lowrank.weights.files.adapter_file import open_adapter
 
 
 def tiny_neox():

@@ -15,8 +15,8 @@ from weight_helpers import randomise, reload
 import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError
+from lowrank.storage.tensorfile import open_tensors
 from lowrank.weights import merge_checkpoint
-from lowrank.weights.tensorfile import open_tensors
 
 CONFIGS = {
     "layers": {"target_modules": ["q_proj"]},

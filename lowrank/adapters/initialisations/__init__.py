@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowrank.adapters.initialisations.from_shapes import gaussian, kaiming, uniform
 from lowrank.adapters.initialisations.loftq import loftq
 from lowrank.adapters.initialisations.olora import olora
 from lowrank.adapters.initialisations.orthogonal import orthogonal
 from lowrank.adapters.initialisations.pissa import pissa
-from lowrank.adapters.initialisations.plain import gaussian, kaiming, uniform
-from lowrank.adapters.kinds import HostModule, Kind, groups_of
+from lowrank.adapters.kinds.kind import HostModule, Kind, groups_of
 from lowrank.errors import InputError
 
 if TYPE_CHECKING:
-    from lowrank.adapters.lora import LoraLayer
+    from lowrank.adapters.methods.lora import LoraLayer
 
 Initialisation = Callable[["LoraLayer", HostModule, Kind], None]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowrank.adapters.kinds import Kind, kind_of
+from lowrank.adapters.kinds.kind import Kind, kind_of
 from lowrank.errors import InputError
 
 TOKENS = 1024

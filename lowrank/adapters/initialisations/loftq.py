@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowrank.adapters.initialisations.pissa import rank_within
-from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.kinds.kind import HostModule, Kind
 from lowrank.errors import InputError
 
 if TYPE_CHECKING:
-    from lowrank.adapters.lora import LoraLayer
+    from lowrank.adapters.methods.lora import LoraLayer
 
 
 def loftq(layer: LoraLayer, module: HostModule, kind: Kind) -> None:

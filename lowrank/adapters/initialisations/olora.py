@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowrank.adapters.initialisations.pissa import rank_within, start_from
-from lowrank.adapters.kinds import HostModule, Kind
+from lowrank.adapters.kinds.kind import HostModule, Kind
 
 if TYPE_CHECKING:
-    from lowrank.adapters.lora import LoraLayer
+    from lowrank.adapters.methods.lora import LoraLayer
 
 
 def olora(layer: LoraLayer, module: HostModule, kind: Kind) -> None:

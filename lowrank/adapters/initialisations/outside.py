@@ -10,9 +10,9 @@ from torch import nn
 from lowrank.adapters.config import AdapterConfig, EvaConfig, LoraConfig
 from lowrank.adapters.initialisations.eva import Directions, allocate, input_directions
 from lowrank.adapters.initialisations.loftq import correct_quantisation
-from lowrank.adapters.kinds import HostModule, kind_of
-from lowrank.adapters.lora import LoraLayer
-from lowrank.adapters.method import rank_and_scale
+from lowrank.adapters.kinds.kind import HostModule, kind_of
+from lowrank.adapters.methods.layer import rank_and_scale
+from lowrank.adapters.methods.lora import LoraLayer
 from lowrank.errors import InputError
 
 Batches = Iterable[Mapping[str, torch.Tensor]]

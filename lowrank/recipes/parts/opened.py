@@ -11,10 +11,10 @@ from transformers.utils import has_file
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer
 from lowrank.paths import expanded
+from lowrank.storage.hub import local_folder
 from lowrank.weights import load as load_onto
-from lowrank.weights.adapterfile import CONFIG_NAME, AdapterFile, open_adapter
-from lowrank.weights.notes import noted_ends, stop_at
-from lowrank.weights.places import local_folder
+from lowrank.weights.files.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
+from lowrank.weights.files.notes import noted_ends, stop_at
 
 _QUANTIZATION = ("load_in_", "bnb_4bit_")
 

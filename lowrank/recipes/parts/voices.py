@@ -17,8 +17,8 @@ from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.recipes.parts.opened import adapter_folder, base_name, base_of, tokenizer_of
 from lowrank.weights import load
-from lowrank.weights.adapterfile import AdapterFile, open_adapter
-from lowrank.weights.notes import noted_ends, stop_at
+from lowrank.weights.files.adapter_file import AdapterFile, open_adapter
+from lowrank.weights.files.notes import noted_ends, stop_at
 
 BASE = "base"
 

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lowrank.adapters import LoraConfig
-from lowrank.adapters.targets import find_targets
-from lowrank.adapters.uncalled import Calls
+from lowrank.adapters.targeting.targets import find_targets
+from lowrank.adapters.targeting.uncalled import Calls
 from lowrank.errors import InputError
 from lowrank.models import cannot_load, check_folder
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from lowrank.errors import InputError
 from lowrank.recipes.proposal.base import Base
+from lowrank.recipes.proposal.footprint import Way, fits, needed, weights
 from lowrank.recipes.proposal.machine import GiB, Machine
-from lowrank.recipes.proposal.memory import Way, fits, needed, weights
-from lowrank.recipes.proposal.rows import RowFacts
+from lowrank.recipes.proposal.row_figures import RowFacts
 
 Goal = Literal["quality", "memory", "speed"]
 

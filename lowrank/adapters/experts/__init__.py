@@ -1,0 +1,1 @@
+"""Adapters on the experts of mixture-of-experts models."""

@@ -1,0 +1,1 @@
+"""One file a method: what its layer is, and its term."""

@@ -1,0 +1,45 @@
+"""The five sections of a run's config, side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from lowrank.config.sections import (
+    AdapterSection,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    QuantizationSection,
+    TrainingSection,
+)
+
+
+class RunSections(BaseModel):
+    """The sections, each checked by itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, title="lowrank run")
+
+    model: ModelSection
+    """The base model."""
+
+    quantization: QuantizationSection | None = None
+    """bitsandbytes' options, for a base held in 4 or 8 bits (QLoRA); left out, the base is not quantised."""
+
+    adapter: AdapterSection = LoraSection()
+    """What is trained on top of the base."""
+
+    data: DataSection
+    """What it is trained on."""
+
+    training: TrainingSection
+    """How it is trained, and where the results go."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method(cls, given: Any) -> Any:
+        """`method` may be left out: it is lora."""
+        if isinstance(given, dict) and isinstance(given.get("adapter"), dict):
+            return {**given, "adapter": {"method": "lora", **given["adapter"]}}
+        return given

@@ -1,0 +1,1 @@
+"""From examples to batches: packs or padded rows, in an order that a run resumes anywhere in."""

@@ -1,0 +1,1 @@
+"""A whole data set made ready: on every core, remembered, with what could not be used counted."""

@@ -1,0 +1,147 @@
+"""Who is told of a run: what writes, shows, evaluates and keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.adapters import describe
+from lowrank.config import RunConfig
+from lowrank.recipes.parts.assess import assess
+from lowrank.recipes.parts.rank_budget import rank_budget
+from lowrank.recipes.parts.resume import flat
+from lowrank.recipes.parts.setup import Setup
+from lowrank.training.callbacks.early_stopping import EarlyStopping
+from lowrank.training.callbacks.metrics_file import FILE as METRICS
+from lowrank.training.callbacks.metrics_file import MetricsFile
+from lowrank.training.callbacks.periodic import PeriodicEval
+from lowrank.training.callbacks.progress import Screen
+from lowrank.training.callbacks.run_report import FILE as REPORT
+from lowrank.training.callbacks.run_report import ReportWriter
+from lowrank.training.callbacks.trackers import Trackers
+from lowrank.training.checkpoints.writer import Checkpoints
+from lowrank.training.evaluation.best import Best
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.machine.ranks import Ranks
+from lowrank.training.run import Callback, Run
+from lowrank.weights import save
+from lowrank.weights.files.notes import write_notes
+
+Evaluate = Callable[[], Evaluation]
+Told = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What a run goes with.
+
+    Attributes:
+        callbacks: All of them, in the order in which they are told.
+        evaluate: Evaluates the model as it is; None where the config names nothing to evaluate on.
+        checkpoints: The callback that writes them.
+        best: Which evaluation was the best; None where the last weights are what is wanted.
+        penalty: Added to each step's loss; None for methods without one.
+    """
+
+    callbacks: list[Callback]
+    evaluate: Evaluate | None
+    checkpoints: Checkpoints
+    best: Best | None
+    penalty: Callable[[], torch.Tensor] | None
+
+
+def crew_of(
+    config: RunConfig,
+    setup: Setup,
+    run: Run,
+    console: Console,
+    summary: Mapping[str, str],
+    accelerator: Accelerator,
+    ranks: Ranks,
+    more: Sequence[Callback],
+) -> Crew:
+    """The callbacks that a config asks for, and `more`. One process writes and shows; all evaluate and gather."""
+    training, output = config.training, run.output_dir
+    screen = Screen(console, training.logging_steps)
+    told = partial(console.print, highlight=False, soft_wrap=True)
+    writers = [
+        MetricsFile(output / METRICS, told),
+        screen,
+        ReportWriter(output / REPORT, output.name, summary, output / METRICS, told=told),
+    ]
+    evaluate = evaluation_of(config, setup, screen, ranks)
+    budget = rank_budget(setup.model, run.total_steps)
+    best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
+    checkpoints = checkpoints_of(config, run, setup.tokenizer, told, best, ranks)
+    callbacks = [
+        *(writers if ranks.main else []),
+        *budget,
+        *periodic_evaluation(config, evaluate),
+        *trackers_of(config, accelerator, run, told),
+        *more,
+        checkpoints,
+    ]
+    return Crew(callbacks, evaluate, checkpoints, best, budget[0].penalty if budget else None)
+
+
+def trackers_of(config: RunConfig, accelerator: Accelerator, run: Run, told: Told) -> list[Callback]:
+    """TensorBoard and the like, where the accelerator was made with any."""
+    if not accelerator.log_with:
+        return []
+    return [Trackers(accelerator, run.output_dir.resolve().name, flat(config.model_dump(mode="json")), told)]
+
+
+def evaluation_of(config: RunConfig, setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:
+    """Evaluates the model as it is; None where the config names nothing to evaluate on."""
+    if setup.held_out is None:
+        return None
+    generate = config.training.predict_with_generate
+    given = (setup.model, setup.tokenizer, setup.held_out, config, setup.plain_loss, screen.task)
+    return partial(assess, *given, generate=generate, ranks=ranks)
+
+
+def periodic_evaluation(config: RunConfig, evaluate: Evaluate | None) -> list[Callback]:
+    """Evaluations between the steps, where the config asks for them."""
+    every = config.training.eval_steps
+    if evaluate is None or every is None:
+        return []
+    training = config.training
+    found: list[Callback] = [PeriodicEval(every, evaluate, last=training.load_best_model_at_end)]
+    if training.early_stopping_patience is not None:
+        found.append(EarlyStopping(training.metric_for_best_model, training.early_stopping_patience))
+    return found
+
+
+def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the adapter, and what it is asked and answers with: tokenizer, chat template, tokens that end answers."""
+    write_notes(folder, model, tokenizer)
+    save(model, folder, overwrite=True)
+
+
+def checkpoints_of(
+    config: RunConfig,
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    told: Told,
+    best: Best | None,
+    ranks: Ranks,
+) -> Checkpoints:
+    """Writes the run's checkpoints."""
+    training = config.training
+    return Checkpoints(
+        partial(save_adapter, run.model, tokenizer) if describe(run.model) else lambda folder: None,
+        told,
+        steps=training.save_steps,
+        minutes=training.save_minutes,
+        keep=training.save_total_limit,
+        best=best,
+        ranks=ranks,
+    )

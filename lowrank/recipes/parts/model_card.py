@@ -1,0 +1,183 @@
+"""`README.md` of a run's adapter: what the hub shows of it, made from the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+
+from lowrank.config import RunConfig
+from lowrank.storage.whole_file import write_whole
+from lowrank.training.callbacks.run_report import comparison
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.weights.cards import FILE, may_write, signed
+from lowrank.weights.upload import is_hub_name
+
+_SHOWN = ("adapter", "trainable", "dtype", "batches", "steps")
+_METRICS = {"loss": "Loss per supervised token", "perplexity": "Perplexity", "exact_match": "Exact match"}
+_TEXT = Template("""# $title
+
+An adapter ($method) for $base, trained with lowrank.
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+adapter = "$title"  # this folder, or the repository's name on the hub
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = AutoModelForCausalLM.from_pretrained($base_name)
+model = PeftModel.from_pretrained(model, adapter)
+```
+
+${transformers}With lowrank, which `lowrank chat` also asks it with:
+
+```python
+import lowrank
+
+model = AutoModelForCausalLM.from_pretrained($base_name)
+model = lowrank.load(model, adapter)
+```
+
+## Training
+
+$training
+$results""")
+
+_TRANSFORMERS = Template("""With transformers' own adapters:
+
+```python
+model = AutoModelForCausalLM.from_pretrained($base_name)
+model.load_adapter(adapter)
+```
+
+""")
+
+
+def write_card(
+    folder: Path,
+    config: RunConfig,
+    summary: Mapping[str, str],
+    rows: str,
+    before: Evaluation | None,
+    after: Evaluation | None,
+) -> bool:
+    """Writes the card of a run's adapter, unless a person has written or changed the one that is there.
+
+    Args:
+        folder: Of the run.
+        config: Of the run.
+        summary: What the run did, line by line, as it was shown before it began.
+        rows: What of the data was trained on: rows, tokens.
+        before: The base's evaluation.
+        after: The adapter's.
+
+    Returns:
+        Whether the folder's card is this one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not may_write(folder):
+        return False
+    title, base, revision = folder.resolve().name, config.model.name_or_path, config.model.revision
+    front = _front(config, title, after)
+    on_hub = is_hub_name(base)
+    name = base if on_hub else Path(base).name
+    told = [("data", f"{_sources(config.data.train)}: {rows}"), *((key, summary[key]) for key in _SHOWN)]
+    base_name = f'"{name}"' + (f', revision="{revision}"' if revision else "")
+    text = _TEXT.substitute(
+        title=title,
+        method=config.adapter.method,
+        base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{name}`",
+        base_name=base_name,
+        transformers=_TRANSFORMERS.substitute(base_name=base_name) if _is_plain(config) else "",
+        training=_table(("", ""), told),
+        results=_results(config, before, after),
+    )
+    write_whole(folder / FILE, signed(f"---\n{front.to_yaml()}\n---\n\n{text}"))
+    return True
+
+
+def _is_plain(config: RunConfig) -> bool:
+    """Whether `load_adapter` of transformers gives the same: DoRA comes out as another model, AdaLoRA is refused."""
+    return config.adapter.method == "lora" and not config.adapter.use_dora
+
+
+def _front(config: RunConfig, title: str, after: Evaluation | None) -> ModelCardData:
+    base = config.model.name_or_path
+    known: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_hub_name(base) else {}
+    return ModelCardData(
+        **known,
+        **_license(base, config.model.revision),
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lowrank", config.adapter.method],
+        model_name=title if after is not None else None,
+        eval_results=None if after is None else _eval_results(config, after),
+    )
+
+
+def _license(base: str, revision: str | None) -> dict[str, Any]:
+    """What the base's own card says of it, as far as that lies here; nothing is fetched."""
+    place: Any = Path(base) / FILE
+    if not Path(base).is_dir():
+        place = try_to_load_from_cache(base, FILE, revision=revision) if is_hub_name(base) else None
+    if not isinstance(place, (str, Path)) or not Path(place).is_file():
+        return {}
+    try:
+        data = ModelCard.load(place, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, OSError, yaml.YAMLError):  # not a card of the hub's form: it says nothing
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
+
+
+def _eval_results(config: RunConfig, after: Evaluation) -> list[EvalResult]:
+    name = _data_name(config)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_name=what,
+            metric_value=round(value, 6),
+        )
+        for metric, what in _METRICS.items()
+        if (value := getattr(after, metric)) is not None
+    ]
+
+
+def _data_name(config: RunConfig) -> str:
+    """What was evaluated on, without the folders of this machine."""
+    data = config.data
+    if isinstance(data.eval, float):
+        return f"{data.eval:.3g} of {_sources(data.train)}"
+    return _sources(data.eval)
+
+
+def _sources(given: Any) -> str:
+    """The names of the sources of a data section's `train` or `eval`."""
+    paths = [getattr(source, "path", source) for source in (given if isinstance(given, list) else [given])]
+    return ", ".join(path if is_hub_name(path) else Path(path).name for path in map(str, paths))
+
+
+def _results(config: RunConfig, before: Evaluation | None, after: Evaluation | None) -> str:
+    rows = comparison(before, after)
+    if not rows:
+        return ""
+    return f"\n## Results on {_data_name(config)}\n\n{_table(('', 'before', 'after'), rows)}"
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(_cell(cell) for cell in line)} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")

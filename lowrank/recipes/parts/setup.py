@@ -1,0 +1,157 @@
+"""All that stands before the first step: rows to packs, the model with its adapter and attention, the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank.attention import AttentionChoice
+from lowrank.config import RunConfig
+from lowrank.config.sections import TrainingSection
+from lowrank.data import BatchPlan, BatchStream, Examples
+from lowrank.data.supervision.choose_template import added_prompt, missing_prompt
+from lowrank.data.supervision.template import writes_date
+from lowrank.models import usable_device
+from lowrank.ops.cross_entropy import LossOptions
+from lowrank.recipes.parts.prepare import (
+    base_model,
+    base_tokenizer,
+    batch_plan,
+    ends_of,
+    fitting,
+    put_in,
+    read_examples,
+    stream_plan,
+    swap_attention,
+)
+from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
+from lowrank.training.machine.ranks import ALONE, Ranks
+from lowrank.training.steps import Length, StepSize, run_length
+from lowrank.training.transforms.layers import compile_layers
+from lowrank.training.transforms.liger import use_liger
+from lowrank.training.transforms.norms import lean_norms
+from lowrank.training.transforms.recompute import recompute_activations
+from lowrank.training.transforms.sharding import shard
+from lowrank.weights.files.notes import stop_at
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that has not begun.
+
+    Attributes:
+        tokenizer: The base's, with the chat template that is used.
+        plan: The order of the training batches.
+        size: Of an optimiser step.
+        length: Optimiser steps.
+        held_out: The evaluation examples, None where the config names none.
+        model: Adapter in, attention swapped.
+        dtype: What the model is computed and saved in.
+        attention: What was chosen, and why.
+        loss: Exact for this model.
+        plain_loss: The same without label smoothing and z-loss, for evaluations.
+        date: What the chat template writes as the day's date, None for the day it is.
+        ends: The tokens that end the model's answers: those that end trained turns first.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    plan: BatchPlan | BatchStream
+    size: StepSize
+    length: Length
+    held_out: Examples | None
+    model: PreTrainedModel
+    dtype: torch.dtype
+    attention: AttentionChoice
+    loss: Loss
+    plain_loss: Loss
+    date: str | None
+    ends: list[int]
+
+    @property
+    def asking(self) -> dict[str, str]:
+        """How the model is asked and where its answers end, line by line."""
+        ends = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(self.ends)))
+        added, missing = added_prompt(self.tokenizer), missing_prompt(self.tokenizer)
+        if added:
+            prompt = f"the chat template writes none: {added!r} is added to it, here and in the files that are written"
+        else:
+            prompt = f"the chat template writes none: {missing!r} is added here, and servers will not add it"
+        lines = {"answers end at": ends}
+        lines |= {"generation prompt": prompt} if added or missing else {}
+        lines |= {"date": f"{self.date or date.today()}, which the chat template writes"} if self.writes_date else {}
+        return lines
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the rows' text depends on the date."""
+        return writes_date(self.tokenizer)
+
+
+def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
+    """Reads the data, then loads the model: a mistake in a row is found in seconds.
+
+    Args:
+        config: Of the run.
+        ranks: Its processes.
+
+    Raises:
+        InputError: something in the config, the model or the data cannot be used.
+    """
+    training = config.training
+    tokenizer = base_tokenizer(config)
+    plan, held_out = plan_and_held_out(config, tokenizer)
+    size = step_size(training, ranks)
+    length = run_length(plan, size, epochs=training.num_train_epochs, max_steps=training.max_steps)
+    options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
+    model = base_model(config, device="cpu" if training.fsdp else None)
+    dtype = model.dtype
+    plan = fitting(model, tokenizer, plan, held_out)
+    put_in(model, config, plan)
+    if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
+        lean_norms(model)
+    if training.fsdp:
+        shard(model, ranks, own_device(config))
+    attention = swap_attention(model, config)
+    if training.gradient_checkpointing:
+        recompute_activations(model, training.gradient_checkpointing)
+    if training.use_liger_kernel:
+        use_liger(model)
+    if training.torch_compile:
+        compile_layers(model)
+    loss = exact_loss(model, dtype, options)
+    plain = loss if options == LossOptions() else exact_loss(model, dtype)
+    ends = stop_at(model, tokenizer, ends_of(plan, tokenizer))
+    return Setup(tokenizer, plan, size, length, held_out, model, dtype, attention, loss, plain, config.data.date, ends)
+
+
+def plan_and_held_out(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[BatchPlan | BatchStream, Examples | None]:
+    """The training batches, and the evaluation examples."""
+    if config.data.streaming:
+        return stream_plan(config, tokenizer)
+    examples, held_out = read_examples(config, tokenizer)
+    return batch_plan(config, examples, tokenizer, shuffle=True), held_out
+
+
+def step_size(training: TrainingSection, ranks: Ranks) -> StepSize:
+    """By tokens or by batches, over all processes."""
+    if training.tokens_per_step is not None:
+        return StepSize(tokens=training.tokens_per_step)
+    return StepSize(training.gradient_accumulation_steps * ranks.count)
+
+
+def own_device(config: RunConfig) -> torch.device:
+    """The accelerator that this process has, or the CPU."""
+    if config.model.device is not None:
+        return usable_device(config.model.device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def exact_loss(model: PreTrainedModel, dtype: torch.dtype, options: LossOptions | None = None) -> Loss:
+    """The loss; where weights train in more digits than the base was asked to have, products stay in the base's."""
+    loss = supervised_loss(model, options)
+    return loss if model.dtype == dtype else Autocast(loss, dtype)

@@ -1,0 +1,156 @@
+"""What a run prints: its plan before any work, and what came of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from lowrank.adapters import describe
+from lowrank.attention import AttentionChoice
+from lowrank.config import RunConfig
+from lowrank.data import BatchPlan, BatchStream
+from lowrank.recipes.parts.optimisation import remarks
+from lowrank.recipes.parts.streams import unfailing
+from lowrank.training.callbacks.run_report import comparison
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.losses.supervised import Loss
+from lowrank.training.steps import Length, StepSize
+
+SAMPLES = 3
+FILE_WIDTH = 120
+
+
+def open_console(quiet: bool = False) -> Console:
+    """As wide as the terminal; in a log nothing is cut at 80 columns. Brackets and colons in a text are what
+    they are. A quiet one shows nothing."""
+    console = Console(file=unfailing(sys.stdout), quiet=quiet, markup=False, emoji=False)  # a path is no markup
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    return console
+
+
+def plan_of(
+    config: RunConfig,
+    model: Any,
+    attention: AttentionChoice,
+    loss: Loss,
+    plan: BatchPlan | BatchStream,
+    size: StepSize,
+    length: Length,
+    asking: Mapping[str, str],
+) -> dict[str, str]:
+    """What the run will do, line by line; `asking` is how the model is asked and where its answers end."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = total - sum(info.parameters for info in describe(model).values())
+    section = config.quantization
+    held = "" if section is None else f", base in {'4' if section.load_in_4bit else '8'} bits"
+    training = config.training
+    epoch = "" if length.per_epoch is None else f" ({length.per_epoch:,} an epoch)"
+    contradicted = remarks(training, length.steps)
+    return {
+        "model": f"{config.model.name_or_path} ({type(model).__name__}, {base / 1e6:,.1f} M parameters)",
+        "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
+        "attention": f"{attention.backend}: {attention.why}",
+        "loss": loss.why,
+        "adapter": _adapter(config, model),
+        "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
+        "data": _data(plan),
+        **asking,
+        "batches": f"{_batches(plan)}; {size}",
+        "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
+        "output": training.output_dir,
+        **_left_out(plan),
+        **({"warning": "\n".join(contradicted)} if contradicted else {}),
+    }
+
+
+def _data(plan: BatchPlan | BatchStream) -> str:
+    if isinstance(plan, BatchStream):
+        return f"streamed from {', '.join(source.path for source in plan.sources)}"
+    return rows_of(plan)
+
+
+def rows_of(plan: BatchPlan | BatchStream) -> str:
+    """What was read, in numbers: rows, tokens, and what was left out; of a stream, so far."""
+    if isinstance(plan, BatchStream):
+        return f"streamed: {plan.counts}"
+    report = plan.examples.report
+    text = f"{report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised"
+    counts = {"truncated": report.truncated, "split": report.split, "dropped": report.dropped}
+    counts |= {"duplicates": report.duplicates, "empty": report.empty}
+    counts |= {"with no turn to train": report.marked, "left out as bad": report.bad}
+    counts |= {"with a special token in their own text": report.control_text}
+    counts |= {"whose prompt and answer are encoded apart": report.uneven}
+    counts |= {"answered behind another header than the template asks with": report.unasked}
+    counts |= {"turns left out of the loss, as they cannot be aligned": report.masked_turns}
+    return ", ".join([text, *(f"{count:,} {what}" for what, count in counts.items() if count)])
+
+
+def _left_out(plan: BatchPlan | BatchStream) -> dict[str, str]:
+    reasons = plan.counts.reasons if isinstance(plan, BatchStream) else plan.examples.reasons
+    return {"left out": "\n".join(reasons)} if reasons else {}
+
+
+def _batches(plan: BatchPlan | BatchStream) -> str:
+    fill = None if isinstance(plan, BatchStream) else plan.fill()
+    if plan.packing:
+        return f"packs of up to {plan.max_tokens} tokens" + ("" if fill is None else f", {fill:.1%} full")
+    return f"{plan.batch_size} rows a batch" + ("" if fill is None else f", padding {1 - fill:.1%}")
+
+
+def _adapter(config: RunConfig, model: Any) -> str:
+    info = describe(model).get("default")
+    if info is None:
+        return config.adapter.method
+    matched = ", ".join(f"{pattern} {count}" for pattern, count in info.matched.items())
+    told = f"{config.adapter.method}, r = {info.config.r}, on {len(info.modules)} modules ({matched})"
+    return told + "".join(f"\n{reason}" for reason in _passed_over(info.left_out))
+
+
+def _passed_over(reasons: Mapping[str, str]) -> list[str]:
+    """What "all-linear" has passed over, each layer's name once for all layers that have it."""
+    paths: dict[tuple[str, str], int] = {}
+    for path, why in reasons.items():
+        name = (".".join(path.rsplit(".", 2)[-2:]), why)
+        paths[name] = paths.get(name, 0) + 1
+    return [f"{count} times {name} left out: {why}" for (name, why), count in paths.items()]
+
+
+def show_plan(console: Console, plan: Mapping[str, str]) -> None:
+    """Prints it."""
+    table = Table.grid(padding=(0, 2))
+    for name, text in plan.items():
+        table.add_row(name, text)
+    console.print(Panel(table, title="this run", title_align="left"), highlight=False)
+
+
+def show_outcome(console: Console, before: Evaluation | None, after: Evaluation | None) -> None:
+    """Before and after side by side, then a few answers of each."""
+    table = Table("", "before", "after", title="evaluation", title_justify="left")
+    for row in comparison(before, after):
+        table.add_row(*row)
+    if table.row_count:
+        console.print(table, highlight=False)
+    first, second = (evaluation.samples if evaluation else () for evaluation in (before, after))
+    for i in range(min(SAMPLES, max(len(first), len(second)))):
+        console.print(_answers(first[i : i + 1], second[i : i + 1]), highlight=False)
+
+
+def _answers(before: Any, after: Any) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    shown = (*before, *after)[0]
+    table.add_row("asked", (shown.turns[-1][1] if shown.turns else shown.prompt).strip()[-300:], style="dim")
+    table.add_row("expected", shown.expected)
+    for name, samples in (("before", before), ("after", after)):
+        for sample in samples:
+            table.add_row(name, sample.answer.strip() or "(nothing)", style="green" if sample.correct else "red")
+    table.add_row("")
+    return table

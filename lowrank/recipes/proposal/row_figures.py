@@ -1,0 +1,110 @@
+"""What the rows are: how many, how long, what their answers look like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.data import Examples, answer_of, load_examples, use_template
+from lowrank.data.reading.sources import Joined, open_sources
+from lowrank.data.supervision.choose_template import TEMPLATES, fitting_templates
+from lowrank.errors import InputError
+
+SAMPLE = 5_000
+ANY_LENGTH = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """A set of rows.
+
+    Attributes:
+        path: As it was given.
+        count: All of them.
+        format: A key of `FORMATS`.
+        lengths: Tokens of each example of a sample, (S,).
+        supervised: Those that carry loss, (S,).
+        json: Whether the answers are JSON.
+        duplicates: Of the sample, how many have occurred before.
+        template: The chat template that the tokenizer lacks and the rows need; None where it has one or none is needed.
+    """
+
+    path: str
+    count: int
+    format: str
+    lengths: np.ndarray
+    supervised: np.ndarray
+    json: bool = False
+    duplicates: int = 0
+    template: str | None = None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the sample is less than all."""
+        return self.count > SAMPLE
+
+    @property
+    def text(self) -> bool:
+        """Whether the rows are plain text, every token of which is learned."""
+        return self.format == "text"
+
+
+def rows_of(path: str, tokenizer: PreTrainedTokenizerBase) -> RowFacts:
+    """Reads the rows and tokenises a sample of them; gives the tokenizer a chat template where the rows need one.
+
+    Raises:
+        InputError: whatever a run would say of them.
+    """
+    joined = Joined(open_sources(path, None))
+    if not len(joined):
+        raise InputError("there are no rows", where=path)
+    kind = joined.parts[0].format
+    template = _missing_template(kind, tokenizer)
+    if template is not None:
+        use_template(tokenizer, template)
+    examples = load_examples(
+        path,
+        tokenizer,
+        train_on="all" if kind == "text" else "assistant",
+        max_length=ANY_LENGTH,
+        too_long="drop",
+        max_rows=SAMPLE,
+    )
+    supervised = np.array([int(examples.arrays(at)[1].sum()) for at in range(len(examples))])
+    return RowFacts(
+        path=path,
+        count=len(joined),
+        format=kind,
+        lengths=examples.lengths,
+        supervised=supervised,
+        json=kind != "text" and _are_json(_answers(examples)),
+        duplicates=examples.report.duplicates,
+        template=template,
+    )
+
+
+def _missing_template(kind: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    if kind not in ("messages", "sharegpt") or tokenizer.chat_template is not None:
+        return None
+    fitting = [name for name in fitting_templates(tokenizer) if TEMPLATES[name]]
+    return fitting[0] if fitting else "plain"
+
+
+def _answers(examples: Examples) -> list[str]:
+    return [answer_of(examples.row(at)) for at in range(min(200, len(examples)))]
+
+
+def _are_json(answers: Sequence[str]) -> bool:
+    return bool(answers) and all(answer.lstrip()[:1] in ("{", "[") and _parses(answer) for answer in answers)
+
+
+def _parses(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Folders and files, whole or not at all; what else of the house reads and writes goes through here."""

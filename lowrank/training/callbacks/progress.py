@@ -1,0 +1,104 @@
+"""What a person sees while a run works: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.run import Callback, Run, StepMetrics
+
+Task = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a piece of work by name and total; what it yields is told each time how much more of it is done."""
+
+
+class Screen(Callback):
+    """Step, loss, learning rate, supervised tokens a second and time left; and `task` for other pieces of work."""
+
+    def __init__(self, console: Console, logging_steps: int = 1) -> None:
+        """A plain line comes every `logging_steps` steps, its loss and speed averaged over them."""
+        self.console, self.logging_steps = console, logging_steps
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._training: TaskID | None = None
+        self._window: list[StepMetrics] = []
+        self._steps, self._seconds = 0, 0.0
+
+    def __enter__(self) -> Screen:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """See `Task`."""
+        self._line(f"{name} ({total:,}) ...")
+        bar = self._bars.add_task(name, total=total, figures="")
+        try:
+            yield lambda done: self._bars.advance(bar, done)
+        finally:
+            self._bars.remove_task(bar)
+
+    def on_run_start(self, run: Run) -> None:
+        """Shows the bars."""
+        self._training = self._bars.add_task("training", total=run.total_steps, completed=run.step, figures="")
+        self._bars.start()
+
+    def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
+        """Moves the bar, or prints a line when one is due."""
+        self._steps, self._seconds = self._steps + 1, self._seconds + metrics.seconds
+        left = spoken(self._seconds / self._steps * (run.total_steps - run.step))
+        if self._training is not None:
+            self._bars.update(self._training, completed=run.step, figures=f"{_figures([metrics])}  {left} left")
+        self._window.append(metrics)
+        if run.step % self.logging_steps == 0 or run.step == run.total_steps or run.stop:
+            self._line(f"step {run.step}/{run.total_steps}  {_figures(self._window)}  {left} left")
+            self._window.clear()
+
+    def on_skip(self, run: Run, loss: float, grad_norm: float) -> None:
+        """A line."""
+        why = f"loss {loss}, gradient norm {grad_norm}"
+        self.console.print(f"step {run.step}: skipped ({why}); {run.skipped} so far", highlight=False)
+
+    def on_eval(self, run: Run, evaluation: Evaluation) -> None:
+        """A line."""
+        self.console.print(f"step {run.step}: {evaluation}", highlight=False)
+
+    def on_save(self, run: Run, path: Path) -> None:
+        """A line."""
+        self.console.print(f"step {run.step}: saved in {path}", highlight=False)
+
+    def on_run_end(self, run: Run) -> None:
+        """Lets the bars stand as they are."""
+        self._bars.stop()
+
+    def _line(self, text: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def _figures(window: list[StepMetrics]) -> str:
+    supervised = sum(metrics.supervised for metrics in window)
+    loss = sum(metrics.loss * metrics.supervised for metrics in window) / supervised
+    speed = supervised / sum(metrics.seconds for metrics in window)
+    return f"loss {loss:.4f}  lr {window[-1].learning_rate:.2e}  {speed:,.0f} supervised tokens/s"
+
+
+def spoken(seconds: float) -> str:
+    """A duration as people say it: 40 s, 12 min, 3 h 05 min."""
+    if round(seconds) < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,161 @@
+"""Generated answers, and whether they are right."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lowrank.attention.paged import generate_paged, paged_is_faster
+from lowrank.training.evaluation.greedy import (
+    begin_with,
+    can_continue_rows,
+    can_share,
+    contiguous_head,
+    continue_rows,
+    padded,
+    shared_length,
+)
+
+_CHANNELS = re.compile(r"^\s*(analysis.*assistant)?final(?=\s*[\[{\"\d-])", re.DOTALL)
+
+
+@torch.no_grad()
+def answer_all(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Greedy answers to all prompts, in their order, by the fastest way that this model and this machine have.
+
+    An answer ends at the model's end tokens or at the tokenizer's.
+
+    Args:
+        model: A causal language model; it is in eval mode meanwhile.
+        tokenizer: Its tokenizer.
+        prompts: Token ids.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts at a time, where they go in batches.
+        on_batch: Told how many answers have been added.
+    """
+    was_training = model.training
+    model.eval()
+    answers = [""] * len(prompts)
+    with greedy(model, tokenizer, max_new_tokens) as config:
+        for chosen, rows in _answered(model, prompts, config, batch_size):
+            for i, row in zip(chosen, rows, strict=True):
+                answers[i] = answer_text(tokenizer, up_to_end(row, config.eos_token_id))
+            if on_batch is not None:
+                on_batch(len(chosen))
+    model.train(was_training)
+    return answers
+
+
+def _answered(
+    model: Any, prompts: Sequence[Sequence[int]], generation: GenerationConfig, batch_size: int
+) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
+    """(which prompts, the new tokens of each), until all are answered. Prompts of like length share a batch."""
+    if paged_is_faster(model):
+        yield range(len(prompts)), generate_paged(model, prompts, generation)
+        return
+    by_rows = can_continue_rows(model)
+    shared = shared_length(prompts) if by_rows and can_share(model) else 0
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what needs the most memory first
+    with contiguous_head(model):
+        begun = begin_with(model, prompts[0][:shared]) if shared else None
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = [prompts[i] for i in chosen]
+            yield (
+                chosen,
+                continue_rows(model, batch, generation, begun) if by_rows else _generated(model, batch, generation),
+            )
+
+
+def _generated(model: Any, prompts: Sequence[Sequence[int]], generation: GenerationConfig) -> list[list[int]]:
+    """By transformers' own loop, which knows every model."""
+    ids, mask = padded(prompts, 0, generation.pad_token_id, model.device)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
+    return output[:, ids.shape[1] :].tolist()
+
+
+@contextmanager
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[GenerationConfig]:
+    """What to generate with for greedy answers and nothing else.
+
+    `generate` fills gaps in the config that it is given from the model's own, which may hold a repetition penalty or
+    the like: the model's is put aside meanwhile.
+    """
+    own = model.generation_config
+    configured = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({token for token in [*configured, tokenizer.eos_token_id] if token is not None})
+    model.generation_config = GenerationConfig()
+    try:
+        yield GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        )
+    finally:
+        model.generation_config = own
+
+
+def up_to_end(row: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens of an answer before the first that ends it."""
+    return next((row[:i] for i, token in enumerate(row) if token in ends), row)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """What the tokens of an answer say, without the special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def same_text(answer: str, expected: str) -> bool:
+    """Equal but for white space at the ends."""
+    return answer.strip() == expected.strip()
+
+
+def same_json(answer: str, expected: str) -> bool:
+    """Equal as JSON values: key order and layout do not matter, 3 is 3.0. An answer that is no JSON is wrong.
+
+    What has been thought before the answer is not compared.
+    """
+    try:
+        value = json.loads(_reply(answer))
+    except (ValueError, RecursionError):  # "[[[[[[..." is what an untrained model may say
+        return False
+    return _same_value(value, json.loads(_reply(expected)))
+
+
+def is_json(answer: str) -> bool:
+    """Whether an answer is JSON, but for what has been thought before it."""
+    try:
+        json.loads(_reply(answer))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _reply(answer: str) -> str:
+    """What stands behind the reasoning; harmony's channels leave their names when their marks are taken away."""
+    behind = answer.rpartition("</think>")[2]
+    return _CHANNELS.sub("", behind)
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same_value(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same_value, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)  # to Python, 1 == True
+
+
+MATCHES: dict[str, Callable[[str, str], bool]] = {"text": same_text, "json": same_json}
+"""`same(answer, expected)` by name."""

@@ -1,0 +1,1 @@
+"""What is made small: one file a loss."""

@@ -1,0 +1,1 @@
+"""What changes a model for a run: kernels, recomputation, sharding, noise."""

@@ -1,0 +1,1 @@
+"""Adapters made of adapters and of differences: composed, resized, extracted."""

@@ -1,0 +1,291 @@
+"""Several adapters into one, without the base: sums, SVD, TIES, DARE, pruning; and one adapter to a lower rank."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lowrank.adapters.config import LoraConfig
+from lowrank.errors import InputError
+from lowrank.storage.folders import refuse_inside
+from lowrank.weights.arithmetic.combine import FACTOR_METHODS, MajoritySign
+from lowrank.weights.arithmetic.composition_rest import Rest, compose_rest, rest_of
+from lowrank.weights.arithmetic.factors import Product, distance, norm, total, truncated
+from lowrank.weights.arithmetic.module_factors import Factors, read_factors
+from lowrank.weights.files.adapter_file import AdapterFile, open_adapter, shorten
+from lowrank.weights.files.target_names import targets_of
+from lowrank.weights.files.writing import write_adapter
+
+ComposeMethod = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+_ON_FACTORS = {"linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"}
+_ON_PRODUCTS = {f"{method}_svd": method for method in _ON_FACTORS - {"linear"}}
+_PRUNING = {*_ON_PRODUCTS, *_ON_PRODUCTS.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class ComposeReport:
+    """What came out.
+
+    Attributes:
+        out: The new adapter's folder.
+        method: How it was made.
+        ranks: Module path -> rank.
+        errors: Module path -> ‖ΔW - Σ wᵢ·ΔWᵢ‖ / ‖Σ wᵢ·ΔWᵢ‖, how far it is from the plain weighted sum.
+        error: The same over all modules.
+        notes: What the user should know.
+    """
+
+    out: Path
+    method: str
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    error: float
+    notes: list[str] = field(default_factory=list)
+
+
+def compose(
+    adapters: Sequence[str | Path],
+    *,
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    method: ComposeMethod = "cat",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    majority_sign: MajoritySign = "total",
+    seed: int = 0,
+) -> ComposeReport:
+    """Makes one LoRA of several (LoRA, rsLoRA or AdaLoRA; ranks and targets may differ).
+
+    A weight of -1 takes an adapter's effect away; one adapter with one weight is scaled or negated.
+
+    Args:
+        adapters: Adapter folders, trained on the same base.
+        out: The new adapter's folder.
+        weights: One for each adapter; 1 by default.
+        method: "cat": the exact weighted sum, ranks add. "svd": the nearest to it at a lower rank. "linear", "ties",
+            "dare_linear", "dare_ties", "magnitude_prune": on the factors, as peft's `add_weighted_adapter`; with "_svd"
+            at the end on each module's ΔW, formed, and then the nearest product of a lower rank.
+        rank: For "svd" and its kin: of every module; the largest of the adapters' by default.
+        energy: For "svd" and its kin: instead of a rank, the share of ‖ΔW‖² that each module keeps.
+        density: For pruning methods: the share of values that is kept.
+        majority_sign: For TIES: whose sign wins, by "total" value or by "frequency".
+        seed: For DARE.
+
+    Returns:
+        Ranks, and the distance from the plain weighted sum.
+
+    Raises:
+        InputError: An adapter cannot be read or composed (DoRA, experts, two that hold the same module whole), shapes
+            or bases differ, an argument does not go with the method.
+    """
+    chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    _check_arguments(adapters, chosen, method, rank, energy, density, majority_sign)
+    files = [open_adapter(adapter) for adapter in adapters]
+    for file in files:
+        refuse_inside(Path(out), file.path)
+    notes = _check_bases(files)
+    read = [read_factors(file, rest_of(file)) for file in files]
+    limit = rank if rank is not None or energy is not None else max(f.product.rank for r in read for f in r.values())
+    composed: dict[str, Factors] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    for path in dict.fromkeys(path for factors in read for path in factors):
+        present = [(factors[path], weight) for factors, weight in zip(read, chosen, strict=True) if path in factors]
+        _check_shapes(path, [factors for factors, _ in present])
+        exact = total([factors.product.times(weight) for factors, weight in present])
+        if method == "cat":
+            product = exact
+        elif method == "svd":
+            product = truncated(exact, limit, energy)
+        else:
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(path.encode()))
+            way = _on_factors if method in _ON_FACTORS else _on_products
+            product = way(method.removesuffix("_svd"), present, density or 1.0, majority_sign, generator)
+            product = product if method in _ON_FACTORS else truncated(product, limit, energy)
+        composed[path] = present[0][0].with_factors(product.A, product.B)
+        errors[path] = (distance(product, exact), norm(exact))
+    rest = compose_rest(files, chosen, {path: factors.B.shape[0] for path, factors in composed.items()})
+    _write(Path(out), files, composed, rest)
+    return _report(Path(out), method, composed, errors, notes)
+
+
+def resize(
+    adapter: str | Path, rank: int | None = None, *, out: str | Path, energy: float | None = None
+) -> ComposeReport:
+    """An adapter at a lower rank, the nearest that there is; the report says how near.
+
+    Args:
+        adapter: An adapter folder.
+        rank: The new rank of every module (a module whose rank is lower keeps it).
+        out: The new adapter's folder.
+        energy: Instead of a rank: the share of ‖ΔW‖² that each module keeps, with the fewest ranks.
+
+    Raises:
+        InputError: See `compose`.
+    """
+    if rank is None and energy is None:
+        raise InputError("Neither a rank nor an energy is given.", fix="Give rank (--rank) or energy (--energy).")
+    return compose([adapter], out=out, method="svd", rank=rank, energy=energy)
+
+
+def _report(
+    out: Path, method: str, composed: dict[str, Factors], errors: dict[str, tuple[float, float]], notes: list[str]
+) -> ComposeReport:
+    error = math.sqrt(sum(error**2 for error, _ in errors.values()))
+    size = math.sqrt(sum(size**2 for _, size in errors.values()))
+    return ComposeReport(
+        out=out,
+        method=method,
+        ranks={path: factors.product.rank for path, factors in composed.items()},
+        errors={path: error / size if size else 0.0 for path, (error, size) in errors.items()},
+        error=error / size if size else 0.0,
+        notes=notes,
+    )
+
+
+def _on_factors(
+    method: str,
+    present: list[tuple[Factors, float]],
+    density: float,
+    sign: MajoritySign,
+    generator: torch.Generator,
+) -> Product:
+    """A's with A's and B's with B's, each with the root of its weight and scale; missing ranks are zeros."""
+    signed = torch.tensor([weight * factors.scale for factors, weight in present])
+    roots = signed.abs().sqrt()
+    rank = max(factors.A.shape[0] for factors, _ in present)
+    stacked_A = torch.stack([_padded(factors.A, rank, 0) for factors, _ in present])
+    stacked_B = torch.stack([_padded(factors.B, rank, 1) for factors, _ in present])
+    combine = FACTOR_METHODS[method]
+    A = combine(stacked_A, torch.where(signed < 0, -roots, roots), density, sign, generator)
+    return Product(A, combine(stacked_B, roots, density, sign, generator))
+
+
+def _on_products(
+    method: str,
+    present: list[tuple[Factors, float]],
+    density: float,
+    sign: MajoritySign,
+    generator: torch.Generator,
+) -> Product:
+    """On each ΔW (out, in), formed; the result as the product of itself and the identity."""
+    formed = torch.stack([factors.product.B @ factors.product.A for factors, _ in present])
+    weights = torch.tensor([weight for _, weight in present])
+    combined = FACTOR_METHODS[method](formed, weights, density, sign, generator)
+    out, into = combined.shape
+    return Product(combined, torch.eye(out)) if out <= into else Product(torch.eye(into), combined)
+
+
+def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
+    missing = rank - tensor.shape[dim]
+    return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing))
+
+
+def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors], rest: Rest) -> None:
+    first = files[0]
+    ranks = {path: factors.product.rank for path, factors in composed.items()}
+    common = max(ranks.values(), key=list(ranks.values()).count)
+    others = {path: rank for path, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        target_modules=targets_of([file.config for file in files], list(composed)),
+        rank_pattern=others,
+        alpha_pattern={path: float(rank) for path, rank in others.items()},
+        fan_in_fan_out=first.config.fan_in_fan_out,
+        task_type=first.config.task_type,
+        **rest.fields,
+    )
+    tensors = {name: tensor for factors in composed.values() for name, tensor in factors.in_file().items()}
+    tensors |= rest.tensors
+    write_adapter(
+        out,
+        config,
+        tensors,
+        base=first.base,
+        revision=first.revision,
+        fingerprint=next((file.fingerprint for file in files if file.fingerprint), None),
+        quantization=next((file.quantization for file in files if file.quantization is not None), None),
+        notes=_notes_of(files),
+    )
+
+
+def _notes_of(files: list[AdapterFile]) -> Path | None:
+    """The first adapter's folder that has a tokenizer."""
+    return next((file.path for file in files if (file.path / "tokenizer_config.json").is_file()), None)
+
+
+def _check_arguments(
+    adapters: Sequence[str | Path],
+    weights: list[float],
+    method: str,
+    rank: int | None,
+    energy: float | None,
+    density: float | None,
+    majority_sign: str,
+) -> None:
+    known = get_args(ComposeMethod)
+    if method not in known:
+        raise InputError(f"There is no method {method!r}; there are {', '.join(known)}.")
+    if not adapters:
+        raise InputError("No adapter is given.")
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters; one finite number each.")
+    if (rank is not None or energy is not None) and not method.endswith("svd"):
+        raise InputError(f"A rank or an energy is chosen by the method svd and its kin, not by {method}.")
+    if rank is not None and rank < 1:
+        raise InputError(f"The rank is {rank}; it is at least 1.")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"The energy is {energy}; it is above 0 and at most 1.")
+    if (density is None) == (method in _PRUNING):
+        raise InputError(f"{method} {'needs a' if method in _PRUNING else 'has no'} density.")
+    if density is not None and not 0 < density <= 1:
+        raise InputError(f"The density is {density}; it is above 0 and at most 1.")
+    if majority_sign not in get_args(MajoritySign):
+        raise InputError(f"There is no majority sign {majority_sign!r}; there are {', '.join(get_args(MajoritySign))}.")
+
+
+def _check_bases(files: list[AdapterFile]) -> list[str]:
+    prints = [(file.path, file.fingerprint) for file in files if file.fingerprint is not None]
+    for path, fingerprint in prints[1:]:
+        if different := fingerprint.differences(prints[0][1]):
+            raise InputError(
+                f"The adapters were trained on different bases: {path} has {', '.join(different)} in {prints[0][0]}."
+            )
+    revisions = {(file.base, file.revision) for file in files if file.revision is not None}
+    if len(revisions) > len({base for base, _ in revisions}):
+        named = ", ".join(sorted(str(revision) for _, revision in revisions))
+        raise InputError(f"The adapters were trained on different revisions of their base: {named}.")
+    names = sorted({str(file.base) for file in files})
+    notes = [f"The adapters name different bases: {shorten(names)}."] if len(names) > 1 else []
+    known = [file.quantization for file in files if file.quantization is not None]
+    if any(quantization != known[0] for quantization in known):
+        notes.append(
+            "The adapters were trained over differently quantised bases; the new one's file says what the first's says."
+        )
+    return notes
+
+
+def _check_shapes(path: str, factors: list[Factors]) -> None:
+    shapes = {(f.B.shape[0], *f.shape_A[1:]) for f in factors}
+    if len(shapes) > 1:
+        raise InputError(f"The adapters do not fit one another: {path} has the sizes {sorted(shapes)}.")

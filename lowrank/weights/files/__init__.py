@@ -1,0 +1,1 @@
+"""What lies on disk: adapter folders and model folders, their tensors' names and layouts."""

@@ -1,0 +1,1 @@
+"""An adapter into a checkpoint on disk, streamed, and the proof that it came out right."""
