@@ -79,12 +79,12 @@ def _arrange(moment: str, count: int) -> None:
 
     module, name = {
         "step": (loop, "_clip"),  # gradients are there, weights are as before
-        "eval": (assess, "mean_loss"),
+        "eval": (assess, "losses_of"),
         "save": (checkpoint, "write_state"),  # the adapter is written, the state is not
         "rename": (folders, "_sync_all"),  # all is written, under another name
         "whole": (files, "sync"),  # the config, the metrics so far, the report: written, not yet in their places
     }[moment]
-    assert evaluate.mean_loss is assess.mean_loss
+    assert evaluate.losses_of is assess.losses_of
     whole, left = getattr(module, name), [count]
 
     def dying(*given: object, **named: object) -> object:

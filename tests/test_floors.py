@@ -80,7 +80,7 @@ def breaches_inside(path: Path, source: str) -> list[str]:
     mine = floors.get(parts[1], len(floors))
     found = []
     for line, name in imported(source, ".".join(["lowrank", *parts[:-1]])):
-        other = (name.split(".") + ["", ""])[2]
+        other = [*name.split("."), "", ""][2]
         theirs = floors.get(other, len(floors))
         beside = other == parts[1] or (theirs == mine == len(floors))
         if name.split(".")[1:2] == [room] and other and theirs >= mine and not beside:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowrank.attention.backends import BACKENDS
 from lowrank.attention.choice import AttentionChoice, set_attention
-from lowrank.attention.packing import check_packing, segments
+from lowrank.attention.forest import positions_of
+from lowrank.attention.packing import check_packing, check_sharing, segments
 
-__all__ = ["BACKENDS", "AttentionChoice", "check_packing", "segments", "set_attention"]
+__all__ = ["BACKENDS", "AttentionChoice", "check_packing", "check_sharing", "positions_of", "segments", "set_attention"]

@@ -3,7 +3,7 @@
 Registered with transformers under one name both as attention function and as mask function (an attention function
 alone gets no mask at all, and segments would see one another). The mask function says the mask as `Spans` where it is
 one; wherever it is not (decoding with a cache, bidirectional or custom masks) the mask stays a square of booleans, and
-`dense.attend` honours it together with everything else a model may ask for.
+`square.attend` honours it together with everything else a model may ask for.
 """
 
 from __future__ import annotations
@@ -16,22 +16,18 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lowrank.attention import square as dense
-from lowrank.attention import varlen
+from lowrank.attention import square, varlen
+from lowrank.attention.announced import announced_spans
 from lowrank.attention.backend import Backend
 from lowrank.attention.mask import SpansMask
-from lowrank.attention.maskparts import CAUSAL, CHUNKS, WINDOW, parts_of
+from lowrank.attention.maskparts import CAUSAL, CHUNKS, parts_of
 from lowrank.attention.setting import Setting
-from lowrank.attention.spans import Spans, from_lengths, from_mask_function
+from lowrank.attention.spans import Spans, from_mask_function
 from lowrank.attention.stacking import Gather, Scatter, stacks_of
 from lowrank.attention.strips import Rule, StripAttention
 from lowrank.errors import InputError
 
 IMPLEMENTATION = "lowrank_segments"
-
-# Lengths announced by `packing.segments`, by id of the config that transformers hands to the mask function. Not
-# thread-local: gradient checkpointing recomputes on autograd's threads.
-ANNOUNCED: dict[int, tuple[int, ...]] = {}
 
 # What models hand to every attention function for others to read; none of it changes what attention is.
 _HARMLESS = frozenset(
@@ -73,19 +69,14 @@ def segments_mask(
     """What `transformers.masking_utils` calls once per forward pass and kind of mask; arguments as `sdpa_mask`'s."""
     whole = q_length == kv_length and not isinstance(q_offset, torch.Tensor) and q_offset == kv_offset == 0
     whole = whole and (attention_mask is None or attention_mask.shape[-1] == q_length)
-    if whole and not use_vmap and not allow_is_bidirectional_skip:
-        announced = None if attention_mask is not None else ANNOUNCED.get(id(config))
-        if (
-            announced is not None
-            and batch_size == 1
-            and sum(announced) == q_length
-            and _plain(mask_function, local_size)
-        ):
-            return SpansMask(from_lengths(announced, local_size), device)
-        if parts_of(mask_function) <= CAUSAL | CHUNKS:
-            spans = from_mask_function(mask_function, attention_mask, batch_size, q_length, local_size, device)
-            if spans is not None:
-                return SpansMask(spans, device)
+    if whole:
+        announced = announced_spans(config, batch_size, q_length, attention_mask, mask_function, local_size)
+        if announced is not None:
+            return SpansMask(announced, device)
+    if whole and not use_vmap and not allow_is_bidirectional_skip and parts_of(mask_function) <= CAUSAL | CHUNKS:
+        spans = from_mask_function(mask_function, attention_mask, batch_size, q_length, local_size, device)
+        if spans is not None:
+            return SpansMask(spans, device)
     return sdpa_mask(
         batch_size,
         q_length,
@@ -100,12 +91,6 @@ def segments_mask(
         use_vmap=use_vmap,
         device=device,
     )
-
-
-def _plain(mask_function: Callable[..., torch.Tensor], local_size: int | None) -> bool:
-    """Whether a mask is causal within segments, and within a window of `local_size` if that is given."""
-    parts = parts_of(mask_function)
-    return parts <= CAUSAL and (WINDOW in parts) == (local_size is not None)
 
 
 def segments_attention(
@@ -133,14 +118,15 @@ def segments_attention(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which `segments` does not know",
             fix="use `attention: eager`",
         )
-    if isinstance(attention_mask, SpansMask) and position_bias is None and dropout == 0.0:
+    shared = isinstance(attention_mask, SpansMask) and attention_mask.spans.parents is not None
+    if isinstance(attention_mask, SpansMask) and not shared and position_bias is None and dropout == 0.0:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         kind = query.device.type
         if torch.is_autocast_enabled(kind):  # as it does for scaled_dot_product_attention
             query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
         with torch.autocast(kind, enabled=False):
             return _over_spans(query, key, value, attention_mask.spans, scale, softcap, s_aux), None
-    out = dense.attend(
+    out = square.attend(
         module,
         query,
         key,

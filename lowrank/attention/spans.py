@@ -10,6 +10,15 @@ rows or chunks that mask is block-diagonal, and a block-diagonal causal mask is 
                                      . . . ■ ■ .
                                      . . . . . .
 
+A span may have a parent, whose tokens come before its own and are seen by them too, and so on up (`forest`): then two
+examples with one beginning are three spans, and the beginning is computed once.
+
+    a a b b c     parents of b and c: a       ■ . . . .
+                                              ■ ■ . . .
+                                              ■ ■ ■ . .
+                                              ■ ■ ■ ■ .
+                                              ■ ■ . . ■
+
 Spans travel where the mask would (`SpansMask`): through the layers' arguments, hence through gradient checkpointing and
 onto the thread that recomputes in the backward pass.
 """
@@ -19,28 +28,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import torch
+
+from lowrank.attention.forest import starts_of
 
 MaskFunction = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Stretches of tokens, each of which attends causally to itself and to nothing else.
+    """Stretches of tokens, each of which attends causally to itself, to its ancestors and to nothing else.
 
     Attributes:
         batch: Rows of the batch.
         length: Tokens of a row, padding included.
         spans: (start, end) of each span among the `batch * length` tokens read row by row, in order and disjoint.
             Tokens in no span are padding: their output is 0.
-        window: A token sees itself and at most `window - 1` tokens before it; None: all before it in its span.
+        window: A token sees itself and at most `window - 1` tokens before it, those of its ancestors counted; None: all
+            before it in its span and its ancestors.
+        parents: For each span the number of its parent, an earlier one of the same row, or -1; None: none has one.
     """
 
     batch: int
     length: int
     spans: tuple[tuple[int, int], ...]
     window: int | None = None
+    parents: tuple[int, ...] | None = None
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -58,9 +74,22 @@ class Spans:
         return sum(self.lengths) == self.batch * self.length
 
     @cached_property
+    def before(self) -> tuple[int, ...]:
+        """Tokens of each span's ancestors."""
+        return tuple(starts_of(self.lengths, self.parents))
+
+    @cached_property
     def bounded(self) -> bool:
         """Whether the window hides anything."""
-        return self.window is not None and self.longest > self.window
+        ends = (before + length for before, length in zip(self.before, self.lengths, strict=True))
+        return self.window is not None and max(ends, default=0) > self.window
+
+    def path(self, number: int) -> list[int]:
+        """The ancestors of a span, the first of all first."""
+        found: list[int] = []
+        while self.parents is not None and (number := self.parents[number]) >= 0:
+            found.append(number)
+        return found[::-1]
 
     def offsets(self, device: torch.device) -> torch.Tensor:
         """Cumulative lengths (spans + 1,) int32, as variable-length kernels take them; kept per device."""
@@ -80,14 +109,32 @@ class Spans:
 
     def square(self, device: torch.device) -> torch.Tensor:
         """The same as a bool mask (batch, 1, length, length), True where a query sees a key."""
+        sees = self.mask_function(device)
+        rows = torch.arange(self.batch, device=device)[:, None, None, None]
         place = torch.arange(self.length, device=device)
-        owner = torch.full((self.batch * self.length,), -1, device=device)
-        for number, (start, end) in enumerate(self.spans):
+        return sees(rows, 0, place[:, None], place)
+
+    def mask_function(self, device: torch.device | str) -> MaskFunction:
+        """The same as a function (batch_idx, head_idx, q_idx, kv_idx) -> bool, elementwise, of tensors on a device."""
+        owner = torch.full((self.batch * self.length,), -1)
+        position = torch.zeros_like(owner)
+        for number, ((start, end), before) in enumerate(zip(self.spans, self.before, strict=True)):
             owner[start:end] = number
-        owner = owner.view(self.batch, self.length)
-        behind = place[:, None] - place[None, :]
-        seen = (behind >= 0) & (owner[:, :, None] == owner[:, None, :]) & (owner[:, None, :] >= 0)
-        return (seen if self.window is None else seen & (behind < self.window))[:, None]
+            position[start:end] = torch.arange(before, before + end - start)
+        # One row and one column more for padding, whose owner is -1.
+        kin = torch.eye(len(self.spans) + 1, dtype=torch.bool)
+        kin[-1] = False
+        for number in range(len(self.spans)):
+            kin[number, self.path(number)] = True
+        owner, position, kin = owner.to(device), position.to(device), kin.to(device)
+
+        def sees(row: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+            query, key = row * self.length + query, row * self.length + key
+            behind = position[query] - position[key]
+            seen = kin[owner[query], owner[key]] & (behind >= 0)
+            return seen if self.window is None else seen & (behind < self.window)
+
+        return sees
 
     @cached_property
     def _offsets(self) -> dict[torch.device, torch.Tensor]:
@@ -98,10 +145,11 @@ class Spans:
         return {}
 
 
-def from_lengths(lengths: Sequence[int], window: int | None) -> Spans:
-    """The spans of one pack whose segments have `lengths` tokens."""
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    return Spans(1, ends[-1], tuple(zip([0, *ends[:-1]], ends, strict=True)), window)
+def from_lengths(lengths: Sequence[int], window: int | None, parents: Sequence[int] | None = None) -> Spans:
+    """The spans of one pack whose segments have `lengths` tokens, and parents if any has one."""
+    ends = list(accumulate(lengths))
+    kept = tuple(parents) if parents is not None and max(parents) >= 0 else None
+    return Spans(1, ends[-1], tuple(zip([0, *ends[:-1]], ends, strict=True)), window, kept)
 
 
 def from_mask_function(

@@ -102,6 +102,27 @@ def cross_entropy_through(
     return loss
 
 
+@torch.no_grad()
+def each_cross_entropy(
+    head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, vocabulary: int, options: LossOptions = LossOptions()
+) -> torch.Tensor:
+    """The cross-entropy of each row, for looking at: no gradient flows from it.
+
+    Args:
+        head: (n, d) -> (n, V).
+        hidden: (n, d).
+        labels: (n,).
+        vocabulary: V.
+        options: What else is done to the logits.
+
+    Returns:
+        (n,), float32 at least.
+    """
+    chunks = _chunks(hidden.shape[0], _chunk_rows(vocabulary, hidden.element_size()))
+    found = [_losses_of_chunk(head(hidden[part]), labels[part], options, None, False) for part in chunks]
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=precise(hidden))
+
+
 def linear_cross_entropy_reference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -115,17 +136,22 @@ def linear_cross_entropy_reference(
 
 
 def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, row_weights: torch.Tensor | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    options: LossOptions,
+    row_weights: torch.Tensor | None = None,
+    reduction: str = "sum",
 ) -> torch.Tensor:
-    """Sum over the rows of the cross-entropy of `logits` (n, V), what `options` say done to them first; each row counts
-    as often as `row_weights` (n,) say."""
+    """The cross-entropy of `logits` (n, V), what `options` say done to them first, each row as often as `row_weights`
+    (n,) say: its sum, or (n,) under "none"."""
     logits = options.logit_scale * logits.to(precise(logits))
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=options.label_smoothing)
     if options.z_loss:
         loss = loss + options.z_loss * torch.logsumexp(logits, dim=-1).square()
-    return (loss if row_weights is None else loss * row_weights.to(loss.dtype)).sum()
+    loss = loss if row_weights is None else loss * row_weights.to(loss.dtype)
+    return loss.sum() if reduction == "sum" else loss
 
 
 def _chunk_rows(vocabulary: int, bytes_each: int) -> int:
@@ -164,7 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(hidden[part], weight.t(), out=z)
             else:
                 torch.addmm(bias, hidden[part], weight.t(), out=z)
-            loss += _loss_of_chunk(z, labels[part], options, _part(row_weights, part), any(wanted[:3]))
+            loss += _losses_of_chunk(z, labels[part], options, _part(row_weights, part), any(wanted[:3])).sum()
             if d_bias is not None:
                 d_bias += z.sum(0, dtype=digits)
             if d_hidden is not None:
@@ -205,7 +231,7 @@ class _CrossEntropyThrough(torch.autograd.Function):
                 given = hidden[part].detach().requires_grad_(d_hidden is not None)
                 z = head(given)
             slope = z.detach()
-            loss += _loss_of_chunk(slope, labels[part], options, _part(row_weights, part), gradients)
+            loss += _losses_of_chunk(slope, labels[part], options, _part(row_weights, part), gradients).sum()
             if not gradients:
                 continue
             wanted = [*([given] if d_hidden is not None else []), *trained]
@@ -229,20 +255,17 @@ def _part(row_weights: torch.Tensor | None, part: slice) -> torch.Tensor | None:
     return None if row_weights is None else row_weights[part]
 
 
-def _loss_of_chunk(
+def _losses_of_chunk(
     logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, weights: torch.Tensor | None, gradient: bool
 ) -> torch.Tensor:
-    """The loss of some rows (rows, V), in float32 at least; their `gradient`, if wanted, takes their place."""
+    """The loss of each of some rows (rows, V), in float32 at least; their `gradient`, if wanted, takes their place."""
     rows, vocabulary = logits.shape
     at_once = max(1, BLOCK_BYTES // (vocabulary * 4)) if logits.device.type == "cpu" else rows
-    loss = torch.zeros((), dtype=precise(logits), device=logits.device)
-    for start in range(0, rows, at_once):
-        block = slice(start, start + at_once)
-        loss += _loss_of_block(logits[block], labels[block], options, _part(weights, block), gradient)
-    return loss
+    blocks = [slice(start, start + at_once) for start in range(0, rows, at_once)]
+    return torch.cat([_losses_of_block(logits[b], labels[b], options, _part(weights, b), gradient) for b in blocks])
 
 
-def _loss_of_block(
+def _losses_of_block(
     logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, weights: torch.Tensor | None, gradient: bool
 ) -> torch.Tensor:
     changed = options.logit_scale != 1.0 or options.softcap is not None
@@ -262,7 +285,7 @@ def _loss_of_block(
         weights = weights[:, None].to(loss.dtype)
         loss *= weights
     if not gradient:
-        return loss.sum()
+        return loss[:, 0]
     if options.z_loss:
         slope *= 1.0 + 2.0 * options.z_loss * lse
     if smooth:
@@ -275,7 +298,7 @@ def _loss_of_block(
     if weights is not None:
         slope *= weights
     logits.copy_(slope)
-    return loss.sum()
+    return loss[:, 0]
 
 
 def _scale_and_cap(z: torch.Tensor, options: LossOptions) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.adapters import LoraConfig, wrap
-from lowrank.attention import segments
+from lowrank.attention import positions_of, segments
 
 # Large enough that attention is far from uniform: with the usual 0.02 a leak would hide in the rounding.
 SPREAD = {"initializer_range": 0.1}
@@ -146,6 +146,46 @@ def pad(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor
         for row, s in zip(rows, sides, strict=True)
     ]
     return torch.cat([ids for ids, _ in pair]), torch.cat([mask for _, mask in pair])
+
+
+TREE = (17, 5, 1, 20, 3, 9, 12, 1, 30, 1, 2)
+"""Segments of a forest: three levels under the first, children beside their parents and far from them."""
+PARENTS = (-1, 0, 0, 1, -1, 3, 4, 5, -1, 0, 0)
+
+
+def paths(parents: tuple[int, ...]) -> list[list[int]]:
+    """The segments of each example: every one that nobody goes on from, after its ancestors."""
+    found = []
+    for leaf in sorted(set(range(len(parents))) - set(parents)):
+        path = [leaf]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        found.append(path)
+    return found
+
+
+def forest(
+    model: PreTrainedModel, lengths: tuple[int, ...] = TREE, parents: tuple[int, ...] = PARENTS
+) -> tuple[Result, Result]:
+    """What the examples of a forest give alone, and what the forest gives: logits and gradients, in the pack's order.
+
+    The reference's logits are those of each example one after the other, and so are the forest's.
+    """
+    parts = examples(lengths)
+    rows = [torch.cat([parts[number] for number in path], dim=1) for path in paths(parents)]
+    places = [torch.arange(sum(lengths)).split(lengths)[number] for path in paths(parents) for number in path]
+    place = torch.cat(places)
+    direction = torch.randn(len(place), tiny.VOCAB, generator=torch.Generator().manual_seed(3))
+    alone = _run(model, rows, [(row, {}, torch.ones_like(row, dtype=torch.bool), None) for row in rows])
+    alone["inputs"] = torch.zeros(sum(lengths), alone["inputs"].shape[1]).index_add(0, place, alone["inputs"])
+    ids, positions = torch.cat(parts, dim=1), torch.tensor([positions_of(lengths, parents)])
+    model.zero_grad()
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with segments(model, lengths, parents):
+        logits = model(inputs_embeds=embedded, position_ids=positions, use_cache=False).logits[0].float()[place]
+        (logits * direction).sum().backward()
+    grads = {path: p.grad.float() for path, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return alone, {"logits": logits.detach(), "inputs": embedded.grad[0].float(), **grads}
 
 
 def _run(model: PreTrainedModel, rows: list[torch.Tensor], batches: list[tuple]) -> Result:

@@ -118,6 +118,7 @@ def test_what_is_known_by_heart_is_right(name, said):
     assert result.exact_match == 1.0, result.samples
     assert len(result.samples) == len(SAID[said])  # a row that the template splits is answered once
     assert all(sample.expected.strip() for sample in result.samples)
+    assert [sample.loss for sample in result.samples] == pytest.approx([result.loss])  # there is one row
 
 
 def test_a_row_that_is_cut_is_asked_for_whole():

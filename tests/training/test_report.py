@@ -104,3 +104,16 @@ def test_before_and_after():
 def test_smoothing_begins_at_the_first_value():
     assert smoothed([4.0, 4.0, 4.0]) == pytest.approx([4.0, 4.0, 4.0])
     assert smoothed([0.0, 1.0])[1] == pytest.approx(1 / 1.9)
+
+
+def test_the_worst_by_loss_come_first_with_what_was_lost_before(run):
+    def evaluation(losses: list[float | None]) -> Evaluation:
+        samples = (Sample(f"row {i}", "yes", "no", False, (("user", f"ask {i}"),), x) for i, x in enumerate(losses))
+        return Evaluation(1.0, 10, 0.0, tuple(samples))
+
+    run.before, run.step = evaluation([9.0, 8.5, *[7.0] * 12]), 3
+    page = page_of(run, step_line(1), evaluation([0.25, 3.5, *[1.0] * 11, float("nan")]))
+    rows = re.findall(r"<tr><td>([\d.na]+)</td><td>([\d.]*)</td><td><span.*?<td>(ask \d+)</td>", page, re.DOTALL)
+    assert rows[:3] == [("nan", "7.0000", "ask 13"), ("3.5000", "8.5000", "ask 1"), ("1.0000", "7.0000", "ask 2")]
+    assert len(rows) == 10
+    assert "Worst by loss" not in page_of(run, step_line(1), evaluation([None] * 14))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -28,11 +28,13 @@ class Question:
         prompt: Token ids of all that stands before it, the assistant's header included.
         answer: Its own token ids, through the one that ends it.
         turns: (role, text) of what stands before it, for a person to read.
+        row: Which of its set's rows it is; None of a row that is in no set.
     """
 
     prompt: list[int]
     answer: list[int]
     turns: tuple[tuple[str, str], ...] = ()
+    row: int | None = None
 
 
 def questions_of(
@@ -63,7 +65,10 @@ def questions_of(
             where=examples.rows.name,
             fix="Take other rows, or do not generate answers (training.predict_with_generate: false).",
         )
-    return [_question(tokeniser, examples.rows[row], form, examples.rows.where(row)) for row, form in formats.items()]
+    return [
+        replace(_question(tokeniser, examples.rows[row], form, examples.rows.where(row)), row=row)
+        for row, form in formats.items()
+    ]
 
 
 def _format_of(examples: Examples, row: int) -> str:

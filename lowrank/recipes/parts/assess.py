@@ -14,7 +14,7 @@ from lowrank.models import positions_of
 from lowrank.recipes.parts.prepare import batch_plan
 from lowrank.training.callbacks.progress import Task
 from lowrank.training.evaluation.answers import MATCHES, answer_all, answer_text, is_json
-from lowrank.training.evaluation.evaluation import Evaluation, Sample, mean_loss
+from lowrank.training.evaluation.evaluation import Evaluation, Sample, losses_of
 from lowrank.training.losses.supervised import Loss
 from lowrank.training.machine.memory import freed_blocks_kept
 from lowrank.training.machine.ranks import ALONE, Ranks
@@ -40,9 +40,9 @@ def assess(
     """
     plan = batch_plan(config, examples, tokenizer, shuffle=False)
     with task("evaluating", len(plan.epoch(0))) as advance, freed_blocks_kept():
-        value, supervised = mean_loss(model, plan.batches(0), loss, advance, ranks)
+        losses = losses_of(model, plan, loss, advance, ranks)
     if not generate:
-        return Evaluation(value, supervised)
+        return Evaluation(losses.mean, losses.count)
     questions = questions_of(examples, tokenizer, config.data.format, config.data.date)
     prompts = [question.prompt for question in questions]
     expected = expected_answers(questions, tokenizer, config)
@@ -61,11 +61,19 @@ def assess(
     shares = sharers.all(found)
     answers = [shares[i % sharers.count][i // sharers.count] for i in range(len(prompts))]
     same = MATCHES[config.training.exact_match]
+    of_row = losses.by_row(examples.table.example_rows[examples.order])
     samples = tuple(
-        Sample(str(tokenizer.decode(question.prompt)), right, answer, same(answer, right), question.turns)
+        Sample(
+            str(tokenizer.decode(question.prompt)),
+            right,
+            answer,
+            same(answer, right),
+            question.turns,
+            of_row.get(question.row),
+        )
         for question, right, answer in zip(questions, expected, answers, strict=True)
     )
-    return Evaluation(value, supervised, sum(sample.correct for sample in samples) / len(samples), samples)
+    return Evaluation(losses.mean, losses.count, sum(sample.correct for sample in samples) / len(samples), samples)
 
 
 def _refuse_no_room(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from lowrank.training.run import Callback, Run, StepMetrics
 
 FILE = "report.html"
 FILES = ("config.yaml", "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl")
-MOST_LOST = 10
+MOST_LOST, MOST_WORST = 10, 10
 _SECONDS, _SHARE = 60.0, 0.01
 Pair = dict[str, Sample | None]
 """The answers to one row, "before" and "after" training."""
@@ -88,6 +89,7 @@ class ReportWriter(Callback):
             charts=_charts(steps, evaluations),
             comparison=comparison(run.before, self._after),
             samples=_samples(run.before, self._after)[: self.samples],
+            worst=_worst(run.before, self._after),
             lost=[pair for pair in _samples(run.before, self._after) if _lost(pair)][:MOST_LOST],
             files=[name for name in FILES if (self.path.parent / name).exists()],
         )
@@ -141,6 +143,19 @@ def _samples(before: Evaluation | None, after: Evaluation | None) -> list[Pair]:
         {"before": first[i] if i < len(first) else None, "after": second[i] if i < len(second) else None}
         for i in range(max(len(first), len(second)))
     ]
+
+
+def _worst(before: Evaluation | None, after: Evaluation | None) -> list[Pair]:
+    """Where the row's loss is largest now, worst first; of rows whose loss is known."""
+    known = [(_rank(pair["after"]), pair) for pair in _samples(before, after)]
+    ranked = sorted(((rank, pair) for rank, pair in known if rank is not None), key=lambda one: -one[0])
+    return [pair for _, pair in ranked[:MOST_WORST]]
+
+
+def _rank(sample: Sample | None) -> float | None:
+    """The row's loss; what is no number is worse than any."""
+    loss = None if sample is None else sample.loss
+    return math.inf if loss is not None and math.isnan(loss) else loss
 
 
 def _lost(pair: Pair) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowrank.attention import segments
-from lowrank.data import Batch
-from lowrank.training.losses.supervised import Loss
+from lowrank.data import Batch, BatchPlan
+from lowrank.training.losses.supervised import Loss, supervised_places
 from lowrank.training.machine.ranks import ALONE, Ranks
 
 
@@ -26,6 +27,7 @@ class Sample:
         answer: The model's.
         correct: Whether the two count as the same.
         turns: (role, text) of what stands before the answer, for a person to read.
+        loss: Mean over the supervised tokens of the row; None where they were not looked at by row.
     """
 
     prompt: str
@@ -33,6 +35,7 @@ class Sample:
     answer: str
     correct: bool
     turns: tuple[tuple[str, str], ...] = ()
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,40 +81,84 @@ class Evaluation:
 
 def _sample(state: dict[str, Any]) -> Sample:
     turns = tuple((role, text) for role, text in state.get("turns", ()))  # of a checkpoint, pairs come back as lists
-    return Sample(state["prompt"], state["expected"], state["answer"], state["correct"], turns)
+    return Sample(state["prompt"], state["expected"], state["answer"], state["correct"], turns, state.get("loss"))
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleLosses:
+    """What each of E examples lost.
+
+    Attributes:
+        sums: Of the losses of its supervised tokens, (E,) float64.
+        supervised: How many there are, (E,) int64.
+    """
+
+    sums: np.ndarray
+    supervised: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Over all supervised tokens."""
+        return math.fsum(self.sums) / self.count
+
+    @property
+    def count(self) -> int:
+        """Supervised tokens of all examples."""
+        return int(self.supervised.sum())
+
+    def by_row(self, rows: np.ndarray) -> dict[int | None, float]:
+        """For each row its mean over the supervised tokens of the examples that it gave.
+
+        Args:
+            rows: The row of each example, (E,).
+        """
+        found, which = np.unique(rows, return_inverse=True)
+        sums, counts = (np.bincount(which, weights) for weights in (self.sums, self.supervised))
+        return dict(zip(found.tolist(), (sums / counts).tolist(), strict=True))
 
 
 @torch.no_grad()
-def mean_loss(
+def losses_of(
     model: Any,
-    batches: Iterable[Batch],
+    plan: BatchPlan,
     loss: Loss,
     on_batch: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
-) -> tuple[float, int]:
-    """The loss per supervised token over `batches`, and the number of these tokens.
+) -> ExampleLosses:
+    """The losses of a plan's examples, as each has them alone.
 
     Args:
         model: A causal language model; it is in eval mode meanwhile.
-        batches: What it is measured on.
-        loss: Sums over a batch's supervised tokens.
-        on_batch: Told 1 after each batch.
+        plan: What it is measured on.
+        loss: Of a batch's supervised tokens.
+        on_batch: Told how many batches are done after each of them.
         ranks: The processes that share the batches; all get the whole result.
     """
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
-    total, supervised = 0.0, 0
-    left = iter(batches)
+    sums, supervised = np.zeros(len(plan.examples)), np.zeros(len(plan.examples), dtype=np.int64)
+    left = iter(plan.epoch(0))
     while group := list(islice(left, ranks.count)):
         mine = ranks.index < len(group)
-        batch = group[ranks.index if mine else 0]  # all go through the model equally often
+        examples = group[ranks.index if mine else 0]  # all go through the model equally often
+        batch = plan.batch(examples)
         with segments(model, batch.segments):
-            value = float(loss(model, batch.to(device)))
-        total += value if mine else 0.0
-        supervised += batch.supervised if mine else 0
+            losses = loss.each(model, batch.to(device))
+        if mine:
+            which = examples[_examples_in(batch)]
+            np.add.at(sums, which, losses.double().cpu().numpy())
+            np.add.at(supervised, which, 1)
         if on_batch is not None:
             on_batch(len(group))
     model.train(was_training)
-    totals, counts = zip(*ranks.all((total, supervised)), strict=True)
-    return math.fsum(totals) / sum(counts), sum(counts)
+    shares, counts = zip(*ranks.all((sums, supervised)), strict=True)
+    return ExampleLosses(np.sum(shares, axis=0), np.sum(counts, axis=0))
+
+
+def _examples_in(batch: Batch) -> np.ndarray:
+    """For each supervised token of a batch, in their order, which of its examples it is of."""
+    places = supervised_places(batch)[0].numpy()
+    if batch.segments is None:
+        return places // batch.labels.shape[1]
+    return np.searchsorted(np.cumsum(batch.segments), places, side="right")

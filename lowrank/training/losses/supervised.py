@@ -18,7 +18,13 @@ import torch
 from torch import nn
 
 from lowrank.data import Batch
-from lowrank.ops.cross_entropy import LossOptions, cross_entropy, cross_entropy_through, linear_cross_entropy
+from lowrank.ops.cross_entropy import (
+    LossOptions,
+    cross_entropy,
+    cross_entropy_through,
+    each_cross_entropy,
+    linear_cross_entropy,
+)
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 
@@ -30,6 +36,10 @@ class Loss(Protocol):
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """A scalar that gradients flow from; float32 at least."""
+        ...
+
+    def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The summands, (supervised,), in the order of `supervised_places`; no gradient flows from them."""
         ...
 
 
@@ -65,17 +75,27 @@ class HiddenLoss:
         self.head, self.options = head, options
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """See `Loss`."""
-        rows, labels = _supervised(batch)
-        with _tapped(self.head) as given:
-            _forward(model, batch)
-        if len(given) != 1:
-            raise RuntimeError(f"the head ran {len(given)} times in one forward pass")
-        hidden = given[0].flatten(0, -2).index_select(0, rows)
+        """A scalar; the head is not run for tokens without loss."""
+        hidden, labels = self._met(model, batch)
         head = self.head
         if type(head) is nn.Linear and "forward" not in head.__dict__:
             return linear_cross_entropy(hidden, head.weight, labels, head.bias, self.options)
         return cross_entropy_through(head, hidden, labels, head.out_features, self.options)
+
+    @torch.no_grad()
+    def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(supervised,)."""
+        hidden, labels = self._met(model, batch)
+        return each_cross_entropy(self.head, hidden, labels, self.head.out_features, self.options)
+
+    def _met(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head is given at the positions that carry loss (supervised, d), and the tokens there."""
+        places, labels = supervised_places(batch)
+        with _tapped(self.head) as given:
+            _forward(model, batch)
+        if len(given) != 1:
+            raise RuntimeError(f"the head ran {len(given)} times in one forward pass")
+        return given[0].flatten(0, -2).index_select(0, places), labels
 
 
 class LogitsLoss:
@@ -87,8 +107,16 @@ class LogitsLoss:
         self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """See `Loss`."""
-        rows, labels = _supervised(batch)
+        """A scalar, from as few logits as the model's forward pass can be asked for."""
+        return self._of(model, batch, "sum")
+
+    @torch.no_grad()
+    def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(supervised,)."""
+        return self._of(model, batch, "none")
+
+    def _of(self, model: nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
+        rows, labels = supervised_places(batch)
         length = batch.labels.shape[1]
         if self._keeps:  # the same positions of every row: those that any row needs
             kept = torch.unique(rows % length)
@@ -96,7 +124,7 @@ class LogitsLoss:
             rows = rows // length * len(kept) + torch.searchsorted(kept, rows % length)
         else:
             logits = _forward(model, batch).logits
-        return cross_entropy(logits.flatten(0, -2).index_select(0, rows), labels, self.options)
+        return cross_entropy(logits.flatten(0, -2).index_select(0, rows), labels, self.options, reduction=reduction)
 
 
 class Autocast:
@@ -107,13 +135,18 @@ class Autocast:
         self.why = f"{loss.why}; products in {str(dtype).removeprefix('torch.')}"
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """See `Loss`."""
+        """A scalar, in float32."""
         with torch.autocast(batch.input_ids.device.type, self.dtype):
             return self.loss(model, batch)
 
+    def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(supervised,), in float32."""
+        with torch.autocast(batch.input_ids.device.type, self.dtype):
+            return self.loss.each(model, batch)
 
-def _supervised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions whose next token carries loss, and those tokens."""
+
+def supervised_places(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat positions (supervised,) of a batch whose next token carries loss, ascending, and those tokens."""
     shifted = torch.full_like(batch.labels, -100)
     shifted[:, :-1] = batch.labels[:, 1:]
     flat = shifted.flatten()
