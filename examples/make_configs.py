@@ -20,7 +20,7 @@ from lowrank.recipes.proposal.base import sizes
 from lowrank.recipes.proposal.machine import GiB, Machine
 from lowrank.recipes.proposal.page import as_yaml
 from lowrank.recipes.proposal.row_figures import SAMPLE, RowFacts
-from lowrank.recipes.proposal.rules import Setting, placed, propose
+from lowrank.recipes.proposal.rules import Setting, paced, placed, propose
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LLAMA_3: dict[str, Any] = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
@@ -212,10 +212,9 @@ For more text than fits on the disk: --set data.streaming=true --set training.ma
         (
             Setting("training", "num_processes", 8, "refused where another number was launched"),
             Setting("training", "fsdp", True, "FSDP2: each card holds an eighth of the base"),
-            Setting("training", "num_train_epochs", 2, "10,000 rows, each seen twice; about 580 steps"),
+            Setting("training", "num_train_epochs", 2, "10,000 rows, each seen twice"),
             Setting("training", "tokens_per_batch", 2048, "on each card: the longest row, or several short ones"),
             Setting("training", "tokens_per_step", 16_384, "over all cards: one batch of each keeps them busy"),
-            Setting("training", "eval_steps", 120, "five looks at the loss on the way"),
             Setting("training", "gradient_checkpointing", True, "a card has no room for 80 layers' activations"),
         ),
     ),
@@ -236,6 +235,7 @@ def text_of(name: str) -> str:
     settings = [one for one in settings if f"{one.section}.{one.key}" not in situation.left_out]
     for setting in situation.asked:
         settings = placed(settings, setting)
+    settings = paced(settings, situation.rows)
     made_by = [f"What lowrank init writes for {situation.machine}; made by examples/make_configs.py.", ""]
     first, *others = situation.head.splitlines()
     return as_yaml(settings, ["yaml-language-server: $schema=schema.json", first, *made_by, *others[1:]])

@@ -18,8 +18,8 @@ from lowrank.recipes.check import check
 from lowrank.recipes.proposal.base import base_of
 from lowrank.recipes.proposal.machine import Machine, machine_at_hand
 from lowrank.recipes.proposal.page import as_yaml
-from lowrank.recipes.proposal.row_figures import rows_of
-from lowrank.recipes.proposal.rules import Goal, Setting, placed, propose
+from lowrank.recipes.proposal.row_figures import RowFacts, rows_of
+from lowrank.recipes.proposal.rules import Goal, Setting, paced, placed, propose
 
 SCHEMA = "lowrank.schema.json"
 
@@ -74,7 +74,7 @@ def init(
         "",
         f"  lowrank train {path}",
     ]
-    _write(path, settings, head, overrides)
+    _write(path, settings, rows, head, overrides)
     print(f"wrote {path}, each value with its reason, and {path.parent / SCHEMA} for editors")
     if checked:
         check(path)  # its last line is the command
@@ -91,16 +91,17 @@ def _unused(name: str) -> str:
     return as_written(str(folder))
 
 
-def _write(path: Path, settings: list[Setting], head: list[str], overrides: Sequence[str]) -> None:
+def _write(path: Path, settings: list[Setting], rows: RowFacts, head: list[str], overrides: Sequence[str]) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(as_yaml(settings, head))
+            file.write(as_yaml(paced(settings, rows), head))
         (path.parent / SCHEMA).write_text(json_schema(), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {error.filename}: {error.strerror}") from None
     try:
         if overrides:
-            path.write_text(as_yaml(_with(settings, path, overrides), head), encoding="utf-8")
+            asked = paced(_with(settings, path, overrides), rows)
+            path.write_text(as_yaml(asked, head), encoding="utf-8")
         load_config(path)
     except BaseException:
         path.unlink()

@@ -7,10 +7,11 @@ import tiny
 import torch
 from transformers import masking_utils
 
+from lowrank.attention.announced import ANNOUNCED, Announced
 from lowrank.attention.flash import flash_mask
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.maskparts import CAUSAL, WINDOW, parts_of
-from lowrank.attention.segments import ANNOUNCED, segments_mask
+from lowrank.attention.segments import segments_mask
 from lowrank.errors import InputError
 
 CAUSAL_MASK = masking_utils.causal_mask_function
@@ -70,7 +71,7 @@ def test_an_announcement_does_not_hide_what_a_mask_says(name):
     mask_function = {**WITHIN, **BEYOND}[name]
     window = 3 if "window" in name else 4 if name == "chunks" else None
     config = tiny.tiny_llama().config
-    ANNOUNCED[id(config)] = (5, 4)
+    ANNOUNCED[id(config)] = Announced((5, 4), None)
     try:
         mask = segments_mask(
             1, 9, 9, mask_function=mask_function, local_size=window, config=config, allow_is_causal_skip=False

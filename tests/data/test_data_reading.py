@@ -12,6 +12,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from lowrank.data import Source, load_examples, load_train_eval, stream_batches
+from lowrank.data.loading.load import first_rows, split_by_hash
 from lowrank.data.reading.rows import JsonLines
 from lowrank.data.reading.sources import Joined, open_sources
 from lowrank.errors import InputError
@@ -276,14 +277,29 @@ class TestEvalShare:
         _, after = self.split([*(chat(number) for number in range(500, 550)), *reversed(rows)])
         assert self.questions(before) == {q for q in self.questions(after) if int(q[1:]) < 500}
 
+    @pytest.mark.parametrize("share", [1e-9, 0.05, 0.25, 0.5, 0.95])
+    def test_of_few_rows_each_side_gets_half_of_its_share_at_least(self, share):
+        whole = load_examples([chat(number) for number in range(200)], TOKENIZER, max_length=1000)
+        for count in range(2, 201):
+            kept, aside = split_by_hash(first_rows(whole, count), share)
+            assert len(kept) + len(aside) == count
+            assert len(aside) >= max(1, int(count * share / 2))
+            assert len(kept) >= max(1, int(count * (1 - share) / 2))
+            assert not set(kept.order) & set(aside.order)
+
+    def test_of_many_rows_it_is_the_hash_that_decides(self):
+        whole = load_examples([chat(number) for number in range(1000)], TOKENIZER, max_length=1000)
+        _, aside = split_by_hash(whole, 0.1)
+        assert aside.order.tolist() == np.flatnonzero(whole.table.row_keys < np.uint64(int(0.1 * 2**64))).tolist()
+
     def test_equal_rows_are_on_one_side(self):
         rows = [chat(number) for number in range(100)] * 2
         train, held_out = self.split(rows)
         assert not self.questions(train) & self.questions(held_out)
 
     def test_a_side_without_rows_is_refused(self):
-        with pytest.raises(InputError, match="leaves 2 examples to train on and 0 to evaluate on"):
-            self.split([chat(1), chat(2)], 1e-9)
+        with pytest.raises(InputError, match="of 2 rows, all usable ones the same, none can be set aside"):
+            self.split([chat(1), chat(1)], 0.5)
         with pytest.raises(InputError, match="a share of 3 cannot be set aside"):
             self.split([chat(1), chat(2)], 3)
 

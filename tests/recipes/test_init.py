@@ -167,6 +167,29 @@ def test_what_was_decided_already_stands_as_asked(models, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
+    ("asked", "epochs", "looks"),
+    [
+        ([], "3  # 800 rows are few, each is seen three times; about 298 steps", 60),
+        (["training.max_steps=100"], None, 20),
+        (["training.max_steps=12"], None, None),
+        (["training.max_steps=100", "training.eval_steps=7"], None, 7),
+        (["training.num_train_epochs=1"], "1  # as asked; about 100 steps", 20),
+        (["training.tokens_per_batch=8192"], "3  # 800 rows are few, each is seen three times; about 73 steps", 10),
+    ],
+)
+def test_comments_speak_of_the_steps_that_are_set(asked, epochs, looks, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(jsonl(tool_calls(800)))
+    path = init("rows.jsonl", models / "small", machine=LAPTOP, overrides=asked, checked=False)
+    lines = [" ".join(line.split()).replace(" # ", "  # ") for line in path.read_text().splitlines()]
+    assert [line for line in lines if line.startswith("num_train_epochs")] == (
+        [] if epochs is None else [f"num_train_epochs: {epochs}"]
+    )
+    assert load_config(path).training.eval_steps == looks
+    assert path.read_text().count("load_best_model_at_end") == (looks is not None)
+
+
+@pytest.mark.parametrize(
     ("method", "rate"), [("dora", 9.3e-4), ("adalora", 9.3e-4), ("full", 9.3e-5), ("bias", 9.3e-4)]
 )
 def test_another_method_takes_what_it_has_use_for(method, rate, models, tmp_path, monkeypatch):

@@ -82,8 +82,8 @@ def load_train_eval(
     Args:
         train: As `source` of `load_examples`.
         eval: The same, or the share of the training rows (above 0, below 1) to set aside, or None. Which rows are set
-            aside depends on their content alone: adding rows moves none from one side to the other, and equal rows are
-            on the same side.
+            aside depends on their content: adding rows moves none from one side to the other (but where chance would
+            give a side of few rows less than half of its share), and equal rows are on the same side.
         tokenizer: As in `load_examples`, like `train_on` and all that is named there too.
         train_on: See there.
         max_length: See there.
@@ -185,22 +185,27 @@ def _refuse_too_long(examples: Examples, rows: Joined, max_length: int) -> None:
 def split_by_hash(examples: Examples, share: float) -> tuple[Examples, Examples]:
     """Set a share of the rows aside, chosen by their content: the others, and those.
 
+    Rows go by a hash of their content, from the lowest up, so that adding rows moves few or none of those there; rows
+    that are equal go together. Of few rows chance could set none aside: each side gets half of its share at least.
+
     Raises:
-        InputError: one side would be empty.
+        InputError: all rows are one, so that one side would be empty.
     """
     if not 0 < share < 1:
         raise InputError(f"a share of {share} cannot be set aside", where="data.eval", fix="Give one between 0 and 1.")
-    aside = examples.table.row_keys < np.uint64(int(share * 2**64))
+    used = np.unique(examples.table.row_keys[examples.table.example_rows[examples.order]])
+    least, most = max(1, int(len(used) * share / 2)), len(used) - max(1, int(len(used) * (1 - share) / 2))
+    count = max(least, min(most, int((used < np.uint64(int(share * 2**64))).sum())))
+    aside = examples.table.row_keys <= used[count - 1]
     owners = aside[examples.table.example_rows[examples.order]]
     sides = [
         examples.select(examples.order[chosen], row_mask) for chosen, row_mask in ((~owners, ~aside), (owners, aside))
     ]
     if not all(map(len, sides)):
         raise InputError(
-            f"setting aside a share of {share} of {len(aside)} rows leaves {len(sides[0])} examples to train on and "
-            f"{len(sides[1])} to evaluate on",
+            f"of {len(aside)} rows, all usable ones the same, none can be set aside",
             where="data.eval",
-            fix="Give another share, or a file of its own.",
+            fix="Give more rows, or a file of its own.",
         )
     return sides[0], sides[1]
 

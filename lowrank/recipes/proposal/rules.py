@@ -8,7 +8,7 @@ full fine-tuning, whatever the rank, with lora_alpha fixed; small batches; about
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +40,7 @@ class Setting(NamedTuple):
 def propose(
     base: Base, rows: RowFacts, machine: Machine, *, held_out: str | None, goal: Goal, output: str
 ) -> list[Setting]:
-    """A config for these rows on this base and machine.
+    """A config for these rows on this base and machine, but for what `paced` adds.
 
     Args:
         base: What is trained.
@@ -59,7 +59,6 @@ def propose(
     step, why_step = step_tokens(rows, length)
     way, fitting = choose_way(base, machine, r, length, step, goal)
     r, why_r = (r, why_r) if fitting == r else (fitting, f"{r} would not fit")
-    steps = math.ceil(rows.count * epochs * float(rows.lengths.mean()) / step)
     return [
         Setting("model", "name_or_path", base.name, f"{base.model_class}, {_millions(base.parameters)} parameters"),
         Setting("model", "dtype", way.dtype, why_dtype(way, machine)),
@@ -70,12 +69,41 @@ def propose(
         Setting("adapter", "target_modules", "all-linear", _targets(base)),
         *_data(base, rows, held_out, length, told),
         Setting("training", "output_dir", output, "adapter, checkpoints, metrics and report.html go here"),
-        Setting("training", "num_train_epochs", epochs, f"{why_epochs}; about {steps:,} steps"),
+        Setting("training", "num_train_epochs", epochs, why_epochs),
         *_batches(base, way, rows, step, why_step),
         Setting("training", "learning_rate", learning_rate(base), _why_rate(base)),
         *_recompute(base, way, r, machine),
-        *_evaluation(rows, steps),
+        Setting("training", "save_minutes", 10, "what a crash can cost"),
+        *_answers(rows),
     ]
+
+
+def paced(settings: list[Setting], rows: RowFacts) -> list[Setting]:
+    """The settings with what is counted in steps fitted to the steps that they give: how many, and when to evaluate.
+
+    Args:
+        settings: As they stand in the config; what is among them stays.
+        rows: What is trained on.
+    """
+    value = {one.key: one.value for one in settings if one.section == "training"}
+    if value.get("max_steps", -1) > 0:
+        steps = value["max_steps"]
+        settings = [one for one in settings if one.key != "num_train_epochs"]
+    else:
+        steps = math.ceil(rows.count * value["num_train_epochs"] / _rows_in_a_step(value, rows))
+        epochs = next(one for one in settings if one.key == "num_train_epochs")
+        settings = placed(settings, epochs._replace(reason=f"{epochs.reason}; about {steps:,} steps"))
+    looks = [one for one in _looks(steps) if one.key not in value]
+    at = next((at for at, one in enumerate(settings) if one.key == "save_minutes"), len(settings))
+    return [*settings[:at], *looks, *settings[at:]]
+
+
+def _rows_in_a_step(training: Mapping[str, Any], rows: RowFacts) -> float:
+    processes = training.get("num_processes") or 1
+    accumulated = training.get("gradient_accumulation_steps", 1) * processes
+    if (tokens := training.get("tokens_per_step") or training.get("tokens_per_batch", 0) * accumulated) > 0:
+        return tokens / float(rows.lengths.mean())
+    return training["per_device_train_batch_size"] * accumulated
 
 
 def placed(settings: list[Setting], asked: Setting) -> list[Setting]:
@@ -256,21 +284,22 @@ def _recompute(base: Base, way: Way, r: int, machine: Machine) -> list[Setting]:
     return [Setting("training", "gradient_checkpointing", True, f"a third slower, but less memory: {why}")]
 
 
-def _evaluation(rows: RowFacts, steps: int) -> list[Setting]:
+def _looks(steps: int) -> list[Setting]:
     every = max(10, 10 * round(steps / 50))
-    settings = []
-    if steps >= 2 * every:
-        settings += [
-            Setting("training", "eval_steps", every, "five looks at the loss on the way"),
-            Setting("training", "load_best_model_at_end", True, "keeps the weights of the best of them"),
-        ]
-    settings.append(Setting("training", "save_minutes", 10, "what a crash can cost"))
+    if steps < 2 * every:
+        return []
+    return [
+        Setting("training", "eval_steps", every, "five looks at the loss on the way"),
+        Setting("training", "load_best_model_at_end", True, "keeps the weights of the best of them"),
+    ]
+
+
+def _answers(rows: RowFacts) -> list[Setting]:
     longest = int(np.percentile(rows.supervised, 99))
     if rows.text or longest > SHORT_ANSWER:
-        return settings
+        return []
     compared = "json" if rows.json else "text"
     return [
-        *settings,
         Setting("training", "predict_with_generate", True, f"answers are short (99 % within {longest} tokens)"),
         Setting("training", "exact_match", compared, "the same JSON value" if rows.json else "the same text"),
         Setting("training", "generation_max_new_tokens", math.ceil((longest + 8) / 16) * 16, "room for the longest"),
