@@ -7,13 +7,13 @@ checkpoints, resume, `load_best_model_at_end`, `push_to_hub` and TRL's trainers 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ from lowrank.adapters.record import record_of
 from lowrank.errors import InputError
 from lowrank.storage.tensorfile import save_tensors
 from lowrank.weights.files import saving
+from lowrank.weights.upload import files_for_hub, upload
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,6 +35,7 @@ STATE_NAME = "model.safetensors"
 
 
 _MEANT_FOR_THE_BASE = {"max_shard_size", "safe_serialization", "save_original_format", "save_peft_format"}
+_BASE_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _MEANT_FOR_THE_HUB = {"repo_id", "token", "private", "commit_message", "create_pr"}
 
 
@@ -87,12 +89,13 @@ def save_pretrained(
         save_directory: Made if it is not there; adapters that it holds are replaced.
         is_main_process: Whether this process writes.
         state_dict: As trainers pass it: the adapters' part of it must be what the model holds.
-        push_to_hub: Whether to upload the folder; `repo_id`, `token`, `private`, `commit_message` go with it.
+        push_to_hub: Whether to upload the adapters (and the base, if it is written too); `repo_id` (by default the
+            folder's name), `token`, `private`, `commit_message` and `create_pr` go with it.
         options: transformers' others; those that speak of how the base is split into files have nothing to say here.
 
     Raises:
         InputError: `state_dict` holds other values than the model, an adapter's value is not finite, an option that
-            would be ignored.
+            would be ignored, or there is no token, no network, or the hub refuses.
     """
     if unknown := sorted(set(options) - _MEANT_FOR_THE_BASE - _MEANT_FOR_THE_HUB):
         raise InputError(f"save_pretrained of a wrapped model does not know {unknown[0]}", fix="Leave it out.")
@@ -103,12 +106,13 @@ def save_pretrained(
     names = list(record_of(model).configs)
     root = "default" if "default" in names or len(names) > 1 else names[0]
     with _base_beside(model, folder) as base_is_there:
-        for name in names:
-            saving.save(model, folder if name == root else folder / name, name, overwrite=True)
+        places = {name: folder if name == root else folder / name for name in names}
+        for name, place in places.items():
+            saving.save(model, place, name, overwrite=True)
     if not base_is_there:
         save_tensors(folder / STATE_NAME, live, {"format": "pt"})
     if push_to_hub:
-        _upload(folder, **options)
+        _upload(folder, list(places.values()), base_is_there, **options)
 
 
 def load_state_dict(
@@ -156,8 +160,11 @@ def _check_same(live: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tens
             )
 
 
-def _upload(folder: Path, repo_id: str | None = None, **options: Any) -> None:
-    api = HfApi(token=options.get("token"))
-    repo = api.create_repo(repo_id or folder.name, private=options.get("private"), exist_ok=True).repo_id
-    message = options.get("commit_message") or "Adapter"
-    api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, create_pr=options.get("create_pr"))
+def _upload(folder: Path, adapters: Sequence[Path], has_base: bool, repo_id: str | None = None, **options: Any) -> None:
+    """What the adapters are used with, and the base where it lies beside them: nothing else that the folder holds."""
+    base = sorted(file for pattern in _BASE_FILES for file in folder.glob(pattern)) if has_base else []
+    files = [file for adapter in adapters for file in files_for_hub(adapter)]
+    asked = {name: value for name, value in options.items() if name in _MEANT_FOR_THE_HUB and value is not None}
+    _, notes = upload(folder, repo_id or folder.name, files=list(dict.fromkeys([*files, *base])), **asked)
+    for note in notes:
+        warnings.warn(note, stacklevel=3)

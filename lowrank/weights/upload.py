@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,13 +79,26 @@ def refuse_no_name(name: str) -> None:
         ) from error
 
 
-def upload(folder: str | Path, name: str, *, private: bool = False) -> tuple[str, list[str]]:
+def upload(
+    folder: str | Path,
+    name: str,
+    *,
+    files: Sequence[Path] | None = None,
+    private: bool = False,
+    token: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Adapter",
+) -> tuple[str, list[str]]:
     """Uploads an adapter in one commit; the repository is made where it is missing.
 
     Args:
         folder: Of the adapter.
         name: Of the repository, user/name; without a user it is the token's.
+        files: What of the folder goes; by default `files_for_hub`.
         private: Whether a repository that is made is private.
+        token: What to write with; by default the one that this machine is logged in with.
+        create_pr: Whether the commit is proposed as a pull request.
+        commit_message: Its summary.
 
     Returns:
         The repository's address, and what there is to say about the upload.
@@ -93,19 +106,19 @@ def upload(folder: str | Path, name: str, *, private: bool = False) -> tuple[str
     Raises:
         InputError: there is no adapter, no token or no network, or the hub refuses.
     """
-    folder, files = Path(folder), files_for_hub(folder)
+    folder, going = Path(folder), list(files_for_hub(folder) if files is None else files)
     refuse_no_name(name)
-    if get_token() is None:
+    if (token or get_token()) is None:
         raise InputError("no token for the hub is known here", fix=_LOG_IN)
-    api = HfApi()
+    api = HfApi(token=token)
     with _told_what_to_do(name, api.endpoint):
         repo = api.create_repo(name, private=private or None, exist_ok=True)
         notes = []
-        if folder / CARD in files and _card_is_kept(api, repo.repo_id, folder / CARD):
-            files.remove(folder / CARD)
+        if folder / CARD in going and _card_is_kept(api, repo.repo_id, folder / CARD):
+            going.remove(folder / CARD)
             notes.append(f"the repository's {CARD} was changed there: it stays as it is")
-        operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
-        api.create_commit(repo.repo_id, operations, commit_message="Adapter")
+        operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in going]
+        api.create_commit(repo.repo_id, operations, commit_message=commit_message, create_pr=create_pr)
     return str(repo), notes
 
 

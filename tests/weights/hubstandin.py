@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.messages: list[str] = []
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -60,7 +61,7 @@ class _Answers(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """All that changes something."""
         body, path = self._body(), self.path.partition("?")[0]
-        self.server.asked.append(path)
+        self.server.asked.append(self.path)
         if path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
         elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -101,11 +102,15 @@ class _Answers(BaseHTTPRequestHandler):
         for line in body.splitlines():
             item = json.loads(line)
             value = item["value"]
-            if item["key"] == "file":
+            if item["key"] == "header":
+                self.server.messages.append(value["summary"])
+            elif item["key"] == "file":
                 self.server.repos[name][value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 self.server.repos[name][value["path"]] = self.server.objects[value["oid"]]
-        self._answer(200, {"commitUrl": f"{self.server.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+        said = {"commitUrl": f"{self.server.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+        proposed = {"pullRequestUrl": f"{self.server.address}/{name}/discussions/1"}
+        self._answer(200, said | proposed if self.path.endswith("create_pr=1") else said)
 
     def do_GET(self) -> None:
         """A file, or whether there is a repository."""

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hubstandin import TOKEN, Hub
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 import lowrank
 from lowrank import LoraConfig
 from lowrank.cli import main
+from lowrank.errors import InputError
 from lowrank.weights.cards import FILE as CARD
 from lowrank.weights.cards import is_made, may_write, signed
 
@@ -147,3 +149,34 @@ def test_a_card_is_ours_until_a_letter_changes(tmp_path):
         assert not may_write(tmp_path)
     (tmp_path / CARD).write_text(text)
     assert may_write(tmp_path)
+
+
+def test_push_to_hub_of_a_wrapped_model_takes_its_adapters_and_nothing_else(hub, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = lowrank.wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2))
+    lowrank.wrap(model, LoraConfig(r=4), adapter="second")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "training_args.bin").write_text("stays here")
+    pushed = {"push_to_hub": True, "token": TOKEN, "private": True}
+    model.save_pretrained(folder, **pushed, commit_message="Both", create_pr=True)
+    parts = {"adapter_config.json", "adapter_model.safetensors"}
+    there = hub.repos["me/mine"]
+    assert set(there) == parts | {f"second/{part}" for part in parts}
+    assert all(content == (folder / name).read_bytes() for name, content in there.items())
+    assert hub.private["me/mine"]
+    assert hub.messages == ["Both"]
+    assert hub.asked[-1].endswith("?create_pr=1")
+    with pytest.raises(InputError, match="no token for the hub"):
+        model.save_pretrained(folder, push_to_hub=True)
+
+
+def test_push_to_hub_takes_a_base_that_is_nowhere_else(hub, tmp_path):
+    model = lowrank.wrap(tiny_llama(), LoraConfig(r=2))
+    model.save_pretrained(tmp_path / "run", push_to_hub=True, repo_id="me/whole")
+    names = {"adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors"}
+    assert set(hub.repos["me/whole"]) >= names
+    assert set(hub.repos["me/whole"]) <= {*names, "generation_config.json"}
+    assert hub.messages == ["Adapter"]
+    assert "create_pr" not in hub.asked[-1]
