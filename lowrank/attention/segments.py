@@ -23,8 +23,8 @@ from lowrank.attention.mask import SpansMask
 from lowrank.attention.maskparts import CAUSAL, CHUNKS, parts_of
 from lowrank.attention.setting import Setting
 from lowrank.attention.spans import Spans, from_mask_function
-from lowrank.attention.stacking import Gather, Scatter, stacks_of
-from lowrank.attention.strips import Rule, StripAttention
+from lowrank.attention.stacked import StackedAttention
+from lowrank.attention.strips import Rule
 from lowrank.errors import InputError
 
 IMPLEMENTATION = "lowrank_segments"
@@ -118,8 +118,7 @@ def segments_attention(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which `segments` does not know",
             fix="use `attention: eager`",
         )
-    shared = isinstance(attention_mask, SpansMask) and attention_mask.spans.parents is not None
-    if isinstance(attention_mask, SpansMask) and not shared and position_bias is None and dropout == 0.0:
+    if isinstance(attention_mask, SpansMask) and position_bias is None and dropout == 0.0:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         kind = query.device.type
         if torch.is_autocast_enabled(kind):  # as it does for scaled_dot_product_attention
@@ -169,7 +168,7 @@ def attend_spans(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, spans: Spans, rule: Rule
 ) -> torch.Tensor:
     """q (tokens, h, d), k (tokens, h_kv, d), v (tokens, h_kv, e), sinks (h,) -> (tokens, h, e), 0 at padding."""
-    kernel = varlen.kernel_for(q, v, sinks, rule)
+    kernel = varlen.kernel_for(q, v, sinks, rule) if spans.parents is None else None
     if kernel is not None:
         return varlen.over_spans(q, k, v, spans, rule, kernel)
     if not spans.spans:
@@ -181,14 +180,7 @@ def attend_spans(
 def _over_stacks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, spans: Spans, rule: Rule
 ) -> torch.Tensor:
-    stacks, key_heads = stacks_of(spans, q.device, q[0].numel()), k.shape[1]
-    parts = []
-    for stack, q_nsgd, k_ns1d, v_ns1e in zip(
-        stacks, *(Gather.apply(x, stacks, key_heads) for x in (q, k, v)), strict=True
-    ):
-        sinks_ng = None if sinks is None else sinks.view(key_heads, -1).repeat(stack.count, 1)
-        parts.append(StripAttention.apply(q_nsgd, k_ns1d, v_ns1e, sinks_ng, rule))
-    return Scatter.apply(len(q), stacks, *parts)
+    return StackedAttention.apply(q, k, v, sinks, spans, rule)
 
 
 def register() -> None:

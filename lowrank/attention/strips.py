@@ -4,20 +4,22 @@ Why not scaled_dot_product_attention: on CPU its bfloat16 backward pass on spans
 twentieth of the speed of the matrix products that it consists of, and it knows neither windows, soft-capping nor sinks.
 Here a strip of queries meets all the keys that it may see:
 
-    keys     0 ........ stop           one strip: scores = q @ k^T, hidden pairs to -inf,
-    strip    ■ ■ ■ ■ ■ ■ . .           probabilities = softmax, output = probabilities @ v.
-             ■ ■ ■ ■ ■ ■ ■ .           The backward pass computes the strip's probabilities again, so nothing of
-             ■ ■ ■ ■ ■ ■ ■ ■           size (queries x keys) outlives its strip.
+    keys     0 .... before .... stop   one strip: scores = q @ k^T, hidden pairs to -inf,
+    strip    ■ ■ ■ ■ ■ ■ ■ ■ . .       probabilities = softmax, output = probabilities @ v.
+             ■ ■ ■ ■ ■ ■ ■ ■ ■ .       The backward pass computes the strip's probabilities again, so nothing of
+             ■ ■ ■ ■ ■ ■ ■ ■ ■ ■       size (queries x keys) outlives its strip.
 
-Names: n (span, key head) pairs, g query heads per key head, s tokens of a span, d and e head sizes of queries and keys
-and of values.
+The queries are those of the last s tokens of a path; there may be further keys before them, of tokens whose queries
+another stack has.
+
+Names: n (span, key head) pairs, g query heads per key head, s queries of a span, t keys (t >= s, the last query's the
+last), d and e head sizes of queries and keys and of values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -41,73 +43,57 @@ class Rule:
     softcap: float | None
 
 
-class StripAttention(torch.autograd.Function):
-    """q (n, s, g, d), k (n, s, 1, d), v (n, s, 1, e), sinks (n, g) or None -> (n, s, g, e)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
-        rule: Rule,
-    ) -> torch.Tensor:
-        """Strip by strip; keeps its inputs alone for the backward pass."""
-        ctx.save_for_backward(q, k, v, sinks)
-        ctx.rule = rule
-        scaled_k, v = _scaled(k.squeeze(2), rule.scale), v.squeeze(2)
-        out = q.new_empty(*q.shape[:3], v.shape[-1])
-        for pairs, queries, keys in _strips(q, rule.window):
-            p, _ = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule)
-            p = p[..., : keys.stop - keys.start].flatten(1, 2)
-            out[pairs, queries] = torch.bmm(p, v[pairs, keys]).unflatten(1, (-1, q.shape[2]))
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyrefly: ignore[bad-override]
-        ctx: Any, *grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Keys' and values' gradients are summed over the strips in float32."""
-        q, k, v, sinks = ctx.saved_tensors
-        rule: Rule = ctx.rule
-        scaled_k, v = _scaled(k.squeeze(2), rule.scale), v.squeeze(2)
-        grad_q = q.new_empty(q.shape)
-        grad_k, grad_v = torch.zeros_like(scaled_k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
-        for pairs, queries, keys in _strips(q, rule.window):
-            grad_nre = grads[0][pairs, queries].flatten(1, 2)
-            p, tanh = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule)
-            grad_p = torch.bmm(grad_nre, v[pairs, keys].transpose(1, 2)).view(*p.shape[:3], -1)
-            if grad_sinks is not None:
-                grad_p = torch.nn.functional.pad(grad_p, (0, 1))
-            grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
-            if grad_sinks is not None:
-                grad_sinks[pairs] += grad_s[..., -1].sum(1, dtype=torch.float32)
-                p, grad_s = p[..., :-1], grad_s[..., :-1]
-            if tanh is not None:
-                grad_s = grad_s * (1 - tanh * tanh)
-            p, grad_s = p.flatten(1, 2), grad_s.flatten(1, 2)
-            grad_q[pairs, queries] = torch.bmm(grad_s, scaled_k[pairs, keys]).unflatten(1, (-1, q.shape[2]))
-            grad_k[pairs, keys] += torch.bmm(grad_s.transpose(1, 2), q[pairs, queries].flatten(1, 2))
-            grad_v[pairs, keys] += torch.bmm(p.transpose(1, 2), grad_nre)
-        grad_k, grad_v = grad_k.mul_(rule.scale).to(k.dtype).unsqueeze(2), grad_v.to(v.dtype).unsqueeze(2)
-        return grad_q, grad_k, grad_v, None if grad_sinks is None else grad_sinks.to(sinks.dtype), None
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, rule: Rule) -> torch.Tensor:
+    """q (n, s, g, d), k (n, t, d), v (n, t, e), sinks (n, g) or None -> (n, s, g, e)."""
+    scaled_k = _scaled(k, rule.scale)
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    for pairs, queries, keys in _strips(q, k.shape[1], rule.window):
+        p, _ = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule)
+        p = p[..., : keys.stop - keys.start].flatten(1, 2)
+        out[pairs, queries] = torch.bmm(p, v[pairs, keys]).unflatten(1, (-1, q.shape[2]))
+    return out
 
 
-def _strips(q: torch.Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice]]:
+def gradients(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, rule: Rule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Those of `attend`'s inputs, given its output's; all but the queries' summed in 32 bits or more, and left so."""
+    scaled_k = _scaled(k, rule.scale)
+    grad_q = q.new_empty(q.shape)
+    sums = torch.promote_types(q.dtype, torch.float32)
+    grad_k, grad_v = torch.zeros_like(scaled_k, dtype=sums), torch.zeros_like(v, dtype=sums)
+    grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=sums)
+    for pairs, queries, keys in _strips(q, k.shape[1], rule.window):
+        grad_nre = grad[pairs, queries].flatten(1, 2)
+        p, tanh = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule)
+        grad_p = torch.bmm(grad_nre, v[pairs, keys].transpose(1, 2)).view(*p.shape[:3], -1)
+        if grad_sinks is not None:
+            grad_p = torch.nn.functional.pad(grad_p, (0, 1))
+        grad_s = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        if grad_sinks is not None:
+            grad_sinks[pairs] += grad_s[..., -1].sum(1, dtype=sums)
+            p, grad_s = p[..., :-1], grad_s[..., :-1]
+        if tanh is not None:
+            grad_s = grad_s * (1 - tanh * tanh)
+        p, grad_s = p.flatten(1, 2), grad_s.flatten(1, 2)
+        grad_q[pairs, queries] = torch.bmm(grad_s, scaled_k[pairs, keys]).unflatten(1, (-1, q.shape[2]))
+        grad_k[pairs, keys] += torch.bmm(grad_s.transpose(1, 2), q[pairs, queries].flatten(1, 2))
+        grad_v[pairs, keys] += torch.bmm(p.transpose(1, 2), grad_nre)
+    return grad_q, grad_k.mul_(rule.scale), grad_v, grad_sinks
+
+
+def _strips(q: torch.Tensor, keys: int, window: int | None) -> Iterator[tuple[slice, slice, slice]]:
     """(pairs, queries, keys) whose sizes take few values (`stacking` says why), at most `SCORES_AT_ONCE` scores each.
 
     The last strip first: it has the most keys, and each next one fits into the memory that the one before gave back.
     A single pair's strip may have more scores.
     """
     n, length, g, _ = q.shape
-    strip = _strip(length, q.element_size())
+    strip, before = _strip(length, q.element_size()), keys - length
     for first in reversed(range(0, length, strip)):
         last = min(first + strip, length)
-        start = 0 if window is None else max(0, first - window + 1) // STRIP * STRIP
-        stop = start + min(_rounded(last - start), length - start)
+        start = 0 if window is None else max(0, before + first - window + 1) // STRIP * STRIP
+        stop = start + min(_rounded(before + last - start), keys - start)
         at_once = n
         while at_once > 1 and at_once * g * (last - first) * (stop - start) > SCORES_AT_ONCE:
             at_once = -(-at_once // 2)
@@ -151,7 +137,8 @@ def _probabilities(
     if rule.softcap is not None:
         tanh = (scores / rule.softcap).tanh_()
         scores = tanh * rule.softcap
-    _hide(scores, queries, keys, rule.window)
+    before = scaled_k.shape[1] - q.shape[1]
+    _hide(scores, slice(before + queries.start, before + queries.stop), keys, rule.window)
     if sinks is not None:
         sink = sinks[pairs, None, :, None].to(scores.dtype).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)
@@ -159,7 +146,10 @@ def _probabilities(
 
 
 def _hide(scores: torch.Tensor, queries: slice, keys: slice, window: int | None) -> None:
-    """Set the scores (n, queries, g, keys) of keys after a query, or before its window, to -inf."""
+    """Set the scores (n, queries, g, keys) of keys after a query, or before its window, to -inf.
+
+    `queries` are places among the keys.
+    """
     shape = queries.stop - queries.start, keys.stop - queries.start
     later = torch.full(shape, float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
     scores[..., queries.start - keys.start :] += later[:, None]

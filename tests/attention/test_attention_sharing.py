@@ -50,6 +50,25 @@ def test_float32(name, backend):
     assert max(errors.values()) < 1e-5, {k: v for k, v in errors.items() if v >= 1e-5}
 
 
+@functools.cache
+def _alone(name: str, dtype: torch.dtype) -> zoo.Result:
+    model = _model(name, dtype)
+    set_attention(model, "eager")
+    return zoo.forest(model)[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(zoo.ZOO) - {CHUNKED}))
+def test_bfloat16(name):
+    """Against examples alone in float32: at most 1.5 times as far off as packs may be, or as 16 bits put eager."""
+    rounding = max(zoo.difference(_alone(name, torch.bfloat16), _alone(name, torch.float32)).values())
+    model = _model(name, torch.bfloat16)
+    set_attention(model, "segments", packing=True)
+    check_sharing(model)
+    errors = zoo.difference(zoo.forest(model)[1], _alone(name, torch.float32))
+    allowed = 1.5 * max(2e-2, 1.5 * rounding)
+    assert max(errors.values()) < allowed, {k: v for k, v in errors.items() if v >= allowed}
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral-window-16", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("shape", FORESTS)
 def test_shapes(shape, name):

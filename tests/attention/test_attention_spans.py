@@ -9,7 +9,9 @@ from transformers import masking_utils
 from lowrank.attention import stacking
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.spans import Spans, from_lengths, from_mask_function
-from lowrank.attention.stacking import Gather, Scatter, stacks_of
+from lowrank.attention.stacked import StackedAttention
+from lowrank.attention.stacking import stacks_of
+from lowrank.attention.strips import Rule
 
 CPU = torch.device("cpu")
 
@@ -98,18 +100,35 @@ def test_a_spans_mask_is_a_tensor_with_the_square_s_values():
     assert not isinstance(mask & square, SpansMask)
 
 
-@pytest.mark.parametrize("lengths", [[3, 3, 3], [10, 9, 2, 1, 2], [1], [8, 7, 8, 100, 6]])
-def test_stacks_give_back_what_they_took(lengths):
-    spans = from_lengths(lengths, None)
+@pytest.mark.parametrize(
+    ("lengths", "parents"),
+    [
+        ([3, 3, 3], None),
+        ([10, 9, 2, 1, 2], None),
+        ([1], None),
+        ([8, 7, 8, 100, 6], None),
+        ([20, 5, 4, 16, 40, 33, 1], (-1, 0, 0, 1, 0, -1, 3)),
+    ],
+)
+def test_stacks_have_every_token_once_and_its_path_before_it(lengths, parents):
+    spans = from_lengths(lengths, None, parents)
     stacks = stacks_of(spans, CPU, 1)
     assert sum(stack.count for stack in stacks) == len(lengths)
-    x = torch.randn(sum(lengths), 6, 5, dtype=torch.float64, requires_grad=True)
-    parts = Gather.apply(x, stacks, 2)
-    assert all(part.shape == (stack.count * 2, stack.length, 3, 5) for part, stack in zip(parts, stacks, strict=True))
-    back = Scatter.apply(sum(lengths), stacks, *parts)
-    assert torch.equal(back, x)
-    back.mul(torch.arange(back.numel()).view_as(back)).sum().backward()
-    assert torch.equal(x.grad, torch.arange(x.numel(), dtype=torch.float64).view_as(x))
+    seen = spans.square(CPU)[0, 0]
+    found = []
+    for stack in stacks:
+        assert stack.before % stacking.GRAIN == stack.length % stacking.GRAIN == 0
+        keys = stack.keys.view(stack.count, -1)
+        sources, targets = (x.view(stack.count, -1).tolist() for x in (stack.source, stack.target))
+        for number in range(stack.count):
+            for place, (source, target) in enumerate(zip(sources[number], targets[number], strict=True)):
+                if target < sum(lengths):
+                    assert target == source
+                    assert keys[number, : stack.before + place + 1].tolist() == seen[target].nonzero()[:, 0].tolist()
+                    found.append(target)
+        if stack.run:
+            assert stack.source.tolist() == stack.keys.tolist() == list(range(*stack.run))
+    assert sorted(found) == list(range(sum(lengths)))
 
 
 @pytest.mark.parametrize("width", [64, 576, 4096])
@@ -133,12 +152,18 @@ def test_the_stacks_are_those_that_cost_least(width):
     assert 1 < len(counts) < len(lengths)
 
 
+def test_spans_that_begin_where_others_do_share_a_stack():
+    """What stands before is a reason to stack: two families of four, and their roots."""
+    spans = from_lengths([320, 330, *[40, 20] * 4], None, (-1, -1, *[0, 1] * 4))
+    stacks = stacks_of(spans, CPU, 576)
+    assert [(stack.count, stack.before, stack.length) for stack in stacks] == [(2, 0, 336), (8, 320, 48)]
+
+
 def test_stacks_leave_padding_at_zero():
     spans = Spans(2, 4, ((1, 4), (4, 6)))
-    stacks = stacks_of(spans, CPU, 1)
-    x = torch.randn(8, 1, 2, requires_grad=True)
-    back = Scatter.apply(8, stacks, *Gather.apply(x, stacks, 1))
-    expected = x.detach() * torch.tensor([0, 1, 1, 1, 1, 1, 0, 0])[:, None, None]
-    assert torch.equal(back, expected)
-    back.sum().backward()
-    assert torch.equal(x.grad, (expected != 0).float())
+    x = torch.ones(8, 1, 2, requires_grad=True)
+    out = StackedAttention.apply(x, x, x, None, spans, Rule(1.0, None, None))
+    expected = torch.tensor([0.0, 1, 1, 1, 1, 1, 0, 0])[:, None, None].expand(8, 1, 2)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    torch.testing.assert_close((x.grad != 0), expected != 0)

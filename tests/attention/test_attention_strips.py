@@ -41,6 +41,9 @@ SPANS = {
     "one": lambda window: from_lengths([150], window),
     "pack": lambda window: from_lengths([130, 3, 129, 40, 1, 128], window),
     "padded": lambda window: Spans(3, 70, ((0, 70), (75, 140), (140, 141)), window),
+    "forest": lambda window: from_lengths(
+        [70, 9, 9, 9, 90, 1, 30, 33, 2, 41], window, (-1, 0, 0, 0, 1, 4, -1, 6, 6, 5)
+    ),
 }
 
 
@@ -58,8 +61,7 @@ def test_equals_the_formula(spans, window, softcap, sinks, monkeypatch):
     out, expected = attend_spans(q, k, v, s, spans, rule), _formula(q, k, v, s, spans, rule)
     torch.testing.assert_close(out, expected)
     grads, of_formula = (torch.autograd.grad((o * direction).sum(), wanted) for o in (out, expected))
-    # Keys' and values' gradients are summed in float32.
-    torch.testing.assert_close(grads, of_formula, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, of_formula)
 
 
 @pytest.mark.parametrize("window", [None, 9, 70])
@@ -72,7 +74,15 @@ def test_many_strips(window, monkeypatch):
     out, expected = attend_spans(q, k, v, s, spans, rule), _formula(q, k, v, s, spans, rule)
     torch.testing.assert_close(out, expected)
     grads, of_formula = (torch.autograd.grad((o * direction).sum(), wanted) for o in (out, expected))
-    torch.testing.assert_close(grads, of_formula, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, of_formula)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("lengths", [[9, 5, 7], [20, 5, 7]], ids=["below-a-grain", "above"])
+def test_gradients_of_keys_before_the_queries(lengths, window):
+    spans, rule = from_lengths(lengths, window, (-1, 0, 0)), Rule(0.7, window, 2.0)
+    inputs = _inputs(sum(lengths), 4, 2, 3, 2, True)
+    assert torch.autograd.gradcheck(lambda q, k, v, s: attend_spans(q, k, v, s, spans, rule), inputs)
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (4, 1), (9, 3)])
@@ -82,10 +92,11 @@ def test_heads(heads, key_heads):
     torch.testing.assert_close(attend_spans(q, k, v, None, spans, rule), _formula(q, k, v, None, spans, rule))
 
 
-def test_keeps_no_more_than_its_inputs():
-    """Between the passes nothing of size (queries x keys) stays: only what was gathered."""
-    spans, rule = from_lengths([512], None), Rule(0.3, None, None)
-    q, k, v, _ = _inputs(512, 2, 2, 8, 8, False, torch.float32)
+@pytest.mark.parametrize("parents", [None, (-1, *[0] * 16)], ids=["pack", "forest"])
+def test_keeps_no_more_than_its_inputs(parents):
+    """Between the passes nothing of size (queries x keys) stays, nor keys once for each span that sees them."""
+    spans, rule = from_lengths([512, *[16] * 16], None, parents), Rule(0.3, None, None)
+    q, k, v, _ = _inputs(768, 2, 2, 8, 8, False, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         attend_spans(q, k, v, None, spans, rule)
