@@ -42,7 +42,7 @@ def new_file(path: Path) -> Generator[Path]:
         JobError: The disk is full or cannot be written.
     """
     if path.exists() or path.is_symlink():
-        raise InputError("The file exists.", where=str(path), fix="Choose another name.")
+        raise InputError("the file exists", where=str(path), fix="Choose another name.")
     with _beside(path) as work:
         file = work / path.name
         yield file
@@ -63,10 +63,10 @@ def into_folder(path: Path, *, last: str, overwrite: bool) -> Generator[Path]:
         JobError: The disk is full or cannot be written.
     """
     if path.exists() and not path.is_dir():
-        raise InputError("The output is a file; a folder is written.", where=str(path))
+        raise InputError("the output is a file; a folder is written", where=str(path))
     if (path / last).exists() and not overwrite:
         raise InputError(
-            f"The folder already holds {last}.", where=str(path), fix="Choose another folder, or pass overwrite=True."
+            f"the folder already holds {last}", where=str(path), fix="Choose another folder, or pass overwrite=True."
         )
     with _beside(path) as work:
         yield work
@@ -88,9 +88,9 @@ def refuse_occupied(path: Path, fix: str = "Choose another folder.") -> None:
     """InputError when `path` is a file or a folder with something in it; `fix` says what to do."""
     if path.is_dir():
         if next(path.iterdir(), None) is not None:
-            raise InputError("The output folder exists and is not empty.", where=str(path), fix=fix)
+            raise InputError("the output folder exists and is not empty", where=str(path), fix=fix)
     elif path.exists() or path.is_symlink():
-        raise InputError("The output exists and is not a folder.", where=str(path), fix=fix)
+        raise InputError("the output exists and is not a folder", where=str(path), fix=fix)
 
 
 def refuse_inside(out: Path, source: Path) -> None:
@@ -98,7 +98,7 @@ def refuse_inside(out: Path, source: Path) -> None:
     inner, outer = out.resolve(), source.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise InputError(
-            f"The output {out} and the input {source} lie in one another.", fix="Choose a folder outside the input."
+            f"the output {out} and the input {source} lie in one another", fix="Choose a folder outside the input."
         )
 
 
@@ -110,7 +110,7 @@ def require_space(path: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if free < size:
         raise JobError(
-            f"{size / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free.",
+            f"{size / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free",
             where=str(place),
             fix="Make room or choose a folder on another disk.",
         )
@@ -127,14 +127,14 @@ def _beside(path: Path) -> Generator[Path]:
         work = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
         work.chmod(0o777 & ~_umask())
     except OSError as error:
-        raise JobError(f"Cannot write: {error.strerror}.", where=str(path.parent)) from error
+        raise JobError(f"cannot write: {error.strerror}", where=str(path.parent)) from error
     held = os.open(work, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     try:
         yield work
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise JobError("The disk is full.", where=str(path.parent), fix="Make room and run it again.") from error
+            raise JobError("the disk is full", where=str(path.parent), fix="Make room and run it again.") from error
         raise
     finally:
         os.close(held)

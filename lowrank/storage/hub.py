@@ -26,12 +26,12 @@ def local_folder(name_or_path: str | Path, what: str = "model", revision: str | 
         return folder
     name = os.fspath(name_or_path)
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
-        raise InputError(f"There is no {what} folder {name}.")
+        raise InputError(f"there is no {what} folder {name}")
     at = "" if revision is None else f" at revision {revision}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"There is no {what} {name!r}{at}: no such folder, and the hub did not give it ({type(error).__name__}).",
+            f"there is no {what} {name!r}{at}: no such folder, and the hub did not give it ({type(error).__name__})",
             fix="Give the path of a folder, or check the name and the connection.",
         ) from error

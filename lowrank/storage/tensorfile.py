@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lowrank.errors import LFS_POINTER, InputError
 
@@ -64,7 +63,7 @@ class Entry:
     def torch_dtype(self) -> torch.dtype:
         """The dtype in torch; InputError for the sub-byte formats that torch has no dtype for."""
         if self.dtype not in TORCH_DTYPES:
-            raise InputError(f"Tensor {self.name!r} has the dtype {self.dtype}, which cannot be computed with.")
+            raise InputError(f"tensor {self.name!r} has the dtype {self.dtype}, which cannot be computed with")
         return TORCH_DTYPES[self.dtype]
 
 
@@ -76,24 +75,24 @@ class TensorFile:
     entries: dict[str, Entry]
     metadata: dict[str, str]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         entry = self.entries[name]
         return self._read(entry, 0, entry.size).view(entry.shape)
 
-    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (not included) of a tensor with at least one dimension."""
         entry = self.entries[name]
         row = entry.size // max(1, entry.shape[0])
         return self._read(entry, first * row, (last - first) * row).view(last - first, *entry.shape[1:])
 
-    def read_bytes(self, name: str, first: int, last: int) -> Tensor:
+    def read_bytes(self, name: str, first: int, last: int) -> torch.Tensor:
         """Bytes `first` to `last` (not included) of a tensor's data, as uint8."""
         with self.path.open("rb") as file:
             buffer = torch.empty(last - first, dtype=torch.uint8)
             return read_bytes(file.fileno(), self.entries[name].start + first, buffer)
 
-    def _read(self, entry: Entry, offset: int, size: int) -> Tensor:
+    def _read(self, entry: Entry, offset: int, size: int) -> torch.Tensor:
         return self.read_bytes(entry.name, offset, offset + size).view(entry.torch_dtype)
 
 
@@ -116,7 +115,7 @@ def open_tensors(path: Path) -> TensorFile:
                 raise _damaged(path, f"its header claims {length} bytes in a file of {size}")
             raw = file.read(length)
     except OSError as error:
-        raise InputError(f"Cannot read the file: {error.strerror}.", where=str(path)) from error
+        raise InputError(f"cannot read the file: {error.strerror}", where=str(path)) from error
     header = parse_json_object(raw, path)
     metadata = _check_metadata(header.pop("__metadata__", {}), path)
     base = 8 + length
@@ -168,7 +167,7 @@ def encode_header(
     }
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a file whose bytes follow from its content alone: safetensors' own writer shuffles metadata."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     header, places = encode_header(
@@ -182,18 +181,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         os.fsync(file.fileno())
 
 
-def read_bytes(fd: int, offset: int, buffer: Tensor) -> Tensor:
+def read_bytes(fd: int, offset: int, buffer: torch.Tensor) -> torch.Tensor:
     """Fills a contiguous uint8 tensor from `offset` of an open file, and returns it."""
     view, done = buffer.numpy().data, 0
     while done < len(view):
         count = os.preadv(fd, [view[done:]], offset + done)
         if count == 0:
-            raise InputError(f"The file ends at byte {offset + done}, in the middle of a tensor.")
+            raise InputError(f"the file ends at byte {offset + done}, in the middle of a tensor")
         done += count
     return buffer
 
 
-def write_bytes(fd: int, offset: int, tensor: Tensor) -> None:
+def write_bytes(fd: int, offset: int, tensor: torch.Tensor) -> None:
     """Writes a contiguous CPU tensor's bytes at `offset` of an open file."""
     view, done = tensor.reshape(-1).view(torch.uint8).numpy().data, 0
     while done < len(view):
@@ -241,11 +240,11 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _refuse_pointer(raw: bytes, path: Path) -> None:
     if raw.startswith(LFS_POINTER):
         raise InputError(
-            "The file is a Git LFS pointer: the text that stands for a file that was not fetched.",
+            "the file is a Git LFS pointer: the text that stands for a file that was not fetched",
             where=str(path),
             fix=f"Fetch it: git -C {path.parent} lfs pull.",
         )
 
 
 def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"The file is damaged or not what its name says: {why}.", where=str(path))
+    return InputError(f"the file is damaged or not what its name says: {why}", where=str(path))

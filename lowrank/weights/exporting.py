@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from lowrank.adapters.config import LoraConfig
 from lowrank.errors import InputError
@@ -87,7 +86,7 @@ def export(adapter: str | Path, out: str | Path, *, to: Target, base: str | Path
         "safetensors": _as_one_file,
     }
     if to not in targets:
-        raise InputError(f"There is no target {to!r}; there are {', '.join(targets)}.")
+        raise InputError(f"there is no target {to!r}; there are {', '.join(targets)}")
     source = open_adapter(adapter)
     refuse_inside(Path(out), source.path)
     return targets[to](_as_served(source, base) if to == "vllm" else source, Path(out), base)
@@ -111,7 +110,7 @@ def _for_vllm(adapter: AdapterFile, out: Path, base: str | Path | None) -> Expor
     limit = next((step for step in _VLLM_RANKS if step >= rank), None)
     if limit is None:
         raise InputError(
-            f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}.",
+            f"vLLM takes ranks up to {_VLLM_RANKS[-1]}, and this adapter has {rank}",
             where=str(adapter.path),
             fix="Bring it to a lower rank first (lowrank resize), or merge it into its base (lowrank merge).",
         )
@@ -140,12 +139,12 @@ def _for_llama_cpp(adapter: AdapterFile, out: Path, base: str | Path | None) -> 
     named = base if base is not None else adapter.base
     if named is None:
         raise InputError(
-            "The adapter's config names no base model, and the converter needs its config.", fix="Give it (--base)."
+            "the adapter's config names no base model, and the converter needs its config", fix="Give it (--base)."
         )
     folder = local_folder(named, revision=adapter.revision_of(base))
     config = load_config(folder)
     if config.tie_word_embeddings and "lm_head" in factors:
-        raise InputError("llama.cpp has no head of its own where the base's is tied, and the adapter is on lm_head.")
+        raise InputError("llama.cpp has no head of its own where the base's is tied, and the adapter is on lm_head")
     rank, notes, tensors = _one_scale(factors)
     with new_folder(out) as work:
         write_adapter(
@@ -208,7 +207,7 @@ def _as_peft(adapter: AdapterFile, out: Path, base: str | Path | None) -> Export
 
 def _as_one_file(adapter: AdapterFile, out: Path, base: str | Path | None) -> ExportReport:
     if out.suffix != ".safetensors":
-        raise InputError("The name of the file must end in .safetensors.", where=str(out))
+        raise InputError("the name of the file must end in .safetensors", where=str(out))
     metadata = dict(adapter.file.metadata) | {"format": "pt"}
     metadata[CONFIG_KEY] = json.dumps(config_to_json(adapter.config, adapter.base, adapter.revision))
     tensors = {PREFIX + name: adapter.read(name) for name in adapter.tensors}
@@ -234,7 +233,7 @@ def _refuse_others(adapter: AdapterFile, program: str, allowed: Callable[[str], 
         cannot.append(shorten(wholes))
     if cannot:
         raise InputError(
-            f"{program} cannot express {'; '.join(cannot)}.",
+            f"{program} cannot express {'; '.join(cannot)}",
             where=str(adapter.path),
             fix="Merge the adapter into its base instead (lowrank merge).",
         )
@@ -244,11 +243,11 @@ def _linear(adapter: AdapterFile, program: str, skip: frozenset[str] = frozenset
     factors = read_factors(adapter, skip)
     convolutions = [path for path, f in factors.items() if len(f.shape_A) > 2]
     if convolutions:
-        raise InputError(f"{program} cannot express adapters on convolutions: {shorten(convolutions)}.")
+        raise InputError(f"{program} cannot express adapters on convolutions: {shorten(convolutions)}")
     return factors
 
 
-def _one_scale(factors: dict[str, Factors]) -> tuple[int, list[str], dict[str, Tensor]]:
+def _one_scale(factors: dict[str, Factors]) -> tuple[int, list[str], dict[str, torch.Tensor]]:
     """Every module at the largest rank, filled with zeros, and at scale 1: the same ΔW."""
     rank = max(f.A.shape[0] for f in factors.values())
     ranks = {f.A.shape[0] for f in factors.values()}
@@ -257,7 +256,7 @@ def _one_scale(factors: dict[str, Factors]) -> tuple[int, list[str], dict[str, T
         notes.append(f"Ranks {sorted(ranks)} are filled with zeros to {rank}.")
     if {f.scale for f in factors.values()} != {1.0}:
         notes.append("The scales are folded into lora_A; lora_alpha is the rank.")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for f in factors.values():
         missing = rank - f.A.shape[0]
         A = torch.nn.functional.pad(f.A * f.scale, (0, 0, 0, missing))

@@ -1,4 +1,4 @@
-"""A wrapped transformers model under the loops that people have: what `save_pretrained` writes is its adapters.
+"""A wrapped transformers model under the loops that people have: what `_save_pretrained` writes is its adapters.
 
 transformers' own would write the base with tensors that `from_pretrained` passes over. So Trainer's `save_model`, its
 checkpoints, resume, `load_best_model_at_end`, `push_to_hub` and TRL's trainers keep what was trained.
@@ -63,14 +63,14 @@ def load(
 def _keeping_adapters(model: Model) -> Model:
     if isinstance(model, PreTrainedModel):
         record = record_of(model)
-        record.patch(model, "save_pretrained", functools.partial(save_pretrained, model))
-        record.patch(model, "load_state_dict", functools.partial(load_state_dict, model))
+        record.patch(model, "save_pretrained", functools.partial(_save_pretrained, model))
+        record.patch(model, "load_state_dict", functools.partial(_load_state_dict, model))
         if getattr(model, "is_quantized", False):
             record.patch(model, "_hf_peft_config_loaded", True)  # what Trainer asks of a base in few bits
     return model
 
 
-def save_pretrained(
+def _save_pretrained(
     model: PreTrainedModel,
     save_directory: str | Path,
     is_main_process: bool = True,
@@ -101,7 +101,7 @@ def save_pretrained(
         raise InputError(f"save_pretrained of a wrapped model does not know {unknown[0]}", fix="Leave it out.")
     if not is_main_process:
         return
-    folder, live = Path(save_directory), adapter_state(model)
+    folder, live = Path(save_directory), _adapter_state(model)
     _check_same(live, state_dict)
     names = list(record_of(model).configs)
     root = "default" if "default" in names or len(names) > 1 else names[0]
@@ -115,11 +115,11 @@ def save_pretrained(
         _upload(folder, list(places.values()), base_is_there, **options)
 
 
-def load_state_dict(
+def _load_state_dict(
     model: PreTrainedModel, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
 ) -> _IncompatibleKeys:
     """`nn.Module.load_state_dict`, for which the adapters' tensors alone are a whole state too."""
-    keys = set(adapter_state(model))
+    keys = set(_adapter_state(model))
     if state_dict and set(state_dict) <= keys:
         if missing := sorted(keys - set(state_dict)):
             raise InputError(
@@ -131,7 +131,7 @@ def load_state_dict(
     return type(model).load_state_dict(model, state_dict, strict=strict, assign=assign)
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def _adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The part of `state_dict` that is the adapters'; it shares storage with them."""
     return {name: value for name, value in model.state_dict().items() if AdapterSet.CHILD in name.split(".")}
 

@@ -170,7 +170,7 @@ def test_info(adapter: Path, capsys) -> None:
         (["merge", "adapter", "base/out"], "lie in one another"),
         (["merge", "adapter", "base"], "not empty"),
         (["compose", "adapter", "--out", "out", "--method", "ties"], "needs a density"),
-        (["resize", "adapter", "out"], "Neither a rank nor an energy"),
+        (["resize", "adapter", "out"], "neither a rank nor an energy"),
         (["extract", "base", "base", "out", "--r", "2"], "do not differ"),
         (["export", "adapter", "adapter/x", "--to", "vllm"], "lie in one another"),
         (["info", "base"], "no adapter folder"),

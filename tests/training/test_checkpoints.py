@@ -145,7 +145,7 @@ def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
     assert there(run) == ["step-2"]
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert "step-2 is the newest" in lines[0]
-    assert "The disk is full" in lines[0]
+    assert "the disk is full" in lines[0]
     take_steps(run, 2)
     assert there(run) == ["step-2", "step-6"]
     monkeypatch.setattr("lowrank.training.checkpoints.writer.write_state", full)

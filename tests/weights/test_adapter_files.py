@@ -157,5 +157,5 @@ def test_a_pointer_of_git_lfs_is_told_as_that(tmp_path, name):
     model = lowrank.wrap(tiny_llama(), LoraConfig(r=2))
     lowrank.save(model, tmp_path / "a")
     (tmp_path / "a" / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
-    with pytest.raises(InputError, match=rf"{name}: The file is a Git LFS pointer.*\nFetch it: git -C .* lfs pull"):
+    with pytest.raises(InputError, match=rf"{name}: the file is a Git LFS pointer.*\nFetch it: git -C .* lfs pull"):
         lowrank.load(tiny_llama(), tmp_path / "a")

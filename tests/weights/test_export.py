@@ -174,7 +174,7 @@ def test_one_file(base: Path, tmp_path: Path) -> None:
         assert json.loads(file.metadata()["adapter_config"])["lora_alpha"] == 10
     torch.testing.assert_close(logits(lowrank.load(reload(base), out)), wanted, atol=0, rtol=0)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    with pytest.raises(InputError, match="The file exists"):
+    with pytest.raises(InputError, match="the file exists"):
         export(adapter, out, to="safetensors")
     with pytest.raises(InputError, match="must end in"):
         export(adapter, tmp_path / "one.bin", to="safetensors")

@@ -286,7 +286,7 @@ def test_the_base_is_found_in_the_adapters_config(pair: tuple[Path, Path], tmp_p
     edit_json(pair[1] / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(InputError, match="names no base model"):
         merge_checkpoint(None, pair[1], tmp_path / "again")
-    with pytest.raises(InputError, match="There is no model 'nobody/nothing'"):
+    with pytest.raises(InputError, match="there is no model 'nobody/nothing'"):
         merge_checkpoint("nobody/nothing", pair[1], tmp_path / "again")
 
 

@@ -117,7 +117,7 @@ def test_an_adapter_that_does_not_say(tmp_path: Path) -> None:
 def test_quantising_again_is_refused(tmp_path: Path) -> None:
     base = save_base(wide_llama(), tmp_path / "base")
     adapter, _ = trained(base, "nf4", tmp_path / "adapter")
-    with pytest.raises(InputError, match="Quantising the merged weights again is not offered"):
+    with pytest.raises(InputError, match="merged weights are not quantised again"):
         merge_checkpoint(base, adapter, tmp_path / "merged", onto="quantised")
 
 

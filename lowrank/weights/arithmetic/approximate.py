@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from lowrank.weights.arithmetic.factors import Product, rank_for
 
 _EXTRA, _ROUNDS = 10, 4  # more directions than wanted, and passes that sharpen them
 
 
-def leading(matrix: Tensor, rank: int | None, energy: float | None, seed: int) -> tuple[Product, float]:
+def leading(matrix: torch.Tensor, rank: int | None, energy: float | None, seed: int) -> tuple[Product, float]:
     """The nearest product of low rank, and the share of ‖matrix‖² that it keeps.
 
     Args:
@@ -33,11 +32,11 @@ def leading(matrix: Tensor, rank: int | None, energy: float | None, seed: int) -
     return Product(Vh[:keep].contiguous(), U[:, :keep] * S[:keep]), min(1.0, kept[keep - 1].item())
 
 
-def _enough(kept: Tensor, energy: float) -> int:
+def _enough(kept: torch.Tensor, energy: float) -> int:
     return len(kept) if energy >= 1 else min(len(kept), int((kept < energy).sum()) + 1)
 
 
-def _decomposed(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _decomposed(matrix: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width = rank + _EXTRA
     if 2 * width >= min(matrix.shape):
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)

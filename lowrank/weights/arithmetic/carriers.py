@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.adapters.kinds.kind import Kind, kind_of
 from lowrank.adapters.methods.layer import merge_obstacle
@@ -45,7 +45,7 @@ class Carriers:
         self.pair, self.r, self.energy, self.dtype = pair, r, energy, dtype
         self.modules: dict[str, nn.Module] = dict(pair.base.skeleton.named_modules())
         self.calls = Calls(pair.base.skeleton)
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
         self.ranks: dict[str, int] = {}
         self.energies: dict[str, tuple[float, float]] = {}
         self.whole: list[str] = []
@@ -57,7 +57,7 @@ class Carriers:
 
     @property
     def stacks(self) -> list[str]:
-        """See the class."""
+        """The parameters that hold several experts' matrices and differ."""
         return [f"{path}.{name}" for path, parameters in self._experts.items() for name in parameters]
 
     def compare(self, progress: Callable[[int, int], None] | None) -> None:
@@ -73,7 +73,7 @@ class Carriers:
             if progress is not None:
                 progress(done, len(self.pair.names))
         if not self.differing:
-            raise InputError(f"The models {self.pair.base.folder} and {self.pair.tuned.folder} do not differ.")
+            raise InputError(f"the models {self.pair.base.folder} and {self.pair.tuned.folder} do not differ")
         self._part_biases_from_stacks()
         self._save_wholes()
         for path, parameters in self._experts.items():
@@ -94,7 +94,7 @@ class Carriers:
                 else:
                     wrong.append(f"{name} {list(one)} and {list(other)}")
         if wrong:
-            raise InputError(f"The models differ in shape: {shorten(wrong)}.", where=str(self.pair.tuned.folder))
+            raise InputError(f"the models differ in shape: {shorten(wrong)}", where=str(self.pair.tuned.folder))
 
     def _compare(self, name: str) -> None:
         path, _, leaf = name.rpartition(".")
@@ -118,7 +118,7 @@ class Carriers:
             else:
                 self._carry_whole(name)
 
-    def _difference(self, name: str) -> Tensor | None:
+    def _difference(self, name: str) -> torch.Tensor | None:
         """After less before, None where they are the same."""
         one, other = self.pair.places(name)
         unread = self.pair.before.obstacle(one or name) or self.pair.after.obstacle(other or name)
@@ -145,7 +145,7 @@ class Carriers:
         alone = kind_of(module) is None and leaf in module._parameters
         return alone and not re.search(rf"self\.{leaf}\b", inspect.getsource(type(module).forward))
 
-    def _factorise(self, name: str, path: str, kind: Kind, difference: Tensor) -> None:
+    def _factorise(self, name: str, path: str, kind: Kind, difference: torch.Tensor) -> None:
         twin = copy.copy(self.modules[path])
         twin._parameters = {**twin._parameters, "weight": nn.Parameter(difference, requires_grad=False)}
         matrix = kind.weight(twin).float().contiguous()
@@ -171,7 +171,7 @@ class Carriers:
             path = path.rpartition(".")[0]
         if path in ("", self.pair.base.skeleton.base_model_prefix):
             raise InputError(
-                f"{name} differs, and neither factors nor modules_to_save can hold it.",
+                f"{name} differs, and neither factors nor modules_to_save can hold it",
                 where=str(self.pair.tuned.folder),
             )
         self._add_whole(path)
@@ -204,7 +204,7 @@ class Carriers:
         for path in self.modules:
             if (kind := self._fitting(path)) and kind.linear and not self._in_whole(f"{path}."):
                 return path
-        raise InputError("No module is left that takes factors, and an adapter needs one.")
+        raise InputError("no module is left that takes factors, and an adapter needs one")
 
     def _put(self, path: str, product: Product | None) -> None:
         """Writes factors; None stands for ΔW = 0."""

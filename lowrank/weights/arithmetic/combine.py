@@ -10,71 +10,66 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 MajoritySign = Literal["total", "frequency"]
-Combine = Callable[[Tensor, Tensor, float, MajoritySign, torch.Generator], Tensor]
+Combine = Callable[[torch.Tensor, torch.Tensor, float, MajoritySign, torch.Generator], torch.Tensor]
+"""Makes one tensor (...) of tensors (adapters, ...) and weights (adapters,); then what some ways need: the share of
+values that pruning keeps, how TIES elects a sign (by the sum of the values, or by the number of tensors), and the
+generator that DARE draws from."""
 
 
-def linear(tensors: Tensor, weights: Tensor, density: float, sign: MajoritySign, generator: torch.Generator) -> Tensor:
-    """Σ wᵢ·Tᵢ.
-
-    Args:
-        tensors: (adapters, ...).
-        weights: (adapters,).
-        density: The share of values that pruning methods keep.
-        sign: How TIES elects a sign: by the sum of the values, or by the number of tensors.
-        generator: For DARE's random pruning.
-
-    Returns:
-        (...), the shape of one tensor.
-    """
+def _linear(
+    tensors: torch.Tensor, weights: torch.Tensor, density: float, sign: MajoritySign, generator: torch.Generator
+) -> torch.Tensor:
+    """Σ wᵢ·Tᵢ."""
     return (tensors * _column(weights, tensors)).sum(0)
 
 
-def magnitude_prune(
-    tensors: Tensor, weights: Tensor, density: float, sign: MajoritySign, generator: torch.Generator
-) -> Tensor:
-    """The weighted sum of what is left after each tensor's smallest values are set to zero. See `linear`."""
-    return linear(_largest(tensors, density), weights, density, sign, generator)
+def _magnitude_prune(
+    tensors: torch.Tensor, weights: torch.Tensor, density: float, sign: MajoritySign, generator: torch.Generator
+) -> torch.Tensor:
+    """The weighted sum of what is left after each tensor's smallest values are set to zero."""
+    return _linear(_largest(tensors, density), weights, density, sign, generator)
 
 
-def dare_linear(
-    tensors: Tensor, weights: Tensor, density: float, sign: MajoritySign, generator: torch.Generator
-) -> Tensor:
-    """The weighted sum of what is left after random values are dropped and the rest scaled up. See `linear`."""
-    return linear(_dropped(tensors, density, generator), weights, density, sign, generator)
+def _dare_linear(
+    tensors: torch.Tensor, weights: torch.Tensor, density: float, sign: MajoritySign, generator: torch.Generator
+) -> torch.Tensor:
+    """The weighted sum of what is left after random values are dropped and the rest scaled up."""
+    return _linear(_dropped(tensors, density, generator), weights, density, sign, generator)
 
 
-def ties(tensors: Tensor, weights: Tensor, density: float, sign: MajoritySign, generator: torch.Generator) -> Tensor:
-    """Trim each tensor to its largest values, elect a sign per value, average those that agree. See `linear`."""
+def _ties(
+    tensors: torch.Tensor, weights: torch.Tensor, density: float, sign: MajoritySign, generator: torch.Generator
+) -> torch.Tensor:
+    """Trim each tensor to its largest values, elect a sign per value, average those that agree."""
     return _elected(_largest(tensors, density), weights, sign)
 
 
-def dare_ties(
-    tensors: Tensor, weights: Tensor, density: float, sign: MajoritySign, generator: torch.Generator
-) -> Tensor:
-    """TIES with DARE's random dropping in the trimming's place. See `linear`."""
+def _dare_ties(
+    tensors: torch.Tensor, weights: torch.Tensor, density: float, sign: MajoritySign, generator: torch.Generator
+) -> torch.Tensor:
+    """TIES with DARE's random dropping in the trimming's place."""
     return _elected(_dropped(tensors, density, generator), weights, sign)
 
 
 FACTOR_METHODS: dict[str, Combine] = {
-    "linear": linear,
-    "ties": ties,
-    "dare_linear": dare_linear,
-    "dare_ties": dare_ties,
-    "magnitude_prune": magnitude_prune,
+    "linear": _linear,
+    "ties": _ties,
+    "dare_linear": _dare_linear,
+    "dare_ties": _dare_ties,
+    "magnitude_prune": _magnitude_prune,
 }
 
 
-def _elected(tensors: Tensor, weights: Tensor, sign: MajoritySign) -> Tensor:
+def _elected(tensors: torch.Tensor, weights: torch.Tensor, sign: MajoritySign) -> torch.Tensor:
     signs = tensors.sign()
     votes = tensors.sum(0) if sign == "total" else signs.sum(0)
     agrees = signs == torch.where(votes >= 0, 1, -1)
     return (tensors * _column(weights, tensors) * agrees).sum(0) / agrees.sum(0).clamp_min(1)
 
 
-def _largest(tensors: Tensor, density: float) -> Tensor:
+def _largest(tensors: torch.Tensor, density: float) -> torch.Tensor:
     if density >= 1:
         return tensors
     flat = tensors.flatten(1)
@@ -82,12 +77,12 @@ def _largest(tensors: Tensor, density: float) -> Tensor:
     return torch.zeros_like(flat).scatter(1, keep, flat.gather(1, keep)).view(tensors.shape)
 
 
-def _dropped(tensors: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def _dropped(tensors: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
     if density >= 1:
         return tensors
     kept = [torch.bernoulli(torch.full_like(tensor, density), generator=generator) for tensor in tensors]
     return tensors * torch.stack(kept) / density
 
 
-def _column(weights: Tensor, tensors: Tensor) -> Tensor:
+def _column(weights: torch.Tensor, tensors: torch.Tensor) -> torch.Tensor:
     return weights.view(-1, *[1] * (tensors.dim() - 1))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from lowrank.adapters.config import LoraConfig
 from lowrank.errors import InputError
@@ -143,7 +142,7 @@ def resize(
         InputError: See `compose`.
     """
     if rank is None and energy is None:
-        raise InputError("Neither a rank nor an energy is given.", fix="Give rank (--rank) or energy (--energy).")
+        raise InputError("neither a rank nor an energy is given", fix="Give rank (--rank) or energy (--energy).")
     return compose([adapter], out=out, method="svd", rank=rank, energy=energy)
 
 
@@ -195,7 +194,7 @@ def _on_products(
     return Product(combined, torch.eye(out)) if out <= into else Product(torch.eye(into), combined)
 
 
-def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
+def _padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
     missing = rank - tensor.shape[dim]
     return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
@@ -245,23 +244,23 @@ def _check_arguments(
 ) -> None:
     known = get_args(ComposeMethod)
     if method not in known:
-        raise InputError(f"There is no method {method!r}; there are {', '.join(known)}.")
+        raise InputError(f"there is no method {method!r}; there are {', '.join(known)}")
     if not adapters:
-        raise InputError("No adapter is given.")
+        raise InputError("no adapter is given")
     if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
-        raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters; one finite number each.")
+        raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters; one finite number each")
     if (rank is not None or energy is not None) and not method.endswith("svd"):
-        raise InputError(f"A rank or an energy is chosen by the method svd and its kin, not by {method}.")
+        raise InputError(f"a rank or an energy is chosen by the method svd and its kin, not by {method}")
     if rank is not None and rank < 1:
-        raise InputError(f"The rank is {rank}; it is at least 1.")
+        raise InputError(f"the rank is {rank}; it is at least 1")
     if energy is not None and not 0 < energy <= 1:
-        raise InputError(f"The energy is {energy}; it is above 0 and at most 1.")
+        raise InputError(f"the energy is {energy}; it is above 0 and at most 1")
     if (density is None) == (method in _PRUNING):
-        raise InputError(f"{method} {'needs a' if method in _PRUNING else 'has no'} density.")
+        raise InputError(f"{method} {'needs a' if method in _PRUNING else 'has no'} density")
     if density is not None and not 0 < density <= 1:
-        raise InputError(f"The density is {density}; it is above 0 and at most 1.")
+        raise InputError(f"the density is {density}; it is above 0 and at most 1")
     if majority_sign not in get_args(MajoritySign):
-        raise InputError(f"There is no majority sign {majority_sign!r}; there are {', '.join(get_args(MajoritySign))}.")
+        raise InputError(f"there is no majority sign {majority_sign!r}; there are {', '.join(get_args(MajoritySign))}")
 
 
 def _check_bases(files: list[AdapterFile]) -> list[str]:
@@ -269,12 +268,12 @@ def _check_bases(files: list[AdapterFile]) -> list[str]:
     for path, fingerprint in prints[1:]:
         if different := fingerprint.differences(prints[0][1]):
             raise InputError(
-                f"The adapters were trained on different bases: {path} has {', '.join(different)} in {prints[0][0]}."
+                f"the adapters were trained on different bases: {path} has {', '.join(different)} in {prints[0][0]}"
             )
     revisions = {(file.base, file.revision) for file in files if file.revision is not None}
     if len(revisions) > len({base for base, _ in revisions}):
         named = ", ".join(sorted(str(revision) for _, revision in revisions))
-        raise InputError(f"The adapters were trained on different revisions of their base: {named}.")
+        raise InputError(f"the adapters were trained on different revisions of their base: {named}")
     names = sorted({str(file.base) for file in files})
     notes = [f"The adapters name different bases: {shorten(names)}."] if len(names) > 1 else []
     known = [file.quantization for file in files if file.quantization is not None]
@@ -288,4 +287,4 @@ def _check_bases(files: list[AdapterFile]) -> list[str]:
 def _check_shapes(path: str, factors: list[Factors]) -> None:
     shapes = {(f.B.shape[0], *f.shape_A[1:]) for f in factors}
     if len(shapes) > 1:
-        raise InputError(f"The adapters do not fit one another: {path} has the sizes {sorted(shapes)}.")
+        raise InputError(f"the adapters do not fit one another: {path} has the sizes {sorted(shapes)}")

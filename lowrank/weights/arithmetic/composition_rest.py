@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowrank.adapters.config import AdapterConfig, LoraConfig
 from lowrank.adapters.methods.layer import rank_and_scale
@@ -29,7 +28,7 @@ Held = tuple[AdapterFile, str, float]
 class Rest:
     """The composed tensors that are no factors, and the config's fields that go with them."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,8 +52,8 @@ def compose_rest(files: Sequence[AdapterFile], weights: Sequence[float], shapes:
     for file, weight in zip(files, weights, strict=True):
         for name in rest_of(file):
             holders[name.replace(".base_layer.", ".")].append((file, name, weight))
-    tensors: dict[str, Tensor] = {}
-    tokens: dict[str, dict[int, list[tuple[Tensor, float, AdapterFile]]]] = defaultdict(lambda: defaultdict(list))
+    tensors: dict[str, torch.Tensor] = {}
+    tokens: dict[str, dict[int, list[tuple[torch.Tensor, float, AdapterFile]]]] = defaultdict(lambda: defaultdict(list))
     for name, held in holders.items():
         if name.endswith(_ADDED):
             added = [_scale(file, name) * weight * file.read(own).float() for file, own, weight in held]
@@ -78,18 +77,18 @@ def compose_rest(files: Sequence[AdapterFile], weights: Sequence[float], shapes:
     return Rest(tensors, fields)
 
 
-def _average(name: str, held: list[tuple[Tensor, float, AdapterFile]]) -> Tensor:
+def _average(name: str, held: list[tuple[torch.Tensor, float, AdapterFile]]) -> torch.Tensor:
     if len(held) == 1 and held[0][1] == 1.0:
         return held[0][0]
     if not math.isclose(sum(weight for _, weight, _ in held), 1.0, rel_tol=1e-6):
         told = ", ".join(f"{weight:g} for {file.path}" for _, weight, file in held)
         raise InputError(
             f"{name} is saved whole, with the weights {told}: without the base, its weighted sum is known only where "
-            "they sum to 1.",
+            "they sum to 1",
             fix="Choose such weights, or merge the adapters into their base one after another.",
         )
     if len({value.shape for value, _, _ in held}) > 1:
-        raise InputError(f"The adapters do not fit one another: {name} has different shapes.")
+        raise InputError(f"the adapters do not fit one another: {name} has different shapes")
     total = torch.stack([value.double() * weight for value, weight, _ in held]).sum(0)
     return total.to(held[0][0].dtype)
 
@@ -100,7 +99,7 @@ def _tokens(config: AdapterConfig, name: str) -> list[int]:
         path = name.removesuffix(TOKENS)
         wanted = next((ids for module, ids in wanted.items() if f".{path}".endswith(f".{module}")), None)
     if wanted is None:
-        raise InputError(f"The config names no tokens for {name}.")
+        raise InputError(f"the config names no tokens for {name}")
     return wanted
 
 
@@ -109,7 +108,7 @@ def _fields(files: Sequence[AdapterFile], tokens: dict[str, Any]) -> dict[str, A
     whole = {name for config in configs for name in config.modules_to_save or []}
     biases = {config.bias for config in configs} - {"none"}
     if len(biases) > 1:
-        raise InputError("One adapter trains all biases and another those of its modules; they cannot become one.")
+        raise InputError("one adapter trains all biases and another those of its modules; they cannot become one")
     fields: dict[str, Any] = {"modules_to_save": sorted(whole) or None, "bias": biases.pop() if biases else "none"}
     if tokens:
         fields["trainable_token_indices"] = {name.removesuffix(TOKENS): list(rows) for name, rows in tokens.items()}
@@ -118,7 +117,7 @@ def _fields(files: Sequence[AdapterFile], tokens: dict[str, Any]) -> dict[str, A
     return fields
 
 
-def _check_biases(files: Sequence[AdapterFile], tensors: dict[str, Tensor], shapes: dict[str, int]) -> None:
+def _check_biases(files: Sequence[AdapterFile], tensors: dict[str, torch.Tensor], shapes: dict[str, int]) -> None:
     """A file that trains biases holds those of all its modules; the base's own are not known here."""
     if all(file.config.bias == "none" for file in files):
         return
@@ -126,12 +125,12 @@ def _check_biases(files: Sequence[AdapterFile], tensors: dict[str, Tensor], shap
     without = {path for file, paths in zip(files, own, strict=True) if file.config.bias != "none" for path in paths}
     if lacking := sorted(shapes.keys() - without):
         raise InputError(
-            f"One adapter trains biases, and only another has {lacking[0]}: its bias is the base's, not known here.",
+            f"one adapter trains biases, and only another has {lacking[0]}: its bias is the base's, not known here",
             fix="Compose adapters on the same modules, or merge them into their base one after another.",
         )
 
 
 def _scale(file: AdapterFile, name: str) -> float:
     if not isinstance(file.config, LoraConfig):
-        raise InputError(f"{name} is unexpected in an adapter of this method.", where=str(file.path))
+        raise InputError(f"{name} is unexpected in an adapter of this method", where=str(file.path))
     return rank_and_scale(file.config, name.removesuffix(_ADDED))[1]

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.adapters.experts.fused import is_transposed, name_in_file
 from lowrank.adapters.kinds.kind import kind_of
@@ -58,7 +58,7 @@ def differing_experts(pair: Pair, name: str, r: int | None, energy: float | None
         difference = pair.after.read(other, expert).float() - pair.before.read(one, expert).float()
         size = torch.linalg.vector_norm(difference, dtype=torch.float64).square().item()
         if not math.isfinite(size):
-            raise InputError(f"{name} holds NaN or infinity in one of the models.", where=str(pair.tuned.folder))
+            raise InputError(f"{name} holds NaN or infinity in one of the models", where=str(pair.tuned.folder))
         if size == 0.0:
             products.append(Product(torch.zeros(0, d2), torch.zeros(d1, 0)))
             continue
@@ -73,7 +73,7 @@ def differing_experts(pair: Pair, name: str, r: int | None, energy: float | None
 
 def experts_in_file(
     module: nn.Module, path: str, parameters: dict[str, ExpertMatrices], dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> dict[str, torch.Tensor]:
     """peft's tensors for the parameters of one experts module: see `lowrank.adapters.experts.fused.expert_factors`."""
     names = [name for name in parameter_names(module) if name in parameters]
     tensors = {}

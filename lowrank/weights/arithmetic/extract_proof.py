@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowrank.adapters.install import hosts
 from lowrank.adapters.whole_modules import WholeCopy
@@ -80,7 +79,7 @@ def _compare_merged(path: str, module: Any, layer: Any, kind: Any, pair: Pair, f
     return names
 
 
-def _check_difference(name: str, written: Tensor, pair: Pair, found: Carriers) -> None:
+def _check_difference(name: str, written: torch.Tensor, pair: Pair, found: Carriers) -> None:
     one, other = pair.read(name)
     difference = other.sub_(one) if other.data_ptr() != one.data_ptr() else other - one
     size = torch.linalg.vector_norm(difference, dtype=torch.float64).item()

@@ -79,17 +79,17 @@ def extract(
         JobError: The written adapter does not give the tuned model.
     """
     if r is None and energy is None:
-        raise InputError("Neither a rank nor an energy is given.", fix="Give r (--r) or energy (--energy).")
+        raise InputError("neither a rank nor an energy is given", fix="Give r (--r) or energy (--energy).")
     if r is not None and r < 1:
-        raise InputError(f"The rank is {r}; it is at least 1.")
+        raise InputError(f"the rank is {r}; it is at least 1")
     if energy is not None and not 0 < energy <= 1:
-        raise InputError(f"The energy is {energy}; it is above 0 and at most 1.")
+        raise InputError(f"the energy is {energy}; it is above 0 and at most 1")
     started = time.monotonic()
     models = [open_base(name, trust_remote_code=trust_remote_code) for name in (base, tuned)]
     for model in models:
         refuse_inside(Path(out), model.folder)
     if (Path(out) / CONFIG_NAME).exists():
-        raise InputError("The folder already holds an adapter.", where=str(out), fix="Choose another folder.")
+        raise InputError("the folder already holds an adapter", where=str(out), fix="Choose another folder.")
     pair = Pair(*models)
     found = Carriers(pair, r, energy, dtype)
     found.compare(progress)

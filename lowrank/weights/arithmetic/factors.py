@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
     """ΔW = B · A, the scale folded in."""
 
-    A: Tensor
-    B: Tensor
+    A: torch.Tensor
+    B: torch.Tensor
 
     @property
     def rank(self) -> int:
@@ -44,7 +43,7 @@ def distance(one: Product, other: Product) -> float:
     return torch.linalg.vector_norm(singular(total([one, other.times(-1.0)]))[1]).item()
 
 
-def singular(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+def singular(product: Product) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The reduced singular value decomposition of B·A, from QR decompositions of the factors, in float64.
 
     B = Q₁R₁ and Aᵀ = Q₂R₂, so B·A = Q₁(R₁R₂ᵀ)Q₂ᵀ, and the matrix in the middle is only (r, r).
@@ -58,7 +57,7 @@ def singular(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     return Q1 @ U, S, Vh @ Q2.T
 
 
-def rank_for(S: Tensor, rank: int | None, energy: float | None) -> int:
+def rank_for(S: torch.Tensor, rank: int | None, energy: float | None) -> int:
     """How many singular values to keep: `rank`, or the fewest that hold `energy` of ΣS²; at least 1, at most both."""
     keep = len(S) if rank is None else min(rank, len(S))
     if energy is not None:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from lowrank.adapters.multihead import OUT_PROJ
 from lowrank.adapters.registry import METHODS
@@ -32,8 +31,8 @@ class Factors:
     """
 
     path: str
-    A: Tensor
-    B: Tensor
+    A: torch.Tensor
+    B: torch.Tensor
     scale: float
     shape_A: tuple[int, ...]
     shape_B: tuple[int, ...]
@@ -45,12 +44,12 @@ class Factors:
         """ΔW, the scale folded into A."""
         return Product(self.A * self.scale, self.B)
 
-    def with_factors(self, A: Tensor, B: Tensor) -> Factors:
+    def with_factors(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
         """The same module with other factors (scale 1), in float32 where the file's dtype would round them."""
         exact = all(torch.equal(factor.to(self.dtype).float(), factor) for factor in (A, B))
         return replace(self, A=A, B=B, scale=1.0, dtype=self.dtype if exact else torch.float32)
 
-    def in_file(self) -> dict[str, Tensor]:
+    def in_file(self) -> dict[str, torch.Tensor]:
         """The tensors under peft's names; the scale is the config's business."""
         A = self.A.reshape(-1, *self.shape_A[1:]).to(self.dtype)
         B = self.B.reshape(self.shape_B[0], -1, *self.shape_B[2:]).to(self.dtype)
@@ -82,8 +81,8 @@ def read_factors(adapter: AdapterFile, skip: frozenset[str] = frozenset()) -> di
         others.append("target_parameters")
     if others or adapter.config.method_name not in _NEEDED:
         raise InputError(
-            f"The adapter is more than a low-rank sum (method {adapter.config.method_name}; {shorten(others)}), "
-            "and that cannot be done with its factors.",
+            f"the adapter is more than a low-rank sum (method {adapter.config.method_name}; {shorten(others)}), "
+            "and that cannot be done with its factors",
             where=str(adapter.path),
             fix="Merge it into its base instead, and extract a LoRA from the result.",
         )
@@ -94,14 +93,12 @@ def _read(adapter: AdapterFile, path: str, names: dict[str, str]) -> Factors:
     embedding = any("embedding" in bare for bare in names)
     bare = {name.replace("lora_embedding_", "lora_"): full for name, full in names.items()}
     if bare.keys() != _NEEDED[adapter.config.method_name]:
-        raise InputError(
-            f"The factors of {path} are not complete: {', '.join(sorted(names))}.", where=str(adapter.path)
-        )
+        raise InputError(f"the factors of {path} are not complete: {', '.join(sorted(names))}", where=str(adapter.path))
     tensors = {name: adapter.read(full) for name, full in bare.items()}
     shape_A, shape_B = tuple(tensors["lora_A"].shape), tuple(tensors["lora_B"].shape)
     if len(shape_A) > 2 and shape_A[0] > shape_B[1] > 0 and shape_A[0] % shape_B[1] == 0:
         raise InputError(
-            f"{path} is a convolution with {shape_A[0] // shape_B[1]} groups, and its factors are no product B · A.",
+            f"{path} is a convolution with {shape_A[0] // shape_B[1]} groups, and its factors are no product B · A",
             where=str(adapter.path),
         )
     if adapter.config.method_name == "adalora" and len(shape_A) == len(shape_B) == 2 and shape_A[0] == shape_B[1] == 0:
@@ -109,13 +106,13 @@ def _read(adapter: AdapterFile, path: str, names: dict[str, str]) -> Factors:
         shape_A, shape_B = (1, shape_A[1]), (shape_B[0], 1)
     if len(shape_A) < 2 or len(shape_B) < 2 or shape_A[0] != shape_B[1] or 0 in (*shape_A, *shape_B):
         raise InputError(
-            f"{path} has factors {shape_A} and {shape_B}, which do not go together.", where=str(adapter.path)
+            f"{path} has factors {shape_A} and {shape_B}, which do not go together", where=str(adapter.path)
         )
     flat = {name: tensor.float().flatten(1) for name, tensor in tensors.items()}
     term = METHODS[adapter.config.method_name].from_file(adapter.config, path, flat, torch.empty(0))
     return Factors(path, term.A, term.B, term.scale, shape_A, shape_B, embedding, tensors["lora_A"].dtype)
 
 
-def _one_of_zeros(into: int, out: int) -> dict[str, Tensor]:
+def _one_of_zeros(into: int, out: int) -> dict[str, torch.Tensor]:
     """A module whose every rank AdaLoRA has pruned: ΔW = 0, in a form that every reader takes."""
     return {"lora_A": torch.zeros(1, into), "lora_B": torch.zeros(out, 1), "lora_E": torch.zeros(1, 1)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from lowrank.errors import InputError
 from lowrank.weights.files.adapter_file import shorten
@@ -30,12 +29,12 @@ class Pair:
         self.before, self.after = Stored(base), Stored(tuned)
         for model in (base, tuned):
             if decode_stored(model) is not None:
-                raise InputError("The model is quantised; a difference needs dense weights.", where=str(model.folder))
+                raise InputError("the model is quantised; a difference needs dense weights", where=str(model.folder))
         every = [*base.skeleton.state_dict(), *self.before.names, *tuned.skeleton.state_dict(), *self.after.names]
         places = {name: self.places(name) for name in dict.fromkeys(every)}
         missing = [name for name, found in places.items() if found.count(None) == 1]
         if missing:
-            raise InputError(f"Only one of the models has {shorten(missing)}.", where=str(tuned.folder))
+            raise InputError(f"only one of the models has {shorten(missing)}", where=str(tuned.folder))
         self.names = [name for name, found in places.items() if None not in found]
 
     def places(self, name: str) -> tuple[str | None, str | None]:
@@ -55,7 +54,7 @@ class Pair:
         ]
         return sorted((groups[0] & groups[1]) - {name})
 
-    def read(self, name: str) -> tuple[Tensor, Tensor]:
+    def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Before and after, in float32 where they are floats: the files may have dtypes of their own.
 
         Raises:
@@ -65,10 +64,10 @@ class Pair:
         pair = _precise(self.before.read(one)), _precise(self.after.read(other))
         for model, tensor in zip((self.base, self.tuned), pair, strict=True):
             if not tensor.isfinite().all():
-                raise InputError(f"{name} holds NaN or infinity.", where=str(model.folder))
+                raise InputError(f"{name} holds NaN or infinity", where=str(model.folder))
         return pair
 
-    def read_after(self, name: str) -> Tensor:
+    def read_after(self, name: str) -> torch.Tensor:
         """What the tuned model's files hold, in their dtype."""
         return self.after.read(self._found(name)[1])
 
@@ -94,7 +93,7 @@ def _held(stored: Stored, name: str) -> str | None:
     return next((other for other in group if other in stored), None) if len(group) > 1 and name in group else None
 
 
-def _precise(tensor: Tensor) -> Tensor:
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point():
         return tensor if tensor.dtype == torch.float64 else tensor.float()
     return tensor.to(torch.int64)

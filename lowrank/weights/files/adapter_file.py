@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
 from lowrank.adapters.targeting.patterns import matches_end
@@ -78,17 +78,17 @@ class AdapterFile:
         """The revision to load of a base that somebody names: the adapter's own where it is the adapter's own base."""
         return self.revision if base is None or str(base) == self.base else None
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> torch.Tensor:
         """The tensor of that name (without the prefix), on the CPU; InputError when it holds NaN or infinity."""
         return self._finite(name, self.file.read(self.tensors[name].name))
 
-    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (not included) of that tensor."""
         return self._finite(name, self.file.read_rows(self.tensors[name].name, first, last))
 
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise InputError(f"The adapter's tensor {name} holds NaN or infinity.", where=str(self.file.path))
+            raise InputError(f"the adapter's tensor {name} holds NaN or infinity", where=str(self.file.path))
         return tensor
 
 
@@ -104,22 +104,22 @@ def open_adapter(path: str | Path) -> AdapterFile:
     if strangers:
         layout = told_layout(strangers)
         raise InputError(
-            f"{len(strangers)} tensors do not begin with {PREFIX!r}, as peft's names do: {shorten(strangers)}."
-            + (f" The layout is {layout}." if layout else ""),
+            f"{len(strangers)} tensors do not begin with {PREFIX!r}, as peft's names do: {shorten(strangers)}"
+            + (f"; the layout is {layout}" if layout else ""),
             where=str(weights_path),
         )
     if not file.entries:
-        raise InputError("The adapter holds no tensor.", where=str(weights_path))
+        raise InputError("the adapter holds no tensor", where=str(weights_path))
     base = raw.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
-        raise InputError("base_model_name_or_path is not a string.", where=str(config_path))
+        raise InputError("base_model_name_or_path is not a string", where=str(config_path))
     revision = raw.get("revision")
     if revision is not None and not isinstance(revision, str):
-        raise InputError("revision is not a string.", where=str(config_path))
+        raise InputError("revision is not a string", where=str(config_path))
     tensors = _plain_names({name.removeprefix(PREFIX): entry for name, entry in file.entries.items()})
     return AdapterFile(
         path=Path(path) if Path(path).is_file() else weights_path.parent,
-        config=_with_wholes(parse_config(raw, config_path), list(tensors)),
+        config=_with_wholes(_parse_config(raw, config_path), list(tensors)),
         tensors=tensors,
         file=file,
         base=base or None,
@@ -166,7 +166,7 @@ def _open_folder(path: str | Path) -> tuple[TensorFile, dict[str, Any], Path]:
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if not config_path.is_file():
         raise InputError(
-            f"This is no adapter folder: it has no {CONFIG_NAME}.{_found_instead(folder)}",
+            f"this is no adapter folder: it has no {CONFIG_NAME}{_found_instead(folder)}",
             where=str(folder),
             fix=_under_way(folder),
         )
@@ -182,10 +182,10 @@ def _open_folder(path: str | Path) -> tuple[TensorFile, dict[str, Any], Path]:
 def _found_instead(folder: Path) -> str:
     """What a folder that is none holds: a model, or adapters of another layout."""
     if (folder / "config.json").is_file():
-        return " It holds a whole model."
+        return "; it holds a whole model"
     for file in sorted(folder.glob("*.safetensors")):
         if layout := told_layout(open_tensors(file).entries):
-            return f" The layout of {file.name} is {layout}."
+            return f"; the layout of {file.name} is {layout}"
     return ""
 
 
@@ -199,19 +199,19 @@ def _under_way(folder: Path) -> str | None:
 
 def _open_file(path: Path) -> tuple[TensorFile, dict[str, Any], Path]:
     if path.suffix != ".safetensors":
-        raise InputError("An adapter is a folder, or one .safetensors file.", where=str(path))
+        raise InputError("an adapter is a folder, or one .safetensors file", where=str(path))
     file = open_tensors(path)
     if CONFIG_KEY not in file.metadata:
         own = all(name.startswith(PREFIX) for name in file.entries)
         layout = None if own else told_layout(file.entries)
-        told = f" The layout is {layout}." if layout else ""
+        told = f"; the layout is {layout}" if layout else ""
         raise InputError(
-            f"The file's metadata holds no {CONFIG_KEY}: give the adapter's folder.{told}", where=str(path)
+            f"the file's metadata holds no {CONFIG_KEY}{told}", where=str(path), fix="Give the adapter's folder."
         )
     return file, parse_json_object(file.metadata[CONFIG_KEY].encode(), path), path
 
 
-def parse_config(raw: Mapping[str, Any], where: Path) -> AdapterConfig:
+def _parse_config(raw: Mapping[str, Any], where: Path) -> AdapterConfig:
     """The config in an `adapter_config.json`.
 
     Raises:
@@ -220,7 +220,7 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> AdapterConfig:
     peft_type = raw.get("peft_type")
     kind = _KINDS.get(peft_type) if isinstance(peft_type, str) else None
     if kind is None:
-        raise InputError(f"peft_type is {peft_type!r}; {' and '.join(_KINDS)} can be read.", where=str(where))
+        raise InputError(f"peft_type is {peft_type!r}; {' and '.join(_KINDS)} can be read", where=str(where))
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         raise _changed_base(
@@ -234,7 +234,7 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> AdapterConfig:
     unused = _UNUSED_BY_ADALORA if kind is AdaLoraConfig else set()
     wrong = [f"{name}: {value!r}" for name, value in rest.items() if not _is_neutral(name, value, unused)]
     if wrong:
-        raise InputError(f"Not supported: {'; '.join(wrong)}.", where=str(where))
+        raise InputError(f"not supported: {'; '.join(wrong)}", where=str(where))
     return _validated(kind, known, where)
 
 
@@ -249,7 +249,7 @@ def refuse_taken_out(adapter: AdapterFile) -> None:
 
 def _changed_base(init: str, where: Path, fix: str) -> InputError:
     return InputError(
-        f"The adapter was initialised with {init!r}, and belongs to a base that this changed.",
+        f"the adapter was initialised with {init!r}, and belongs to a base that this changed",
         where=str(where),
         fix=fix,
     )
@@ -259,10 +259,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 100 MB; InputError otherwise."""
     try:
         if path.stat().st_size > MAX_HEADER:
-            raise InputError("The file is too large for a config.", where=str(path))
+            raise InputError("the file is too large for a config", where=str(path))
         return parse_json_object(path.read_bytes(), path)
     except OSError as error:
-        raise InputError(f"Cannot read the file: {error.strerror}.", where=str(path)) from error
+        raise InputError(f"cannot read the file: {error.strerror}", where=str(path)) from error
 
 
 def shorten(names: list[str], limit: int = 8) -> str:
@@ -282,7 +282,7 @@ def _validated(kind: type[LoraConfig | AdaLoraConfig], known: dict[str, Any], wh
         return kind.model_validate(absent_means_none | fields)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()]
-        raise InputError(f"The adapter's config is wrong: {'; '.join(problems)}.", where=str(where)) from error
+        raise InputError(f"the adapter's config is wrong: {'; '.join(problems)}", where=str(where)) from error
 
 
 def _is_neutral(name: str, value: object, unused: set[str]) -> bool:
@@ -297,11 +297,11 @@ def _refuse_pickle(folder: Path, weights: Path) -> None:
     pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)]
     if pickles:
         raise InputError(
-            f"The weights are a pickle ({shorten(pickles)}), which can run code when it is read; it is not.",
+            f"the weights are a pickle ({shorten(pickles)}), which can run code when it is read; it is not",
             where=str(folder),
             fix=f"Convert it to {WEIGHTS_NAME} with the tool that wrote it.",
         )
-    raise InputError(f"The adapter folder has no {WEIGHTS_NAME}.", where=str(folder))
+    raise InputError(f"the adapter folder has no {WEIGHTS_NAME}", where=str(folder))
 
 
 def _version(raw: Mapping[str, Any]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
@@ -35,7 +35,7 @@ class Decoding:
     """How a model's files are read: nothing special for a dense one.
 
     Attributes:
-        decoders: Tensor name in the files -> the dense weight behind it.
+        decoders: torch.Tensor name in the files -> the dense weight behind it.
         dropped: Names that only the quantised form needs.
         notes: What is to be said about it.
     """
@@ -58,14 +58,14 @@ def choose_decoding(base: ModelFolder, onto: str, trained_over: Mapping[str, Any
     """
     if onto not in ("dequantised", "original"):
         raise InputError(
-            f"onto={onto!r} (--onto) is neither dequantised nor original. Quantising the merged weights again is "
-            "not offered: their steps are larger than most of the adapter's changes, which would be lost.",
+            f"onto={onto!r} (--onto) is neither dequantised nor original; merged weights are not quantised again, as "
+            "the steps are larger than most of the adapter's changes",
             fix="Merge into 16 bits, and keep the adapter apart where 4 bits must be.",
         )
     stored = decode_stored(base)
     if stored is not None and onto == "original":
         raise InputError(
-            "The base's folder holds quantised weights; the original ones are not in it.",
+            "the base's folder holds quantised weights; the original ones are not in it",
             where=str(base.folder),
             fix="Give the original model as the base (--base).",
         )
@@ -80,7 +80,7 @@ def choose_decoding(base: ModelFolder, onto: str, trained_over: Mapping[str, Any
     if not trained_over:
         return Decoding()
     if onto == "dequantised":
-        return decode_as_loaded(base, trained_over)
+        return _decode_as_loaded(base, trained_over)
     note = (
         "The adapter was trained over quantised weights and is merged onto the original ones: what it learned to make "
         "up for is not there, and the answers differ from those that were evaluated."
@@ -100,8 +100,8 @@ def decode_stored(base: ModelFolder) -> Decoding | None:
     method = fields.get("quant_method")
     if method != "bitsandbytes":
         raise InputError(
-            f"The base is quantised with {method or 'what its config does not name'}; adapters are merged into dense "
-            "bases and bitsandbytes' ones.",
+            f"the base is quantised with {method or 'what its config does not name'}; adapters are merged into dense "
+            "bases and bitsandbytes' ones",
             where=str(base.folder),
             fix="Give the dense model that it was made from as the base (--base).",
         )
@@ -119,7 +119,7 @@ def decode_stored(base: ModelFolder) -> Decoding | None:
     return Decoding(decoders, frozenset(dropped))
 
 
-def decode_as_loaded(base: ModelFolder, quantization: Mapping[str, Any]) -> Decoding:
+def _decode_as_loaded(base: ModelFolder, quantization: Mapping[str, Any]) -> Decoding:
     """How a dense folder reads after loading it with a `quantization_config`.
 
     Args:
@@ -131,8 +131,8 @@ def decode_as_loaded(base: ModelFolder, quantization: Mapping[str, Any]) -> Deco
     """
     if find_spec("bitsandbytes") is None:
         raise InputError(
-            "The adapter was trained over a quantised base, and quantising it again needs bitsandbytes.",
-            fix="pip install 'lowrank[quantization]'",
+            "the adapter was trained over a quantised base, and quantising it again needs bitsandbytes",
+            fix="Install it: pip install 'lowrank[quantization]'.",
         )
     config = BitsAndBytesConfig.from_dict(dict(quantization))
     assert isinstance(config, BitsAndBytesConfig)
@@ -149,7 +149,7 @@ def decode_as_loaded(base: ModelFolder, quantization: Mapping[str, Any]) -> Deco
     if len(decoders) < len(names):
         found = {base.pieces[name][0].parameter.removesuffix(".weight") for name in decoders}
         raise InputError(
-            f"Weights that loading would quantise are not stored one by one: {shorten(sorted(names - found))}.",
+            f"weights that loading would quantise are not stored one by one: {shorten(sorted(names - found))}",
             where=str(base.folder),
         )
     return Decoding(decoders, frozenset())
@@ -182,7 +182,9 @@ def _stored_four_bits(base: ModelFolder, file: TensorFile, weight: str, state_na
     return FourBits(expected, lambda first, last: file.read_bytes(weight, first, last), maxima, code, blocksize)
 
 
-def _maxima(file: TensorFile, weight: str, state: Mapping[str, object], blocks: int) -> Callable[[int, int], Tensor]:
+def _maxima(
+    file: TensorFile, weight: str, state: Mapping[str, object], blocks: int
+) -> Callable[[int, int], torch.Tensor]:
     """Gives the largest magnitudes of some of a weight's blocks, read when they are asked for."""
     name, nested = f"{weight}.absmax", "nested_offset" in state
     entry = file.entries[name]
@@ -195,7 +197,7 @@ def _maxima(file: TensorFile, weight: str, state: Mapping[str, object], blocks: 
     if inner.shape != (-(-blocks // size),) or code.shape != (256,):
         raise ValueError(inner.name)
 
-    def maxima(first: int, last: int) -> Tensor:
+    def maxima(first: int, last: int) -> torch.Tensor:
         groups = file.read_rows(inner.name, first // size, -(-last // size))
         return nested_maxima(file.read_rows(name, first, last), groups, code, offset, size, skip=first % size)
 
@@ -228,4 +230,4 @@ def _size(state: Mapping[str, object]) -> int:
 
 
 def _inconsistent(file: TensorFile, weight: str) -> InputError:
-    return InputError(f"The parts of the quantised tensor {weight} do not go together.", where=str(file.path))
+    return InputError(f"the parts of the quantised tensor {weight} do not go together", where=str(file.path))

@@ -6,7 +6,8 @@ are transposed. Before, they stood for (experts, in, out) always. Where W is squ
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lowrank.adapters.experts.fused import ExpertsLayer, is_transposed, name_in_file
 from lowrank.adapters.install import hosts
@@ -36,7 +37,7 @@ def is_turned(
     return None
 
 
-def turned_about(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+def _turned_about(A: torch.Tensor, B: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same ΔW of each expert, for a W that is laid out the other way round."""
     of_expert_A = A.view(experts, -1, A.shape[1])  # (experts, r, in)
     of_expert_B = B.view(B.shape[0], -1, experts)  # (out, r, experts)
@@ -45,9 +46,9 @@ def turned_about(A: Tensor, B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return new_A, new_B
 
 
-def turned_experts(model: nn.Module, adapter: str, file: AdapterFile) -> dict[str, Tensor]:
+def turned_experts(model: nn.Module, adapter: str, file: AdapterFile) -> dict[str, torch.Tensor]:
     """The factors of fused experts that a file holds the older way, as the model has them, by name in the file."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
     for path, module, adapters in hosts(model) if file.before_turn else ():
         layer = adapters.layers().get(adapter)
         if not isinstance(layer, ExpertsLayer):
@@ -61,5 +62,5 @@ def turned_experts(model: nn.Module, adapter: str, file: AdapterFile) -> dict[st
                 continue
             A, B = file.read(name_A), file.read(name_B)
             if is_turned(shape, False, A.shape[0], (tuple(A.shape), tuple(B.shape)), before=True):
-                found[name_A], found[name_B] = turned_about(A, B, shape[0])
+                found[name_A], found[name_B] = _turned_about(A, B, shape[0])
     return found

@@ -50,7 +50,7 @@ class Fingerprint:
         good = isinstance(raw.get("model_type"), str) and isinstance(raw.get("commit"), str | None)
         good = good and all(raw[name] is None or type(raw[name]) is int for name in sizes & raw.keys())
         if raw.keys() | {"commit"} != names or not good:
-            raise InputError("The note about the base model in the file's metadata is damaged.", where=str(where))
+            raise InputError("the note about the base model in the file's metadata is damaged", where=str(where))
         return cls(**raw)
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -19,7 +19,7 @@ def hollow(skeleton: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                made.setdefault(id(parameter), nn.Parameter(zeros(parameter), requires_grad=False))
+                made.setdefault(id(parameter), nn.Parameter(_zeros(parameter), requires_grad=False))
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -27,7 +27,7 @@ def hollow(skeleton: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def zeros(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+def _zeros(like: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
     """One zero, expanded."""
     return torch.zeros((), dtype=like.dtype).expand(like.shape if shape is None else shape)
 
@@ -36,7 +36,7 @@ def resize(model: PreTrainedModel, name: str, shape: tuple[int, ...]) -> None:
     """Gives a parameter that has a row for each token another number of rows, and the config with it."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    module._parameters[leaf] = nn.Parameter(zeros(module.get_parameter(leaf), shape), requires_grad=False)
+    module._parameters[leaf] = nn.Parameter(_zeros(module.get_parameter(leaf), shape), requires_grad=False)
     for count in ("num_embeddings", "out_features"):
         if hasattr(module, count):
             setattr(module, count, shape[0])

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowrank.errors import InputError
 from lowrank.storage.tensorfile import CODES, Entry, TensorFile, open_tensors
@@ -31,18 +30,15 @@ _MLX_FACTOR = re.compile(r"(?P<path>.+)\.(?P<name>lora_a|lora_b|m)")
 class GivenTensors(TensorFile):
     """Tensors that are no bytes of a safetensors file, under the names and shapes that they shall have."""
 
-    tensors: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
 
-    def read(self, name: str) -> Tensor:
-        """See `TensorFile.read`."""
+    def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]()
 
-    def read_rows(self, name: str, first: int, last: int) -> Tensor:
-        """See `TensorFile.read_rows`."""
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
         return self.tensors[name]()[first:last]
 
-    def read_bytes(self, name: str, first: int, last: int) -> Tensor:
-        """See `TensorFile.read_bytes`."""
+    def read_bytes(self, name: str, first: int, last: int) -> torch.Tensor:
         return self.tensors[name]().contiguous().view(-1).view(torch.uint8)[first:last]
 
 
@@ -56,12 +52,12 @@ def open_pickle(path: Path) -> TensorFile:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(
-            "The pickle cannot be read as tensors alone, and other content could run code.",
+            "the pickle cannot be read as tensors alone, and other content could run code",
             where=str(path),
             fix="Convert it to adapter_model.safetensors with the tool that wrote it.",
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError("The pickle is no table of tensors.", where=str(path))
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError("the pickle is no table of tensors", where=str(path))
     return _given(path, {name: (tensor.shape, tensor.dtype, partial(_same, tensor)) for name, tensor in state.items()})
 
 
@@ -84,7 +80,7 @@ def open_mlx(folder: Path, raw: Mapping[str, Any]) -> tuple[TensorFile, dict[str
         config = {"peft_type": "LORA", "target_modules": [], "modules_to_save": whole}
         return _given(path, {PREFIX + name: _read_as(file, name, "") for name in file.entries}), {**base, **config}
     if method not in ("lora", "dora"):
-        raise InputError(f"mlx-lm's fine_tune_type {method!r} is not read; lora, dora and full are.", where=str(folder))
+        raise InputError(f"mlx-lm's fine_tune_type {method!r} is not read; lora, dora and full are", where=str(folder))
     found = {name: match for name in file.entries if (match := _MLX_FACTOR.fullmatch(name))}
     _refuse_mlx(file, found, method)
     ranks = {match["path"]: file.entries[name].shape[1] for name, match in found.items() if match["name"] == "lora_a"}
@@ -129,7 +125,7 @@ def _refuse_mlx(file: TensorFile, found: Mapping[str, re.Match[str]], method: st
     stacks = [name for name, match in found.items() if len(file.entries[name].shape) > 2]
     if strange or stacks:
         which = "tensors beside factors" if strange else "factors of stacked experts (switch layers)"
-        raise InputError(f"mlx-lm's adapter holds {which}: {', '.join((strange or stacks)[:8])}.", where=str(file.path))
+        raise InputError(f"mlx-lm's adapter holds {which}: {', '.join((strange or stacks)[:8])}", where=str(file.path))
     needed = {"lora_a", "lora_b"} | ({"m"} if method == "dora" else set())
     parts: dict[str, set[str]] = {}
     for match in found.values():
@@ -137,10 +133,10 @@ def _refuse_mlx(file: TensorFile, found: Mapping[str, re.Match[str]], method: st
     wrong = [path for path, names in parts.items() if names != needed]
     tables = [path for path in parts if method == "dora" and path.endswith(("embed_tokens", "wte"))]
     if not parts or wrong:
-        raise InputError(f"mlx-lm's factors are not complete: {', '.join(wrong[:8]) or 'none'}.", where=str(file.path))
+        raise InputError(f"mlx-lm's factors are not complete: {', '.join(wrong[:8]) or 'none'}", where=str(file.path))
     if tables:
         raise InputError(
-            f"mlx-lm's DoRA keeps a norm of each token of {', '.join(tables)}, peft's one of each feature.",
+            f"mlx-lm's DoRA keeps a norm of each token of {', '.join(tables)}, peft's one of each feature",
             where=str(file.path),
         )
 
@@ -149,7 +145,7 @@ def _mlx_scale(raw: Mapping[str, Any], folder: Path) -> float:
     fields = raw.get("lora_parameters")
     scale = fields.get("scale") if isinstance(fields, dict) else None
     if not isinstance(fields, dict) or not isinstance(scale, int | float) or scale <= 0:
-        raise InputError("mlx-lm's config has no lora_parameters with a scale above 0.", where=str(folder))
+        raise InputError("mlx-lm's config has no lora_parameters with a scale above 0", where=str(folder))
     if isinstance(alpha := fields.get("alpha"), int | float):  # before 0.19 or so, both
         return float(scale) * alpha / fields["rank"]
     return float(scale)
@@ -162,19 +158,19 @@ def _peft_name(match: re.Match[str]) -> str:
     return f"{match['path']}.{(tables if table else names)[match['name']]}"
 
 
-def _read_as(file: TensorFile, name: str, part: str) -> tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]:
+def _read_as(file: TensorFile, name: str, part: str) -> tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]:
     entry = file.entries[name]
     if part in ("lora_a", "lora_b"):
         return entry.shape[::-1], entry.torch_dtype, lambda: file.read(name).t().contiguous()
     return entry.shape, entry.torch_dtype, lambda: file.read(name)
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
 def _given(
-    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]]
+    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]
 ) -> GivenTensors:
     entries = {
         name: Entry(name, CODES[dtype], tuple(shape), 0, torch.Size(shape).numel() * dtype.itemsize)

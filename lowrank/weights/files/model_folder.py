@@ -118,7 +118,7 @@ def open_base(
     names = [name for file in files.values() for name in file.entries]
     shapes = {name: entry.shape for file in files.values() for name, entry in file.entries.items()}
     if len(shapes) < len(names):
-        raise InputError("A tensor's name occurs in two of the model's files.", where=str(folder))
+        raise InputError("a tensor's name occurs in two of the model's files", where=str(folder))
     return ModelFolder(folder, config, skeleton, files, sharded, find_pieces(skeleton, shapes), sizes)
 
 
@@ -147,11 +147,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     path = folder / "config.json"
     labels = read_json(path).get("num_labels")
     if isinstance(labels, int) and labels > _MOST_LABELS:  # transformers would name each of them
-        raise InputError(f"The config has num_labels {labels}.", where=str(path))
+        raise InputError(f"the config has num_labels {labels}", where=str(path))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged value can fail anywhere in transformers
-        raise InputError(f"The model's config cannot be used: {_first_line(error)}", where=str(path)) from error
+        raise InputError(f"the model's config cannot be used: {_first_line(error)}", where=str(path)) from error
     config._commit_hash = hub_commit(folder)
     return config
 
@@ -164,7 +164,7 @@ def _check_depth(config: object, tensors: int, folder: Path) -> None:
         counted = isinstance(key, str) and key.startswith(_COUNTED) and "layer" in key
         if counted and isinstance(value, int) and value > tensors:
             raise InputError(
-                f"The config has {key} {value}, and the files hold {tensors} tensors.",
+                f"the config has {key} {value}, and the files hold {tensors} tensors",
                 where=str(folder / "config.json"),
             )
         _check_depth(value, tensors, folder)
@@ -193,7 +193,7 @@ def _skeleton(
         model.tie_weights()
     except Exception as error:  # see load_config
         raise InputError(
-            f"No model can be built from the config: {_first_line(error)}", where=str(folder / "config.json")
+            f"no model can be built from the config: {_first_line(error)}", where=str(folder / "config.json")
         ) from error
     return model
 
@@ -224,19 +224,19 @@ def _open_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
             reason = (
                 f"only pickles ({shorten(pickles)}), which are not read" if pickles else f"no {SINGLE} and no {INDEX}"
             )
-            raise InputError(f"The model folder has {reason}.", where=str(folder))
+            raise InputError(f"the model folder has {reason}", where=str(folder))
         return {SINGLE: open_tensors(folder / SINGLE)}, False
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(_plain(name) for name in weight_map.values()):
-        raise InputError("The index has no weight_map of plain file names.", where=str(index))
+        raise InputError("the index has no weight_map of plain file names", where=str(index))
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"Files of the model are missing: {shorten(missing)}.", where=str(folder))
+        raise InputError(f"files of the model are missing: {shorten(missing)}", where=str(folder))
     files = {name: open_tensors(folder / name) for name in names}
     lost = [tensor for tensor, name in weight_map.items() if tensor not in files[name].entries]
     if lost:
-        raise InputError(f"The index lists tensors that their files do not hold: {shorten(lost)}.", where=str(index))
+        raise InputError(f"the index lists tensors that their files do not hold: {shorten(lost)}", where=str(index))
     return files, True
 
 

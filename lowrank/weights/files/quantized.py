@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from lowrank.storage.tensorfile import TensorFile
@@ -27,7 +26,7 @@ class Decoder(Protocol):
         """(rows, columns)."""
         ...
 
-    def rows(self, first: int, last: int) -> Tensor:
+    def rows(self, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` (not included), float32."""
         ...
 
@@ -44,13 +43,12 @@ class FourBits:
     """
 
     shape: tuple[int, int]
-    packed: Callable[[int, int], Tensor]
-    absmax: Callable[[int, int], Tensor]
-    code: Tensor
+    packed: Callable[[int, int], torch.Tensor]
+    absmax: Callable[[int, int], torch.Tensor]
+    code: torch.Tensor
     blocksize: int
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """See `Decoder.rows`."""
+    def rows(self, first: int, last: int) -> torch.Tensor:
         begin, end = first * self.shape[1], last * self.shape[1]
         data = self.packed(begin // 2, (end + 1) // 2)
         nibbles = torch.stack([data >> 4, data & 15], dim=1).flatten()[begin % 2 : begin % 2 + end - begin]
@@ -65,11 +63,10 @@ class EightBits:
     """LLM.int8(): each row is int8 values · the row's largest magnitude / 127."""
 
     shape: tuple[int, int]
-    values: Callable[[int, int], Tensor]
-    largest: Tensor
+    values: Callable[[int, int], torch.Tensor]
+    largest: torch.Tensor
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """See `Decoder.rows`."""
+    def rows(self, first: int, last: int) -> torch.Tensor:
         return self.values(first, last).float() * (self.largest[first:last, None].float() / 127.0)
 
 
@@ -77,15 +74,13 @@ class EightBits:
 class Dense:
     """A weight that has been worked out, float32."""
 
-    values: Tensor
+    values: torch.Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """See `Decoder.shape`."""
         return tuple(self.values.shape)
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """See `Decoder.rows`."""
+    def rows(self, first: int, last: int) -> torch.Tensor:
         return self.values[first:last]
 
 
@@ -97,8 +92,7 @@ class OnTheFly:
         rows, columns = file.entries[name].shape
         self.shape = (rows, columns)
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """See `Decoder.rows`."""
+    def rows(self, first: int, last: int) -> torch.Tensor:
         return self.last.get(self.name, self._quantise).rows(first, last)
 
     def _quantise(self) -> Decoder:
@@ -161,8 +155,13 @@ class Last:
 
 
 def nested_maxima(
-    absmax: Tensor, inner: Tensor, code: Tensor, offset: float | Tensor, blocksize: int, skip: int = 0
-) -> Tensor:
+    absmax: torch.Tensor,
+    inner: torch.Tensor,
+    code: torch.Tensor,
+    offset: float | torch.Tensor,
+    blocksize: int,
+    skip: int = 0,
+) -> torch.Tensor:
     """Block maxima that were quantised to 8 bits themselves ("double quantisation").
 
     Args:

@@ -40,7 +40,7 @@ def named_as_in(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     config names each module in full: what a pattern matched in the one model says nothing about the other.
     """
     modules = {path: module for path, module in model.named_modules() if AdapterSet.CHILD not in path.split(".")}
-    paths = {path_of(name) for name in adapter.tensors}
+    paths = {_path_of(name) for name in adapter.tensors}
     unknown = {path for path in paths if not _known(path, modules)}
     if not unknown or not isinstance(model, PreTrainedModel):
         return adapter
@@ -51,7 +51,7 @@ def named_as_in(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
     return adapter
 
 
-def path_of(name: str) -> str:
+def _path_of(name: str) -> str:
     """The path of the module that a tensor of an adapter's file belongs to."""
     if match := FACTOR.fullmatch(name):
         path = match["path"]
@@ -118,7 +118,7 @@ def _join(*parts: str) -> str:
 def _renamed(adapter: AdapterFile, names: Mapping[str, str], modules: Modules) -> AdapterFile:
     tensors = {}
     for name, entry in adapter.tensors.items():
-        old = path_of(name)
+        old = _path_of(name)
         tensors[names[old] + name.removeprefix(old)] = entry
     return replace(adapter, tensors=tensors, config=_config(adapter, names, modules))
 
@@ -126,7 +126,7 @@ def _renamed(adapter: AdapterFile, names: Mapping[str, str], modules: Modules) -
 def _config(adapter: AdapterFile, names: Mapping[str, str], modules: Modules) -> AdapterConfig:
     """The adapter's config with every module named in full."""
     config = adapter.config
-    factors = {path_of(name) for name in adapter.tensors if FACTOR.fullmatch(name)}
+    factors = {_path_of(name) for name in adapter.tensors if FACTOR.fullmatch(name)}
     stacks = {path for path in factors if names[path] in modules and kind_of(modules[names[path]]) is None}
     update: dict[str, Any] = {
         "target_modules": sorted(names[path] for path in factors - stacks) or None,
@@ -151,7 +151,7 @@ def _wholes(adapter: AdapterFile, names: Mapping[str, str]) -> list[str] | None:
     """Each of `modules_to_save` by the paths that it stands for: what is saved may be a part of it."""
     found = set()
     for name in adapter.tensors:
-        old = path_of(name)
+        old = _path_of(name)
         for whole in adapter.config.modules_to_save or []:
             if match := re.match(rf"((?:.*\.)?{re.escape(whole)})((?:\..*)?)$", old):
                 found.add(names[old].removesuffix(match[2]) if match[2] else names[old])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.adapters import adapter_tensors, config_of, delete, wrap
@@ -66,9 +66,9 @@ def save(
     """
     model = bare(model)
     if save_embedding_layers is True and not vocabulary_ends(model):
-        raise InputError(f"save_embedding_layers: a {type(model).__name__} does not say which its embeddings are.")
+        raise InputError(f"save_embedding_layers: a {type(model).__name__} does not say which its embeddings are")
     if as_lora and not isinstance(config_of(model, adapter), AdaLoraConfig):
-        raise InputError(f"as_lora is for AdaLoRA, and {adapter!r} is none.")
+        raise InputError(f"as_lora is for AdaLoRA, and {adapter!r} is none")
     config, live = (lora_form if as_lora else portable)(model, adapter)
     if save_embedding_layers is not False:
         live = live | rows_to_save(model, adapter, always=save_embedding_layers is True)
@@ -162,7 +162,7 @@ def _config_here(model: nn.Module, file: AdapterFile) -> AdapterConfig:
 
 @torch.no_grad()
 def _fill(
-    model: nn.Module, live: dict[str, Tensor], file: AdapterFile, strict: bool, turned: dict[str, Tensor]
+    model: nn.Module, live: dict[str, torch.Tensor], file: AdapterFile, strict: bool, turned: dict[str, torch.Tensor]
 ) -> list[str]:
     """Copies the file's tensors (`turned` in place of some) into the live ones; returns what does not fit."""
     sizes = {name: tuple(turned[name].shape) if name in turned else file.tensors[name].shape for name in file.tensors}
@@ -192,7 +192,7 @@ def _fill(
 
 def _refuse(file: AdapterFile, problems: list[str]) -> None:
     raise InputError(
-        f"The adapter does not fit this model: {'; '.join(problems)}.",
+        f"the adapter does not fit this model: {'; '.join(problems)}",
         where=str(file.path),
         fix="Load the base that it was trained on; strict=False leaves out what does not fit.",
     )
@@ -244,7 +244,7 @@ def _task_type(model: nn.Module) -> str | None:
     return "SEQ_2_SEQ_LM" if encoder_decoder and name.endswith("ForConditionalGeneration") else None
 
 
-def _targets(model: nn.Module, config: AdapterConfig, live: dict[str, Tensor]) -> list[str] | str | None:
+def _targets(model: nn.Module, config: AdapterConfig, live: dict[str, torch.Tensor]) -> list[str] | str | None:
     """ "all-linear" as the names that it matched: other programs read it differently or not at all.
 
     And none at all, beside `target_parameters`, as an empty list: peft fills in a missing one by the architecture.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from torch import Tensor
 
 from lowrank.errors import InputError
 from lowrank.storage.tensorfile import TensorFile
@@ -41,11 +40,11 @@ class Stored:
         """What transformers does to the files' tensors beyond placing rows; the parameter can then not be read."""
         return next((piece.obstacle for _, _, piece in self._parts[parameter] if piece.obstacle), None)
 
-    def raw(self, parameter: str) -> dict[str, Tensor]:
+    def raw(self, parameter: str) -> dict[str, torch.Tensor]:
         """The files' tensors that it is made from, by their names there."""
         return {name: file.read(name) for file, name, _ in self._parts[parameter]}
 
-    def read(self, parameter: str, expert: int | None = None) -> Tensor:
+    def read(self, parameter: str, expert: int | None = None) -> torch.Tensor:
         """The parameter, or one expert's matrix of it, in the files' dtype.
 
         Raises:
@@ -53,7 +52,7 @@ class Stored:
         """
         parts = [part for part in self._parts[parameter] if part[2].expert in (None, expert)]
         if obstacle := self.obstacle(parameter):
-            raise InputError(f"{parameter} reaches the model through {obstacle}, and is not read from the files.")
+            raise InputError(f"{parameter} reaches the model through {obstacle}, and is not read from the files")
         experts = {part[2].expert for part in self._parts[parameter] if part[2].expert is not None}
         if experts and expert is None:
             return torch.stack([self.read(parameter, number) for number in sorted(experts)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank.adapters.install import AdapterSet, Layer
@@ -43,7 +43,7 @@ def vocabulary_ends(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() for end in found if module is end}
 
 
-def was_resized(model: nn.Module) -> bool:
+def _was_resized(model: nn.Module) -> bool:
     """Whether the model has another number of tokens than the checkpoint that it was loaded from, or was built with."""
     if not isinstance(model, PreTrainedModel) or not vocabulary_ends(model):
         return False
@@ -81,9 +81,9 @@ def _vocabulary_of_checkpoint(model: PreTrainedModel) -> int | None:
     return getattr(text_config(config), "vocab_size", None)
 
 
-def rows_to_save(model: nn.Module, adapter: str, always: bool = False) -> dict[str, Tensor]:
+def rows_to_save(model: nn.Module, adapter: str, always: bool = False) -> dict[str, torch.Tensor]:
     """The base's own embedding and head under peft's names, where they were resized, or always; a tied one once."""
-    if not always and not was_resized(model):
+    if not always and not _was_resized(model):
         return {}
     saved: dict[str, nn.Parameter] = {}
     for path in vocabulary_ends(model):
@@ -125,9 +125,9 @@ class BaseRows:
         values: (n, width), the file's.
     """
 
-    weight: Tensor
-    places: Tensor
-    values: Tensor
+    weight: torch.Tensor
+    places: torch.Tensor
+    values: torch.Tensor
 
     @torch.no_grad()
     def put_in(self) -> BaseRows:
@@ -197,7 +197,7 @@ def _differing(name: str, weight: nn.Parameter, file: AdapterFile, known: int | 
     return BaseRows(weight, places.to(weight.device), rows[places])
 
 
-def mean_row(file: TensorFile, entry: Entry) -> Tensor:
+def mean_row(file: TensorFile, entry: Entry) -> torch.Tensor:
     """The mean of a table's rows, float32."""
     total = torch.zeros(entry.shape[1:])
     for first in range(0, entry.shape[0], _ROWS):
@@ -205,7 +205,7 @@ def mean_row(file: TensorFile, entry: Entry) -> Tensor:
     return total / max(1, entry.shape[0])
 
 
-def padded_rows(file: TensorFile, entry: Entry, width: int, first: int, last: int) -> Tensor:
+def padded_rows(file: TensorFile, entry: Entry, width: int, first: int, last: int) -> torch.Tensor:
     """Rows `first` to `last` (not included), cut or filled up with zeros to a width."""
     rows = file.read_rows(entry.name, first, last)
     padded = rows.new_zeros(last - first, width)

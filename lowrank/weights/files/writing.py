@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
 from lowrank.errors import InputError
@@ -31,7 +31,7 @@ from lowrank.weights.files.notes import copy_notes
 def write_adapter(
     folder: Path,
     config: AdapterConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, torch.Tensor],
     *,
     base: str | None,
     revision: str | None,
@@ -63,7 +63,7 @@ def write_adapter(
     """
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise InputError(f"The adapter holds NaN or infinity: {shorten(broken)}.")
+        raise InputError(f"the adapter holds NaN or infinity: {shorten(broken)}")
     metadata = {"format": "pt"}
     if fingerprint is not None:
         metadata[BASE_KEY] = json.dumps(fingerprint.to_json())

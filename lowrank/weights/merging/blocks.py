@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lowrank.errors import InputError
 from lowrank.storage.tensorfile import TORCH_DTYPES, Entry, read_bytes, write_bytes
@@ -44,12 +43,12 @@ class Block:
     @property
     def size(self) -> int:
         """Bytes in the new file."""
-        return self.to.size * (self.last - self.first) // max(1, row_count(self.planned.rows))
+        return self.to.size * (self.last - self.first) // max(1, _row_count(self.planned.rows))
 
 
 def blocks_of(planned: Planned, to: Entry) -> Iterator[Block]:
     """A tensor's blocks in order; one for the whole tensor where an update needs that."""
-    rows = row_count(planned.rows)
+    rows = _row_count(planned.rows)
     step = rows_at_once(planned) if all(update.splits for _, update in planned.changes) else max(1, rows)
     measured = sum(min(step, rows - first) for first in range(0, rows, step * MEASURED))
     low_rank = any(update.low_rank for _, update in planned.changes)
@@ -61,7 +60,7 @@ def blocks_of(planned: Planned, to: Entry) -> Iterator[Block]:
 
 def rows_at_once(planned: Planned) -> int:
     """How many of a tensor's rows make up a block."""
-    return max(1, BLOCK // max(1, torch.Size(planned.shape).numel() // max(1, row_count(planned.rows))))
+    return max(1, BLOCK // max(1, torch.Size(planned.shape).numel() // max(1, _row_count(planned.rows))))
 
 
 def merge_block(
@@ -105,11 +104,11 @@ def merge_block(
         if block.stands_for:
             before = raw if len(parts) == 1 else _read_rows(planned, first, last, files)
             loss.add(_measure(before, values, written, block.stands_for))
-        write_bytes(files[out], block.to.start + first * (block.to.size // row_count(planned.rows)), written)
+        write_bytes(files[out], block.to.start + first * (block.to.size // _row_count(planned.rows)), written)
     return loss if block.stands_for else None
 
 
-def _apply(parameter: str, update: Update, rows: Tensor, first: int, trial: Trial | None) -> Tensor | None:
+def _apply(parameter: str, update: Update, rows: torch.Tensor, first: int, trial: Trial | None) -> torch.Tensor | None:
     products = None
     for step in update.steps:
         judge = None if trial is None else trial.before(parameter, step, rows, first)
@@ -128,12 +127,12 @@ def copy_bytes(source: int, start: int, out: int, to: int, size: int) -> None:
     write_bytes(out, to, read_bytes(source, start, BUFFERS.take("raw", size, torch.uint8)))
 
 
-def row_count(shape: tuple[int, ...]) -> int:
+def _row_count(shape: tuple[int, ...]) -> int:
     """The first dimension; 1 for a number."""
     return shape[0] if shape else 1
 
 
-def _check_range(exact: Tensor, planned: Planned, products: Tensor | None) -> None:
+def _check_range(exact: torch.Tensor, planned: Planned, products: torch.Tensor | None) -> None:
     largest = torch.finfo(TORCH_DTYPES[planned.dtype]).max
     # a sum passes on what is not finite, and each product with signs is one
     fits = math.isfinite((exact if products is None else products).sum().item())
@@ -141,19 +140,19 @@ def _check_range(exact: Tensor, planned: Planned, products: Tensor | None) -> No
         fits = exact.abs().max().item() <= largest
     if not fits:
         raise InputError(
-            f"{planned.name} gets values that {planned.dtype} cannot hold, or has NaN or infinity in the base.",
+            f"{planned.name} gets values that {planned.dtype} cannot hold, or has NaN or infinity in the base",
             fix="Choose bfloat16 or float32 (--dtype, dtype=) if the base is sound.",
         )
 
 
-def _measure(raw: Tensor, exact: Tensor, written: Tensor, stands_for: float) -> RoundingLoss:
+def _measure(raw: torch.Tensor, exact: torch.Tensor, written: torch.Tensor, stands_for: float) -> RoundingLoss:
     difference = BUFFERS.take("difference", raw.numel(), exact.dtype).view(raw.shape)
     error = torch.linalg.vector_norm(difference.copy_(written).sub_(exact)).item()
     effect = torch.linalg.vector_norm(difference.copy_(raw).sub_(exact)).item()
     return RoundingLoss(stands_for * effect**2, stands_for * error**2)
 
 
-def _read_rows(planned: Planned, first: int, last: int, files: Mapping[Path, int]) -> Tensor:
+def _read_rows(planned: Planned, first: int, last: int, files: Mapping[Path, int]) -> torch.Tensor:
     """The base's rows in its dtype; zeros where the base has none (a new head, new tokens)."""
     entry, rows = planned.source, last - first
     shape = (rows, *planned.rows[1:])
@@ -161,7 +160,7 @@ def _read_rows(planned: Planned, first: int, last: int, files: Mapping[Path, int
         return planned.decoder.rows(first, last)
     if entry is None:
         return torch.zeros(shape)
-    stored = row_count(entry.shape) * planned.height
+    stored = _row_count(entry.shape) * planned.height
     there = max(0, min(last, stored) - first)
     row = entry.size // max(1, stored)
     buffer = BUFFERS.take("raw", there * row, torch.uint8)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import threading
 
 import torch
-from torch import Tensor
 
 
 class Buffers(threading.local):
     """A thread's buffers, by name."""
 
     def __init__(self) -> None:
-        self.held: dict[str, Tensor] = {}
+        self.held: dict[str, torch.Tensor] = {}
 
-    def take(self, name: str, count: int, dtype: torch.dtype) -> Tensor:
+    def take(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
         """`count` values of the buffer of that name; what it held before is gone."""
         size = count * dtype.itemsize
         held = self.held.get(name)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.config import LoraConfig
@@ -101,7 +101,7 @@ class _Fit:
             self._shift(name.removesuffix(_BIAS), name)
         if self.problems:
             raise InputError(
-                f"The adapter does not fit the base {self.base.folder}: {shorten(self.problems, 20)}.",
+                f"the adapter does not fit the base {self.base.folder}: {shorten(self.problems, 20)}",
                 where=str(self.adapter.path),
             )
         return self.updates
@@ -191,7 +191,7 @@ class _Fit:
         else:
             self._add(key, Shift(partial(self.adapter.read, name), rank_and_scale(self.config, path)[1]))
 
-    def _read_factors(self, names: tuple[tuple[str, str], ...], times: float = 1.0) -> dict[str, Tensor]:
+    def _read_factors(self, names: tuple[tuple[str, str], ...], times: float = 1.0) -> dict[str, torch.Tensor]:
         tensors = {bare: self.adapter.read(name).float() for bare, name in names}
         tensors |= {bare: tensors[bare].flatten(1) for bare in ("lora_A", "lora_B")}
         tensors["lora_B"] *= times
@@ -229,7 +229,9 @@ class _Fit:
         load = partial(self.read_experts, name_A, name_B, experts, transposed)
         self._add(f"{path}.{name}", ExpertsUpdate(load, scale, expert=0 if len(shape) == 2 else None))
 
-    def _read_experts(self, name_A: str, name_B: str, experts: int, transposed: bool) -> tuple[Tensor, Tensor]:
+    def _read_experts(
+        self, name_A: str, name_B: str, experts: int, transposed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         A, B = self.adapter.read(name_A).float(), self.adapter.read(name_B).float()
         left, right = expert_factors(A, B, experts, transposed)
         return left.contiguous(), right.contiguous()
@@ -244,7 +246,7 @@ class _Fit:
         if shape != wanted:
             self.problems.append(f"{name} is {list(shape)}, and the base has {list(wanted)}")
             return
-        rows: Callable[[int, int], Tensor] = partial(self.adapter.read_rows, name)
+        rows: Callable[[int, int], torch.Tensor] = partial(self.adapter.read_rows, name)
         self._add(key, Replacement(rows, shape, tied=not trained))
 
     def _trained_whole(self, key: str) -> bool:

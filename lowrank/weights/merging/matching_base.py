@@ -34,7 +34,7 @@ def open_for(
     """
     name = base if base is not None else adapter.base
     if name is None:
-        raise InputError("The adapter's config names no base model.", where=str(adapter.path), fix="Give it (--base).")
+        raise InputError("the adapter's config names no base model", where=str(adapter.path), fix="Give it (--base).")
 
     def opened(sizes: Sizes) -> ModelFolder:
         task = adapter.config.task_type
@@ -59,7 +59,7 @@ def _check_fingerprint(adapter: AdapterFile, base: ModelFolder) -> None:
     different = trained_on.differences_from(base.config)
     if different:
         raise InputError(
-            f"The adapter was trained on another base: {', '.join(different)}.",
+            f"the adapter was trained on another base: {', '.join(different)}",
             where=str(adapter.path),
             fix=f"Give the base that it was trained on (--base){f': {adapter.base}' if adapter.base else ''}.",
         )

@@ -101,7 +101,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in MERGED_DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in MERGED_DTYPES)
-        raise InputError(f"The dtype {dtype!r} is not one of {names}.")
+        raise InputError(f"the dtype {dtype!r} is not one of {names}")
     return found
 
 
@@ -152,7 +152,7 @@ def _check(work: Path, base: ModelFolder, adapter: AdapterFile, plan: Plan, trus
     }
     wrong = sorted((planned ^ entries.keys()) | (had - has) | misshapen)
     if wrong:
-        raise JobError(f"The merged files failed their check: {shorten(wrong)} are not as they should be.")
+        raise JobError(f"the merged files failed their check: {shorten(wrong)} are not as they should be")
 
 
 def _verify(
@@ -167,7 +167,7 @@ def _verify(
     found = verify_merge(base, adapter, work, None if stored or onto == "original" else dict(trained_over or {}))
     if found.failed and loss.share < 0.5:
         raise JobError(
-            f"The merged model's logits differ from base and adapter by {found.logit_error:.0%} of the adapter's "
-            "effect, and rounding does not explain that."
+            f"the merged model's logits differ from base and adapter by {found.logit_error:.0%} of the adapter's "
+            "effect, and rounding does not explain that"
         )
     return found

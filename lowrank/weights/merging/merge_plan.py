@@ -121,7 +121,7 @@ def make_plan(base: ModelFolder, updates: dict[str, Update], dtype: torch.dtype 
     for name, update in rest.items():
         if update.shape is None:
             raise InputError(
-                f"The base's files have no tensor for {name}, which the adapter changes.", where=str(base.folder)
+                f"the base's files have no tensor for {name}, which the adapter changes", where=str(base.folder)
             )
         shards[next(iter(shards))].append(_new(name, update, base, dtype))
     return Plan(shards, config, notes + _made_up(updates))
@@ -143,7 +143,7 @@ def _refuse_missing(base: ModelFolder, updates: dict[str, Update]) -> None:
     ]
     if missing:
         raise InputError(
-            f"Neither base nor adapter holds {shorten(missing)}, which a {type(model).__name__} needs.",
+            f"neither base nor adapter holds {shorten(missing)}, which a {type(model).__name__} needs",
             where=str(base.folder),
             fix="In training they were made up and never saved. Train them whole (modules_to_save), or give the base "
             "that has them.",
@@ -164,11 +164,11 @@ def _planned(
         if piece.obstacle is not None:
             raise InputError(
                 f"{entry.name} reaches the model through {piece.obstacle}, and an adapter on {piece.parameter} "
-                "cannot be merged into it on disk.",
+                "cannot be merged into it on disk",
                 fix="Load base and adapter, and merge in memory with lowrank.merge.",
             )
     if changes and entry.dtype not in FLOATS:
-        raise InputError(f"{entry.name} has the dtype {entry.dtype}; an adapter is merged into {sorted(FLOATS)} only.")
+        raise InputError(f"{entry.name} has the dtype {entry.dtype}; an adapter is merged into {sorted(FLOATS)} only")
     code = CODES[dtype] if dtype is not None and entry.dtype in FLOATS else entry.dtype
     whole = next((update.shape for _, update in changes if update.shape is not None), entry.shape)
     if whole != entry.shape:
@@ -186,7 +186,7 @@ def _decoded(
 ) -> Planned:
     """A quantised tensor becomes a dense one: in bf16, unless the file has it in a float dtype or `dtype` says more."""
     if resized := [update.shape for _, update in changes if update.shape not in (None, decoder.shape)]:
-        raise InputError(f"{entry.name} is quantised as {list(decoder.shape)}, and the adapter has it as {resized[0]}.")
+        raise InputError(f"{entry.name} is quantised as {list(decoder.shape)}, and the adapter has it as {resized[0]}")
     own = entry.dtype if entry.dtype in FLOATS and entry.shape == decoder.shape else "BF16"
     changes = tuple((replace(piece, rows=decoder.shape[0]), update) for piece, update in changes)
     return Planned(entry.name, own if dtype is None else CODES[dtype], decoder.shape, path, entry, changes, decoder)

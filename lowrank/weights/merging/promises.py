@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 import torch
-from torch import Tensor
 
 from lowrank.adapters.config import AdaLoraConfig
 from lowrank.adapters.targeting.targets import pattern_value
@@ -36,12 +35,12 @@ class Promise:
         terms: Gives (rows,), the size of the terms that were summed, which the sum's rounding goes with.
     """
 
-    products: Tensor
-    terms: Callable[[], Tensor]
+    products: torch.Tensor
+    terms: Callable[[], torch.Tensor]
 
 
 @singledispatch
-def promised(update: Update, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+def promised(update: Update, weight: torch.Tensor, x: torch.Tensor, first: int, low: torch.Tensor | None) -> Promise:
     """What becomes of the products of some rows of the base with x.
 
     Args:
@@ -55,24 +54,24 @@ def promised(update: Update, weight: Tensor, x: Tensor, first: int, low: Tensor 
 
 
 @singledispatch
-def thin(update: Update, x: Tensor) -> Tensor | None:
+def thin(update: Update, x: torch.Tensor) -> torch.Tensor | None:
     """What the factors give for x and all rows, or the part of it that all rows share: worked out once a parameter."""
     return None
 
 
 @thin.register
-def _(update: LowRankUpdate, x: Tensor) -> Tensor:
+def _(update: LowRankUpdate, x: torch.Tensor) -> torch.Tensor:
     A, B = _first_factor(update).to(x.dtype), update.load()["lora_B"].to(x.dtype)
     return _scale(update, len(A)) * (B @ (A @ x))
 
 
 @thin.register
-def _(update: ExpertsUpdate, x: Tensor) -> Tensor:
+def _(update: ExpertsUpdate, x: torch.Tensor) -> torch.Tensor:
     return update.load()[1].to(x.dtype) @ x
 
 
 @promised.register
-def _(update: LowRankUpdate, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+def _(update: LowRankUpdate, weight: torch.Tensor, x: torch.Tensor, first: int, low: torch.Tensor | None) -> Promise:
     columns, rows = slice(None), slice(first, first + len(weight))
     if update.transposed:
         columns, rows = slice(first, first + len(x)), slice(None)
@@ -82,7 +81,7 @@ def _(update: LowRankUpdate, weight: Tensor, x: Tensor, first: int, low: Tensor 
         assert low is not None
         hoped = torch.addmv(low[rows], weight, x)
 
-    def terms() -> Tensor:
+    def terms() -> torch.Tensor:
         A, B = _first_factor(update)[:, columns].to(x.dtype), update.load()["lora_B"][rows].to(x.dtype)
         return torch.linalg.vector_norm(B, dim=1) * (torch.linalg.vector_norm(A @ x) * abs(_scale(update, len(A))))
 
@@ -90,7 +89,7 @@ def _(update: LowRankUpdate, weight: Tensor, x: Tensor, first: int, low: Tensor 
 
 
 @promised.register
-def _(update: ExpertsUpdate, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+def _(update: ExpertsUpdate, weight: torch.Tensor, x: torch.Tensor, first: int, low: torch.Tensor | None) -> Promise:
     assert low is not None
     left, rows = update.load()[0], torch.arange(first, first + len(weight))
     expert = rows // left.shape[1] if update.expert is None else torch.full_like(rows, update.expert)
@@ -100,14 +99,14 @@ def _(update: ExpertsUpdate, weight: Tensor, x: Tensor, first: int, low: Tensor 
 
 
 @promised.register
-def _(update: Replacement, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+def _(update: Replacement, weight: torch.Tensor, x: torch.Tensor, first: int, low: torch.Tensor | None) -> Promise:
     rows = update.rows(first, first + len(weight)).to(x.dtype)
     hoped = rows.reshape(len(weight), -1) @ x
     return Promise(hoped, hoped.abs)
 
 
 @promised.register
-def _(update: Resized, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+def _(update: Resized, weight: torch.Tensor, x: torch.Tensor, first: int, low: torch.Tensor | None) -> Promise:
     hoped = weight @ x
     new = torch.arange(first, first + len(weight)) >= update.stored
     if bool(new.any()):
@@ -116,7 +115,7 @@ def _(update: Resized, weight: Tensor, x: Tensor, first: int, low: Tensor | None
 
 
 @promised.register
-def _(update: RowReplacement, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+def _(update: RowReplacement, weight: torch.Tensor, x: torch.Tensor, first: int, low: torch.Tensor | None) -> Promise:
     hoped = weight @ x
     for row, values in zip(update.rows.tolist(), update.values, strict=True):
         if first <= row < first + len(weight):
@@ -125,18 +124,18 @@ def _(update: RowReplacement, weight: Tensor, x: Tensor, first: int, low: Tensor
 
 
 @promised.register
-def _(update: Shift, weight: Tensor, x: Tensor, first: int, low: Tensor | None) -> Promise:
+def _(update: Shift, weight: torch.Tensor, x: torch.Tensor, first: int, low: torch.Tensor | None) -> Promise:
     added = update.scale * update.load().to(x.dtype)[first : first + len(weight)] * x
     return Promise(weight @ x + added, added.abs)
 
 
-def magnitudes(update: LowRankUpdate, first: int, count: int) -> Tensor:
+def magnitudes(update: LowRankUpdate, first: int, count: int) -> torch.Tensor:
     """The norms that the rows of W' shall have (DoRA)."""
     all_of_them = update.load()["lora_magnitude_vector"]
     return all_of_them if update.transposed else all_of_them[first : first + count]
 
 
-def _first_factor(update: LowRankUpdate) -> Tensor:
+def _first_factor(update: LowRankUpdate) -> torch.Tensor:
     factors = update.load()
     return factors["lora_A"] * factors["lora_E"] if "lora_E" in factors else factors["lora_A"]
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lowrank.adapters.tying import tied_group
 from lowrank.errors import JobError
@@ -59,14 +58,16 @@ class Trial:
         self.base, self.adapter, self.updates, self.rounding = base, adapter, updates, rounding
         self._files = {name: file for file in base.files.values() for name in file.entries}
         self._lock = threading.Lock()
-        self._products: dict[tuple[int, int, torch.dtype], Tensor | None] = {}
+        self._products: dict[tuple[int, int, torch.dtype], torch.Tensor | None] = {}
         generator = torch.Generator().manual_seed(0)
         self._signs = torch.randint(0, 2, (_PERIOD,), generator=generator).mul_(2).sub_(1).float().repeat(2)
-        self._written: dict[str, Tensor] = {}
+        self._written: dict[str, torch.Tensor] = {}
         self._covered: dict[str, int] = defaultdict(int)
         self._tensors = 0
 
-    def before(self, name: str, update: Update, block: Tensor, first: int) -> Callable[[Tensor], Tensor | None]:
+    def before(
+        self, name: str, update: Update, block: torch.Tensor, first: int
+    ) -> Callable[[torch.Tensor], torch.Tensor | None]:
         """Looks at rows of the base from `first` on; what it returns judges the same rows after the update.
 
         The judge returns the rows' products with the signs, where it has them.
@@ -82,7 +83,7 @@ class Trial:
         with self._lock:
             self._covered[name] += block.numel()
 
-        def judge(after: Tensor) -> Tensor | None:
+        def judge(after: torch.Tensor) -> torch.Tensor | None:
             merged = _matrix(after, transposed)
             got = [merged @ x for x in vectors]
             if isinstance(update, LowRankUpdate) and update.has_gain:
@@ -97,7 +98,13 @@ class Trial:
         return judge
 
     def rounded(
-        self, planned: Planned, exact: Tensor, written: Tensor, first: int, products: Tensor | None, scratch: Tensor
+        self,
+        planned: Planned,
+        exact: torch.Tensor,
+        written: torch.Tensor,
+        first: int,
+        products: torch.Tensor | None,
+        scratch: torch.Tensor,
     ) -> None:
         """Rows as they were summed and as they are written; remembers what the file has to hold.
 
@@ -124,7 +131,7 @@ class Trial:
                 self._tensors += bool(planned.changes) or planned.decoder is not None
         self._written[planned.name][first : first + len(got)] = got
 
-    def source(self, planned: Planned, raw: Tensor, first: int) -> None:
+    def source(self, planned: Planned, raw: torch.Tensor, first: int) -> None:
         """Rows of the base as they were read, against those that its files hold under the tensor's name."""
         file = self._files.get(planned.name)
         if file is None or planned.source is None or planned.decoder is not None:
@@ -172,7 +179,7 @@ class Trial:
             raise JobError(f"the merge left out {shorten(missed)}; nothing is kept")
         return Proof(self._tensors)
 
-    def signs(self, count: int, start: int = 0) -> Tensor:
+    def signs(self, count: int, start: int = 0) -> torch.Tensor:
         """`count` random signs, from a place on: always the same ones."""
         at = start % _PERIOD
         return (
@@ -190,7 +197,7 @@ class Trial:
         least = torch.Size(shape or (entry.shape if entry else ())).numel()
         return any(self._covered[other] >= (least if shape else parameters.get(other, least)) for other in same)
 
-    def _thin(self, update: Update, x: Tensor, other: int) -> Tensor | None:
+    def _thin(self, update: Update, x: torch.Tensor, other: int) -> torch.Tensor | None:
         """What does not depend on the rows is worked out once for each parameter."""
         key = (id(update), other, x.dtype)
         if key in self._products:
@@ -203,7 +210,7 @@ class Trial:
         return found
 
 
-def _matrix(block: Tensor, transposed: bool) -> Tensor:
+def _matrix(block: torch.Tensor, transposed: bool) -> torch.Tensor:
     flat = block.flatten(1) if block.dim() > 1 else block.reshape(-1, 1)
     return flat.t() if transposed else flat
 
@@ -212,7 +219,9 @@ def _has_gain(update: Update) -> bool:
     return isinstance(update, LowRankUpdate) and update.has_gain
 
 
-def _within(off: Tensor, unit: float, product: Tensor, rows: Tensor, more: Callable[[], Tensor]) -> bool:
+def _within(
+    off: torch.Tensor, unit: float, product: torch.Tensor, rows: torch.Tensor, more: Callable[[], torch.Tensor]
+) -> bool:
     """Whether no row is farther off than `unit` times its size: that of its own and the rows' mean product, or, where
     that is too small, its norm and what `more` gives, which cost a pass over it."""
     usual = torch.linalg.vector_norm(product, 1).item() / max(1, len(product))
@@ -225,7 +234,7 @@ def _within(off: Tensor, unit: float, product: Tensor, rows: Tensor, more: Calla
     return bool((off[far] <= unit * sizes + 1e-30).all())
 
 
-def _has_norms(merged: Tensor, got: list[Tensor], hopes: list[Promise], wanted: Tensor) -> bool:
+def _has_norms(merged: torch.Tensor, got: list[torch.Tensor], hopes: list[Promise], wanted: torch.Tensor) -> bool:
     """Whether each row of W' is a multiple of its row of W + ΔW, of the norm (and with the sign) that it shall have.
 
     It is a multiple where it is the same one for both vectors. A row of zeros stays one.
@@ -245,14 +254,14 @@ def _has_norms(merged: Tensor, got: list[Tensor], hopes: list[Promise], wanted: 
     return bool((nothing | (parallel & sized & same_side)).all())
 
 
-def _read(file: TensorFile, name: str, first: int, last: int) -> Tensor:
+def _read(file: TensorFile, name: str, first: int, last: int) -> torch.Tensor:
     buffer = BUFFERS.take("read back", last - first, torch.uint8)
     with file.path.open("rb", buffering=0) as opened:
         read_bytes(opened.fileno(), file.entries[name].start + first, buffer)
     return buffer.view(file.entries[name].torch_dtype)
 
 
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     wide = torch.int64 if one.nbytes % 8 == 0 and one.storage_offset() == other.storage_offset() == 0 else torch.uint8
     return torch.equal(one.view(wide), other.view(wide))
 

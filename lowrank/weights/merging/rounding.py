@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
 from lowrank.errors import InputError
 
@@ -34,10 +33,10 @@ class RoundingLoss:
 def check_rounding(how: str) -> None:
     """InputError when there is no such way of rounding."""
     if how not in get_args(Rounding):
-        raise InputError(f"There is no rounding {how!r}; there are {', '.join(get_args(Rounding))}.")
+        raise InputError(f"there is no rounding {how!r}; there are {', '.join(get_args(Rounding))}")
 
 
-def round_into(out: Tensor, exact: Tensor, how: Rounding, seed: int) -> Tensor:
+def round_into(out: torch.Tensor, exact: torch.Tensor, how: Rounding, seed: int) -> torch.Tensor:
     """`exact` in the dtype of `out`, to the nearest value or, stochastically, to one of the two neighbours.
 
     Stochastic rounding takes the upper neighbour with the probability that makes the expected value exact, so that
@@ -55,14 +54,14 @@ def round_into(out: Tensor, exact: Tensor, how: Rounding, seed: int) -> Tensor:
     return out.copy_(_stochastic(exact, dtype, generator))
 
 
-def _stochastic_bf16(exact: Tensor, generator: torch.Generator) -> Tensor:
+def _stochastic_bf16(exact: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """bf16 is float32's upper half: random bits are added to the lower half and cut off with it."""
     noise = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, generator=generator)
     bits = exact.contiguous().view(torch.int32) + noise
     return (bits & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def _stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _stochastic(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     near = exact.to(dtype)
     back = near.to(exact.dtype)
     up = torch.full_like(near, torch.inf)
@@ -73,7 +72,7 @@ def _stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -
     return torch.where(take, far, near)
 
 
-def _neighbour(values: Tensor, upwards: Tensor) -> Tensor:
+def _neighbour(values: torch.Tensor, upwards: torch.Tensor) -> torch.Tensor:
     """The next 16-bit float above or below, by its bits (their order is the values' for one sign)."""
     bits = values.view(torch.int16)
     grows = torch.where(values == 0, True, (values > 0) == upwards)

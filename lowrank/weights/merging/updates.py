@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.registry import METHODS
@@ -54,7 +54,7 @@ class Update(Protocol):
         """The update of one matrix, where the parameter holds one for each expert."""
         ...
 
-    def apply(self, block: Tensor, first: int) -> None:
+    def apply(self, block: torch.Tensor, first: int) -> None:
         """Changes `block` (rows, ...), the parameter's rows from `first` on, in place, in float32 or float64."""
         ...
 
@@ -64,16 +64,13 @@ class Whole:
 
     @property
     def steps(self: Any) -> tuple[Update, ...]:
-        """See `Update.steps`."""
         return (self,)
 
     @property
     def stacked(self) -> bool:
-        """See `Update.stacked`."""
         return False
 
     def of_expert(self, expert: int) -> Update:
-        """See `Update.of_expert`."""
         raise AssertionError("an update of a whole parameter meets a file that holds one matrix for each expert")
 
 
@@ -90,7 +87,7 @@ class LowRankUpdate(Whole):
 
     config: AdapterConfig
     path: str
-    load: Callable[[], dict[str, Tensor]]
+    load: Callable[[], dict[str, torch.Tensor]]
     transposed: bool
     has_gain: bool
     tied: bool = False
@@ -107,8 +104,7 @@ class LowRankUpdate(Whole):
         """Whole rows of W lie across the rows of a transposed parameter."""
         return not (self.transposed and self.has_gain)
 
-    def apply(self, block: Tensor, first: int) -> None:
-        """See `Update.apply`."""
+    def apply(self, block: torch.Tensor, first: int) -> None:
         flat = block.flatten(1)
         weight = flat.t() if self.transposed else flat
         factors, last = dict(self.load()), first + block.shape[0]
@@ -125,15 +121,14 @@ class LowRankUpdate(Whole):
 class Shift(Whole):
     """Something added to a bias: what `lora_bias` trained, times the scale."""
 
-    load: Callable[[], Tensor]
+    load: Callable[[], torch.Tensor]
     scale: float
     splits: bool = True
     shape: None = None
     before_tie: None = None
     low_rank: bool = True
 
-    def apply(self, block: Tensor, first: int) -> None:
-        """See `Update.apply`."""
+    def apply(self, block: torch.Tensor, first: int) -> None:
         block += self.scale * self.load()[first : first + block.shape[0]]
 
 
@@ -146,7 +141,7 @@ class ExpertsUpdate:
         expert: The one whose matrix the blocks are rows of; None where they are rows of all experts' matrices.
     """
 
-    load: Callable[[], tuple[Tensor, Tensor]]
+    load: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     scale: float
     expert: int | None = None
     splits: bool = True
@@ -157,15 +152,12 @@ class ExpertsUpdate:
 
     @property
     def steps(self) -> tuple[Update, ...]:
-        """See `Update.steps`."""
         return (self,)
 
     def of_expert(self, expert: int) -> Update:
-        """See `Update.of_expert`."""
         return ExpertsUpdate(self.load, self.scale, expert)
 
-    def apply(self, block: Tensor, first: int) -> None:
-        """See `Update.apply`."""
+    def apply(self, block: torch.Tensor, first: int) -> None:
         left, right = self.load()
         height, at = left.shape[1], 0
         while at < block.shape[0]:
@@ -185,7 +177,7 @@ class Replacement(Whole):
         tied: It is the base's own embedding, resized: what was tied to it stays so. A copy trained apart is not.
     """
 
-    rows: Callable[[int, int], Tensor]
+    rows: Callable[[int, int], torch.Tensor]
     shape: tuple[int, ...]
     tied: bool
     splits: bool = True
@@ -196,8 +188,7 @@ class Replacement(Whole):
         """All of it or nothing."""
         return self if self.tied else None
 
-    def apply(self, block: Tensor, first: int) -> None:
-        """See `Update.apply`."""
+    def apply(self, block: torch.Tensor, first: int) -> None:
         block.copy_(self.rows(first, first + block.shape[0]))
 
 
@@ -213,7 +204,7 @@ class Resized(Whole):
 
     shape: tuple[int, ...]
     stored: int
-    fill: Callable[[], Tensor]
+    fill: Callable[[], torch.Tensor]
     splits: bool = True
     low_rank: bool = False
 
@@ -222,8 +213,7 @@ class Resized(Whole):
         """All of it."""
         return self
 
-    def apply(self, block: Tensor, first: int) -> None:
-        """See `Update.apply`."""
+    def apply(self, block: torch.Tensor, first: int) -> None:
         if first + block.shape[0] > self.stored:
             block[max(0, self.stored - first) :] = self.fill()
 
@@ -238,8 +228,8 @@ class RowReplacement(Whole):
         tied: Whether what is tied to it follows, as it does to an input embedding.
     """
 
-    rows: Tensor
-    values: Tensor
+    rows: torch.Tensor
+    values: torch.Tensor
     tied: bool = True
     splits: bool = True
     shape: None = None
@@ -250,8 +240,7 @@ class RowReplacement(Whole):
         """All of it or nothing."""
         return self if self.tied else None
 
-    def apply(self, block: Tensor, first: int) -> None:
-        """See `Update.apply`."""
+    def apply(self, block: torch.Tensor, first: int) -> None:
         inside = (self.rows >= first) & (self.rows < first + block.shape[0])
         block[self.rows[inside] - first] = self.values[inside].to(block.dtype)
 
@@ -286,7 +275,6 @@ class Then(Whole):
             return self
         return first.before_tie
 
-    def apply(self, block: Tensor, first: int) -> None:
-        """See `Update.apply`."""
+    def apply(self, block: torch.Tensor, first: int) -> None:
         for part in self.parts:
             part.apply(block, first)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lowrank.adapters import disabled
@@ -59,7 +58,7 @@ class Verification:
 def check_verify(how: object) -> None:
     """InputError when there is no such way to verify."""
     if how not in (True, False, "answers"):
-        raise InputError(f'There is no verification {how!r}; there are True, False and "answers".')
+        raise InputError(f'there is no verification {how!r}; there are True, False and "answers"')
 
 
 def verify_merge(
@@ -107,7 +106,7 @@ def refuse_unanswering(base: ModelFolder) -> None:
     """InputError for a model that does not generate text from text alone."""
     if not base.skeleton.can_generate() or base.config.is_encoder_decoder:
         raise InputError(
-            f"Only causal language models answer prompts, and this is a {type(base.skeleton).__name__}.",
+            f"only causal language models answer prompts, and this is a {type(base.skeleton).__name__}",
             fix="Merge without comparing answers (--verify tensors): each tensor is tried all the same.",
         )
 
@@ -142,7 +141,7 @@ def _pack(folder: Path, base: ModelFolder, prompts: Sequence[tuple[str, str]]) -
         return [ids[:most] for ids in _tokens(folder, prompts)]
     except Exception as error:  # tokenizers and templates raise whatever they like
         raise InputError(
-            f"The prompts cannot be tokenised: {type(error).__name__}: {error}",
+            f"the prompts cannot be tokenised: {type(error).__name__}: {error}",
             where=str(base.folder),
             fix="Mend the tokenizer or its chat template, or merge without comparing answers (--verify tensors).",
         ) from error
@@ -159,7 +158,7 @@ def _tokens(folder: Path, prompts: Sequence[tuple[str, str]]) -> list[list[int]]
 
 
 @torch.no_grad()
-def _logits(model: Any, pack: list[list[int]]) -> Tensor:
+def _logits(model: Any, pack: list[list[int]]) -> torch.Tensor:
     """(tokens, vocabulary), one pass over all prompts."""
     ids = torch.tensor([[token for tokens in pack for token in tokens]])
     positions = torch.tensor([[place for tokens in pack for place in range(len(tokens))]])
@@ -168,5 +167,5 @@ def _logits(model: Any, pack: list[list[int]]) -> Tensor:
     return model(input_ids=ids, **{name: value for name, value in more.items() if name in takes}).logits[0].float()
 
 
-def _norm(tensor: Tensor) -> float:
+def _norm(tensor: torch.Tensor) -> float:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
