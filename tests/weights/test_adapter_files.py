@@ -143,9 +143,9 @@ def test_an_adapter_on_few_modules_loads_back_from_every_form(place: str, base: 
     adapter = saved(base, ONE_PLACE[place], tmp_path / "adapter")
     wanted = logits(lowrank.load(reload(base), adapter))
     assert not torch.allclose(wanted, logits(reload(base)), atol=2e-4)
-    lowrank.weights.exporting(adapter, tmp_path / "vllm", to="vllm")
-    lowrank.weights.exporting(adapter, tmp_path / "one.safetensors", to="safetensors")
-    lowrank.weights.exporting(adapter, tmp_path / "llama", to="llama.cpp", base=base)
+    lowrank.weights.export(adapter, tmp_path / "vllm", to="vllm")
+    lowrank.weights.export(adapter, tmp_path / "one.safetensors", to="safetensors")
+    lowrank.weights.export(adapter, tmp_path / "llama", to="llama.cpp", base=base)
     for form in ("vllm", "one.safetensors", "llama"):
         torch.testing.assert_close(logits(lowrank.load(reload(base), tmp_path / form)), wanted, atol=1e-5, rtol=0)
     merge_checkpoint(base, tmp_path / "vllm", tmp_path / "merged")

@@ -78,7 +78,7 @@ def peft_composed(base: Path, adapters: list[Path], weights: list[float], **kwar
 )
 def test_equal_to_peft(base: Path, two: list[Path], method: str, ours: dict, theirs: dict, weights: list) -> None:
     wanted = peft_composed(base, two, weights, combination_type=method, **theirs)
-    lowrank.weights.arithmetic.composition(two, out=base.parent / "both", weights=weights, method=method, **ours)
+    lowrank.weights.compose(two, out=base.parent / "both", weights=weights, method=method, **ours)
     torch.testing.assert_close(logits(lowrank.load(reload(base), base.parent / "both")), wanted, atol=2e-5, rtol=0)
     torch.testing.assert_close(with_peft(base, base.parent / "both"), wanted, atol=2e-5, rtol=0)
 
@@ -315,7 +315,7 @@ def test_adalora_modules_without_a_rank_pass_through(base: Path, tmp_path: Path)
     report = compose([adapter], out=tmp_path / "composed")
     assert report.ranks[gone] == 1
     resize(adapter, 4, out=tmp_path / "resized")
-    lowrank.weights.exporting(adapter, tmp_path / "vllm", to="vllm")
+    lowrank.weights.export(adapter, tmp_path / "vllm", to="vllm")
     for name in ("composed", "resized", "vllm"):
         torch.testing.assert_close(logits(lowrank.load(reload(base), tmp_path / name)), wanted, atol=2e-5, rtol=0)
         torch.testing.assert_close(with_peft(base, tmp_path / name), wanted, atol=2e-5, rtol=0)

@@ -113,7 +113,7 @@ def test_an_export_for_a_server_has_the_names_of_the_model_that_it_serves(tmp_pa
     whole_model, base = tiny(TAKEN_OUT["qwen3_5"]), tmp_path / "base"
     whole_model.save_pretrained(base)
     wanted = trained(base, tmp_path / "adapter", LAYERS)
-    lowrank.weights.exporting(tmp_path / "adapter", tmp_path / "vllm", to="vllm")
+    lowrank.weights.export(tmp_path / "adapter", tmp_path / "vllm", to="vllm")
     names = open_tensors(tmp_path / "vllm/adapter_model.safetensors").entries
     assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
     check(lowrank.load(type(whole_model).from_pretrained(base), tmp_path / "vllm"), wanted)
