@@ -58,9 +58,9 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
     if data.eval is None and training.eval_steps is not None:
         yield Contradiction(("training.eval_steps", "data.eval"), "there is nothing to evaluate: data.eval is not set")
     if data.streaming:
-        yield from streaming_alone(config)
+        yield from _streaming_alone(config)
     if training.gradient_checkpointing == "selective":
-        yield from selective_alone(config)
+        yield from _selective_alone(config)
     if training.fsdp and method in ("full", "bias"):
         yield Contradiction(
             ("training.fsdp", "adapter.method"),
@@ -93,7 +93,7 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
             yield idle
 
 
-def streaming_alone(config: RunSections) -> Iterator[Contradiction]:
+def _streaming_alone(config: RunSections) -> Iterator[Contradiction]:
     """What needs to know all rows, which a stream does not."""
     if config.training.max_steps < 1:
         yield Contradiction(
@@ -114,7 +114,7 @@ def streaming_alone(config: RunSections) -> Iterator[Contradiction]:
         )
 
 
-def selective_alone(config: RunSections) -> Iterator[Contradiction]:
+def _selective_alone(config: RunSections) -> Iterator[Contradiction]:
     """What hides a layer's products from recomputation that keeps them."""
     for name in ("torch_compile", "fsdp"):
         if getattr(config.training, name):

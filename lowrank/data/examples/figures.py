@@ -112,7 +112,7 @@ class StreamCounts:
         return ", ".join(told)
 
 
-def lengths_of(lengths: np.ndarray) -> Lengths:
+def _lengths_of(lengths: np.ndarray) -> Lengths:
     """Order statistics and histogram of example lengths, (E,) integers."""
     if not len(lengths):
         return Lengths(0, 0, 0, 0, [], [])
@@ -152,5 +152,5 @@ def report_of(table: TokenTable, order: np.ndarray, row_mask: np.ndarray) -> Dat
         uneven=int(table.uneven[row_mask].sum()),
         masked_turns=int(table.masked_turns[row_mask].sum()),
         unasked=int(table.unasked[row_mask].sum()),
-        lengths=lengths_of(lengths[order]),
+        lengths=_lengths_of(lengths[order]),
     )

@@ -58,7 +58,7 @@ def load_examples(
     """
     rows = Joined(open_sources(source, format, columns), max_rows)
     examples = tokenised(rows, tokenizer, Options(train_on, max_length, too_long, bad_rows, today), workers)
-    return mixed(examples, rows)
+    return _mixed(examples, rows)
 
 
 def load_train_eval(
@@ -103,12 +103,12 @@ def load_train_eval(
     rows = Joined(open_sources(train, format, columns), max_train_rows)
     examples = tokenised(rows, tokenizer, options, workers)
     if eval is None:
-        return mixed(examples, rows), None
+        return _mixed(examples, rows), None
     if isinstance(eval, float | int):
         trained, held_out = split_by_hash(examples, eval)
-        return mixed(trained, rows), held_out if max_eval_rows is None else first_rows(held_out, max_eval_rows)
+        return _mixed(trained, rows), held_out if max_eval_rows is None else first_rows(held_out, max_eval_rows)
     eval_rows = Joined(open_sources(eval, format, columns), max_eval_rows)
-    return mixed(examples, rows), mixed(tokenised(eval_rows, tokenizer, options, workers), eval_rows)
+    return _mixed(examples, rows), _mixed(tokenised(eval_rows, tokenizer, options, workers), eval_rows)
 
 
 def tokenised(rows: Joined, tokenizer: PreTrainedTokenizerBase, options: Options, workers: int | None) -> Examples:
@@ -218,7 +218,7 @@ def first_rows(examples: Examples, count: int) -> Examples:
     return examples.select(examples.order[mask[examples.table.example_rows[examples.order]]], mask)
 
 
-def mixed(examples: Examples, rows: Joined) -> Examples:
+def _mixed(examples: Examples, rows: Joined) -> Examples:
     """The examples in the shares that the weights of their sources ask for; without weights, as they are.
 
     An epoch keeps its number of examples. A source whose share is larger than what it has is repeated; of one whose

@@ -20,7 +20,7 @@ def preview_text(preview: Preview) -> RenderableType:
     """The preview as something that a rich console prints."""
     parts: list[RenderableType] = [Text(f"{preview.heading}, token by token", style="bold"), _legend()]
     for number, shown in enumerate(preview.shown, start=1):
-        parts += [_border(shown, number, packed=preview.packed), example_text(shown.pieces)]
+        parts += [_border(shown, number, packed=preview.packed), _example_text(shown.pieces)]
     if preview.left_out:
         parts.append(Text(f"... and {preview.left_out} more", style="dim"))
     parts += [
@@ -33,7 +33,7 @@ def preview_text(preview: Preview) -> RenderableType:
     return Group(*parts)
 
 
-def example_text(pieces: list[Piece]) -> Text:
+def _example_text(pieces: list[Piece]) -> Text:
     """One example in colours; line breaks are kept and marked."""
     text = Text()
     for number, piece in enumerate(pieces):

@@ -33,7 +33,7 @@ def _fitting(columns: Mapping[str, str]) -> list[str]:
     return [name for name, form in FORMATS.items() if asked <= set(form.keys)]
 
 
-class Renamed:
+class _Renamed:
     """Rows whose columns have the names that formats give them."""
 
     def __init__(self, rows: Rows, columns: Mapping[str, str]) -> None:
@@ -79,12 +79,12 @@ class Renamed:
 
 def with_columns(rows: Rows, columns: Mapping[str, str] | None) -> Rows:
     """The rows, renamed if columns are named."""
-    return rows if not columns else Renamed(rows, columns)
+    return rows if not columns else _Renamed(rows, columns)
 
 
 def check_columns(rows: Rows) -> None:
     """Raises InputError where a column that is named is in none of the first rows."""
-    if not isinstance(rows, Renamed):
+    if not isinstance(rows, _Renamed):
         return
     seen: set[str] = set()
     for index in range(min(len(rows), LOOKED_AT)):

@@ -77,11 +77,11 @@ def content_of(path: Path) -> Content:
         InputError: it cannot be read, or its bytes are not what its ending says.
     """
     if path.suffix.lower() in COMPRESSED:
-        with open_bytes(path) as packed, tempfile.TemporaryFile() as whole:
+        with _open_bytes(path) as packed, tempfile.TemporaryFile() as whole:
             with told_of(path):
                 shutil.copyfileobj(packed, whole, 2**20)
             return _content(whole, whole.tell())
-    with open_bytes(path) as file:
+    with _open_bytes(path) as file:
         return _content(file, path.stat().st_size)
 
 
@@ -90,7 +90,7 @@ def _content(file: Any, size: int) -> Content:
     return file.read() if size < MAP_FROM else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def _open_bytes(path: Path) -> IO[bytes]:
     """A file to read from its beginning, decompressed on the way.
 
     Raises:
@@ -148,7 +148,7 @@ def glance(path: Path) -> str:
 
 def lines(path: Path) -> Iterator[bytes]:
     """The lines of a file one after another, each with its line break; none is kept."""
-    with open_bytes(path) as file:
+    with _open_bytes(path) as file:
         while True:
             with told_of(path):
                 line = file.readline()

@@ -60,11 +60,11 @@ class Format:
 
 
 def _messages(row: Row, has_template: bool) -> Content:
-    return conversation(row["messages"], tools_of(row), system=system_of(row))
+    return conversation(row["messages"], _tools_of(row), system=_system_of(row))
 
 
 def _sharegpt(row: Row, has_template: bool) -> Content:
-    return conversation(row["conversations"], tools_of(row), system=system_of(row))
+    return conversation(row["conversations"], _tools_of(row), system=_system_of(row))
 
 
 def _alpaca(row: Row, has_template: bool) -> Content:
@@ -78,7 +78,7 @@ def _alpaca(row: Row, has_template: bool) -> Content:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    return conversation(messages, tools_of(row), system=system_of(row), completion_from=len(messages) - 1)
+    return conversation(messages, _tools_of(row), system=_system_of(row), completion_from=len(messages) - 1)
 
 
 def _history(row: Row) -> list[Any]:
@@ -98,7 +98,7 @@ def _continued(row: Row, key: str, has_template: bool) -> Conversation | Plain:
     Texts stand as they are, without a chat template, unless the row has a column for a system turn or for tools: those
     have no place but in one.
     """
-    prompt, completion, tools, system = row["prompt"], row[key], tools_of(row), system_of(row)
+    prompt, completion, tools, system = row["prompt"], row[key], _tools_of(row), _system_of(row)
     if isinstance(prompt, str) and isinstance(completion, str):
         if not has_template:
             _refuse_context(row)
@@ -119,13 +119,13 @@ def _plain_text(row: Row, has_template: bool) -> Content:
 
 def _preference(row: Row, has_template: bool) -> Content:
     if "prompt" not in row:
-        tools, system = tools_of(row), system_of(row)
+        tools, system = _tools_of(row), _system_of(row)
         chosen, rejected = (conversation(row[key], tools, system=system) for key in ("chosen", "rejected"))
         return Preference(chosen, rejected)
     return Preference(_continued(row, "chosen", has_template), _continued(row, "rejected", has_template))
 
 
-def system_of(row: Row) -> str | None:
+def _system_of(row: Row) -> str | None:
     """What a column of its own says the system turn is; None where there is no such column, or nothing in it.
 
     Raises:
@@ -138,7 +138,7 @@ def system_of(row: Row) -> str | None:
     return next(iter(said.values()), None)
 
 
-def tools_of(row: Row) -> Any:
+def _tools_of(row: Row) -> Any:
     """The tools of a row, which the older API calls functions.
 
     Raises:
@@ -154,7 +154,7 @@ def tools_of(row: Row) -> Any:
 
 def _refuse_context(row: Row) -> None:
     """Refuse what has a place only in a chat template."""
-    for what, said in (("a system turn", system_of(row)), ("tools", tools_of(row))):
+    for what, said in (("a system turn", _system_of(row)), ("tools", _tools_of(row))):
         if said:
             raise RowError(
                 f"the row has {what}, and no chat template goes around it",

@@ -39,7 +39,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 
 
-def read_json(path: Path) -> Rows:
+def _read_json(path: Path) -> Rows:
     """The rows of a JSON file: a list of objects, an object with such a list under `data` or `rows`, or JSON lines."""
     content, name = content_of(path), str(path)
     text = decoded(bytes(content), name)
@@ -56,7 +56,7 @@ def read_json(path: Path) -> Rows:
     return RowList(value, name, fingerprint=f"json {digest(content)}")
 
 
-def read_text(path: Path) -> Rows:
+def _read_text(path: Path) -> Rows:
     """One text file as one row `{"text": ...}`."""
     return RowList([{"text": decoded(bytes(content_of(path)), str(path))}], str(path), [str(path)])
 
@@ -70,14 +70,14 @@ def _read_csv(delimiter: str, path: Path) -> Rows:
 FILES: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": lambda path: JsonLines(content_of(path), str(path)),
     ".ndjson": lambda path: JsonLines(content_of(path), str(path)),
-    ".json": read_json,
+    ".json": _read_json,
     ".csv": partial(_read_csv, DELIMITERS[".csv"]),
     ".tsv": partial(_read_csv, DELIMITERS[".tsv"]),
     ".parquet": lambda path: parquet_rows(content_of(path), str(path)),
     ".arrow": lambda path: arrow_rows([content_of(path)], str(path)),
     ".feather": lambda path: arrow_rows([content_of(path)], str(path)),
-    ".txt": read_text,
-    ".md": read_text,
+    ".txt": _read_text,
+    ".md": _read_text,
 }
 
 
@@ -96,14 +96,14 @@ def open_rows(path: str, split: str, subset: str | None) -> Rows:
     local = Path(path).expanduser()
     if saved := _saved(local, split):
         return saved
-    files = local_files(path, split)
+    files = _local_files(path, split)
     if files is None:
         return dataset_rows(_load_from_hub(path, split, subset), f"{path} ({split})")
     opened = [FILES[kind_of(file)](file) for file in files]
     return opened[0] if len(opened) == 1 else Chained(opened, path)
 
 
-def local_files(path: str, split: str) -> list[Path] | None:
+def _local_files(path: str, split: str) -> list[Path] | None:
     """The files that a path stands for, in order; None if it is the name of a data set on a hub.
 
     Raises:
@@ -133,7 +133,7 @@ def stream_fingerprint(path: str, split: str, subset: str | None) -> str:
     """What tells a source of a stream from another: its files by a glance into each, what is on a hub by name."""
     local = Path(path).expanduser()
     saved = sorted(local.rglob("*.arrow")) if _saved(local, split) else None
-    files = saved or local_files(path, split)
+    files = saved or _local_files(path, split)
     return f"{path} {subset} {split} {' '.join(map(glance, files or ()))}"
 
 
@@ -144,7 +144,7 @@ def stream_rows(path: str, split: str, subset: str | None) -> Iterator[Placed]:
         InputError: as `open_rows`, but for single rows, which are given in their row's place.
     """
     saved = _saved(Path(path).expanduser(), split)
-    files = None if saved else local_files(path, split)
+    files = None if saved else _local_files(path, split)
     if saved:
         yield from _one_by_one(saved)
     elif files is None:

@@ -96,8 +96,8 @@ def plain_rows(table: pa.Table) -> list[Row]:
 def _plain(column: pa.ChunkedArray) -> list[Any]:
     values = column.to_pylist()
     if _holds_json(column.type):
-        return [without_none(_from_json(value, column.type)) for value in values]
-    return [without_none(value) for value in values] if pa.types.is_nested(column.type) else values
+        return [_without_none(_from_json(value, column.type)) for value in values]
+    return [_without_none(value) for value in values] if pa.types.is_nested(column.type) else values
 
 
 def _holds_json(kind: pa.DataType) -> bool:
@@ -115,12 +115,12 @@ def _from_json(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-def without_none(value: Any) -> Any:
+def _without_none(value: Any) -> Any:
     """The value without the None-valued keys of the objects inside it."""
     if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [without_none(item) for item in value]
+        return [_without_none(item) for item in value]
     return value
 
 

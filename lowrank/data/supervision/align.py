@@ -73,7 +73,7 @@ class Encoder:
         self._is_special[list(special_tokens(tokenizer).values())] = True
         self._tails: dict[str, list[int]] = {}
         self._adds_space = not np.array_equal(self.ids("\na")[-1:], self.ids("a"))
-        self.prefix = np.array(text_prefix(tokenizer), dtype=np.int32)
+        self.prefix = np.array(_text_prefix(tokenizer), dtype=np.int32)
 
     def ids(self, text: str) -> np.ndarray:
         """Token ids of a text, nothing added, (n,) int32."""
@@ -166,7 +166,7 @@ def _arrays(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
     return np.array(encoding.ids, dtype=np.int32), offsets.reshape(-1, 2)
 
 
-def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer itself puts before a text: mostly the BOS token, or nothing."""
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a", add_special_tokens=True)["input_ids"])

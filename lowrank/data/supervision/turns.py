@@ -62,7 +62,7 @@ class RenderedRow:
     all_marked: bool = False
 
 
-def trained_turns(conversation: Conversation, train_on: str) -> list[int]:
+def _trained_turns(conversation: Conversation, train_on: str) -> list[int]:
     """The messages that carry loss under `assistant`, `last_assistant` or `completion`, by index.
 
     There is none where the row says of all of them that they carry no loss.
@@ -108,7 +108,7 @@ def render_turns(conversation: Conversation, template: ChatTemplate, train_on: s
     if train_on == "all":
         all_marked = not any(conversation.train)
         return RenderedRow([] if all_marked else [_everything(conversation, template)], all_marked=all_marked)
-    asked = trained_turns(conversation, train_on)
+    asked = _trained_turns(conversation, train_on)
     if not asked:
         return RenderedRow([], all_marked=True)
     written, text = _asked(conversation, template, asked)
