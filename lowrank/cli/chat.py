@@ -77,7 +77,7 @@ def chat(
         )
         return
     if len(paths) > 1:
-        raise InputError("one model answers at a time", fix="--compare asks several adapters.")
+        raise InputError("one model answers at a time", fix="Ask several adapters with --compare.")
     run(
         paths[0],
         prompts=asked,

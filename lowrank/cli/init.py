@@ -47,5 +47,5 @@ def init(
 
 def _asked(name: str, what: str) -> str:
     if not sys.stdin.isatty():
-        raise InputError(f"{name} is missing: {what}", fix=EXAMPLE)
+        raise InputError(f"{name} is missing: {what}", fix="Give both: `lowrank init DATA --model MODEL`.")
     return typer.prompt(what, err=True)
