@@ -212,7 +212,8 @@ def cannot_load(what: str, error: Exception) -> InputError:
 def _quantization(options: Mapping[str, Any]) -> transformers.BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise InputError(
-            "a quantised base needs bitsandbytes, which is not installed", fix="pip install 'lowrank[quantization]'"
+            "a quantised base needs bitsandbytes, which is not installed",
+            fix="Install it: `pip install 'lowrank[quantization]'`.",
         )
     known = {key: getattr(torch, value) if key in _DTYPE_KEYS else value for key, value in options.items()}
     return transformers.BitsAndBytesConfig(**known)

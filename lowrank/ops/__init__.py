@@ -1,0 +1,1 @@
+"""The fused mathematics: tensor functions and autograd functions, each beside its plain reference."""

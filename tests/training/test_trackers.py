@@ -52,7 +52,7 @@ def test_what_is_chosen():
 def test_what_is_not_there_is_refused():
     with pytest.raises(InputError, match="there is no tracker 'tensorbord'; known are"):
         chosen_trackers("tensorbord")
-    with pytest.raises(InputError, match=r"comet_ml is not installed\npip install comet_ml"):
+    with pytest.raises(InputError, match=r"comet_ml is not installed\nInstall it: `pip install comet_ml`\."):
         chosen_trackers(["comet_ml"])
 
 

@@ -33,6 +33,5 @@ class EarlyStopping(Callback):
         return {"best": self.best.state_dict(), "in_vain": self._in_vain}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them up."""
         self.best.load_state_dict(state["best"])
         self._in_vain = state["in_vain"]

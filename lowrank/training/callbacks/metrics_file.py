@@ -24,7 +24,6 @@ class MetricsFile(Callback):
         self._warned = False
 
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
-        """One line."""
         self._append({"kind": "step", **metrics.as_dict()})
 
     def on_skip(self, run: Run, loss: float, grad_norm: float) -> None:
@@ -32,7 +31,6 @@ class MetricsFile(Callback):
         self._append({"kind": "skip", "step": run.step, "loss": str(loss), "grad_norm": str(grad_norm)})
 
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
-        """One line."""
         self._append({"kind": "eval", "step": run.step, **evaluation.metrics()})
 
     def on_run_end(self, run: Run) -> None:

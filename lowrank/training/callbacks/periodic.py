@@ -36,7 +36,6 @@ class PeriodicEval(Callback):
         return {"owed": self._owed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes it up."""
         self._owed = state["owed"]
 
     def _evaluate_if_due(self, run: Run) -> None:

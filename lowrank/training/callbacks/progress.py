@@ -43,7 +43,7 @@ class Screen(Callback):
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """See `Task`."""
+        """A line when it begins and a bar while it goes on; what it gives is told how much more is done."""
         self._line(f"{name} ({total:,}) ...")
         bar = self._bars.add_task(name, total=total, figures="")
         try:
@@ -68,16 +68,13 @@ class Screen(Callback):
             self._window.clear()
 
     def on_skip(self, run: Run, loss: float, grad_norm: float) -> None:
-        """A line."""
         why = f"loss {loss}, gradient norm {grad_norm}"
         self.console.print(f"step {run.step}: skipped ({why}); {run.skipped} so far", highlight=False)
 
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
-        """A line."""
         self.console.print(f"step {run.step}: {evaluation}", highlight=False)
 
     def on_save(self, run: Run, path: Path) -> None:
-        """A line."""
         self.console.print(f"step {run.step}: saved in {path}", highlight=False)
 
     def on_run_end(self, run: Run) -> None:

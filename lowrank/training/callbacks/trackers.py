@@ -34,7 +34,9 @@ def chosen_trackers(asked: str | Sequence[str]) -> list[str]:
             known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
             raise InputError(f"there is no tracker {name!r}; known are {known}", where="training.report_to")
         if not _installed(name):
-            raise InputError(f"{name} is not installed", where="training.report_to", fix=f"pip install {name}")
+            raise InputError(
+                f"{name} is not installed", where="training.report_to", fix=f"Install it: `pip install {name}`."
+            )
     return names
 
 

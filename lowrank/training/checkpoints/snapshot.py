@@ -166,4 +166,4 @@ def _differing(here: dict[Any, Any], there: dict[Any, Any]) -> list[tuple[Any, s
 
 
 def _other(what: str) -> InputError:
-    return InputError(f"The checkpoint does not fit this run: {what}.", fix="Resume with the run's own config.")
+    return InputError(f"the checkpoint does not fit this run: {what}", fix="Resume with the run's own config.")

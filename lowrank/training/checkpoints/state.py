@@ -37,7 +37,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         return _with_tensors(table, tensors)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"The checkpoint cannot be read ({error}).",
+            f"the checkpoint cannot be read ({error})",
             where=str(folder / TABLE),
             fix="Move it away, and the one before it is taken.",
         ) from error

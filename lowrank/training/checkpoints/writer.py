@@ -113,7 +113,6 @@ class Checkpoints(Callback):
         return {} if self.best is None else self.best.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes it up."""
         if self.best is not None:
             self.best.load_state_dict(state)
 
@@ -141,7 +140,7 @@ class Checkpoints(Callback):
         except JobError as error:
             return error
         except OSError as error:
-            return JobError(f"{error}.", where=str(path), fix="Make it writable and go on with --resume.")
+            return JobError(f"{error}", where=str(path), fix="Make it writable and go on with --resume.")
         return None
 
     def _due(self, run: Run) -> bool:

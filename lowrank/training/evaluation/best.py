@@ -28,7 +28,7 @@ class Best:
 
     def note(self, step: int, evaluation: Evaluation) -> bool:
         """Whether an evaluation is better than all before; it is the best from then on."""
-        value = value_of(evaluation, self.metric)
+        value = _value_of(evaluation, self.metric)
         if self.value is not None and not better(self.metric, value, self.value):
             return False
         self.step, self.value = step, value
@@ -50,7 +50,7 @@ def better(metric: str, value: float, than: float) -> bool:
     return value > than if GREATER_IS_BETTER[metric] else value < than
 
 
-def value_of(evaluation: Evaluation, metric: str) -> float:
+def _value_of(evaluation: Evaluation, metric: str) -> float:
     """The metric of an evaluation.
 
     Raises:

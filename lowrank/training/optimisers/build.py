@@ -173,7 +173,9 @@ def _bitsandbytes(kind: str, paged: bool = False) -> Maker:
     def make(_: nn.Module, groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
         if find_spec("bitsandbytes") is None:
             raise InputError(
-                "it needs bitsandbytes, which is not installed", where="training.optim", fix="pip install bitsandbytes"
+                "it needs bitsandbytes, which is not installed",
+                where="training.optim",
+                fix="Install it: `pip install 'lowrank[quantization]'`.",
             )
         device = groups[0]["params"][0].device
         if paged and device.type == "cpu":  # bitsandbytes would only warn and not page

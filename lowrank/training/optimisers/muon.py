@@ -39,7 +39,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimiser's."""
         super().load_state_dict(state_dict)
         self._share()
 

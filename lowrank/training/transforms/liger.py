@@ -38,12 +38,14 @@ def use_liger(model: Any) -> list[str]:
     """
     if find_spec("liger_kernel") is None:
         raise InputError(
-            "liger-kernel is not installed", where=WHERE, fix="pip install 'lowrank[liger]', or set it false."
+            "liger-kernel is not installed",
+            where=WHERE,
+            fix="Install it (`pip install 'lowrank[liger]'`), or set it false.",
         )
     if model.device.type != "cuda":
         raise InputError(f"Liger's kernels run on CUDA, and the model is on {model.device}", where=WHERE)
     before = _hidden_states(model)
-    replaced = replace_by_kernels(model)
+    replaced = _replace_by_kernels(model)
     after = _hidden_states(model)
     error, largest = float((after - before).abs().max()), float(before.abs().max())
     if not error <= _TOLERANCE.get(model.dtype, 1e-4) * largest:
@@ -55,7 +57,7 @@ def use_liger(model: Any) -> list[str]:
     return replaced
 
 
-def replace_by_kernels(model: Any) -> list[str]:
+def _replace_by_kernels(model: Any) -> list[str]:
     """The same without the proof, on any device that Triton runs on."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

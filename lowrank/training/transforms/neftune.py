@@ -26,7 +26,7 @@ def noisy_embeddings(model: Any, alpha: float) -> Iterator[None]:
     def add_noise(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return output
-        lengths = lengths_of(output, announced_segments(model))
+        lengths = _lengths_of(output, announced_segments(model))
         bound = alpha / (lengths * output.shape[-1]).sqrt().to(output)
         return output + (2.0 * torch.rand_like(output) - 1.0) * bound[:, None]
 
@@ -37,7 +37,7 @@ def noisy_embeddings(model: Any, alpha: float) -> Iterator[None]:
         handle.remove()
 
 
-def lengths_of(output: torch.Tensor, segments: Sequence[int] | None) -> torch.Tensor:
+def _lengths_of(output: torch.Tensor, segments: Sequence[int] | None) -> torch.Tensor:
     """For each position of (b, n, d) embeddings the length of its example, (n,) float."""
     lengths = torch.tensor(segments or [output.shape[1]])
     return lengths.repeat_interleave(lengths).float()

@@ -132,7 +132,7 @@ def _decode_as_loaded(base: ModelFolder, quantization: Mapping[str, Any]) -> Dec
     if find_spec("bitsandbytes") is None:
         raise InputError(
             "the adapter was trained over a quantised base, and quantising it again needs bitsandbytes",
-            fix="Install it: pip install 'lowrank[quantization]'.",
+            fix="Install it: `pip install 'lowrank[quantization]'`.",
         )
     config = BitsAndBytesConfig.from_dict(dict(quantization))
     assert isinstance(config, BitsAndBytesConfig)
