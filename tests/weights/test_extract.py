@@ -98,7 +98,7 @@ def test_models_that_cannot_be_compared(tmp_path: Path) -> None:
     deep = save_base(tiny_llama(num_hidden_layers=3), tmp_path / "deep")
     with pytest.raises(InputError, match=r"only one of the models has model\.layers\.2"):
         extract(base, deep, r=2, out=tmp_path / "adapter")
-    for arguments, why in (({}, "Neither"), ({"r": 0}, "at least 1"), ({"energy": 1.5}, "at most 1")):
+    for arguments, why in (({}, "neither"), ({"r": 0}, "at least 1"), ({"energy": 1.5}, "at most 1")):
         with pytest.raises(InputError, match=why):
             extract(base, tuned, out=tmp_path / "adapter", **arguments)
     with pytest.raises(InputError, match="lie in one another"):
