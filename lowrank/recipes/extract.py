@@ -28,7 +28,7 @@ def extract_adapter(
 ) -> ExtractReport:
     """Extracts with a progress bar, and prints rank and kept energy of every module."""
     if dtype not in _DTYPES:
-        raise InputError(f"The dtype {dtype!r} is not one of {', '.join(_DTYPES)}.")
+        raise InputError(f"the dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("extracting", total=None)

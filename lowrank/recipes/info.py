@@ -90,7 +90,7 @@ def _show_training(console: Console, path: Path) -> None:
     try:
         lines = read_metrics(path)
     except ValueError as error:
-        raise InputError("The run's figures cannot be read: a line is not JSON.", where=str(path)) from error
+        raise InputError("the run's figures cannot be read: a line is not JSON", where=str(path)) from error
     steps = [line for line in lines if line.get("kind") == "step"]
     evals = [line for line in lines if line.get("kind") == "eval"]
     if steps:

@@ -62,7 +62,7 @@ def merge_adapter(
     """
     if isinstance(quantization, str):
         if quantization not in SCHEMES:
-            raise InputError(f"There is no quantisation {quantization!r}; there are {', '.join(SCHEMES)}.")
+            raise InputError(f"there is no quantisation {quantization!r}; there are {', '.join(SCHEMES)}")
         quantization = SCHEMES[quantization]
     source = expanded(adapter)
     target = Path(expanded(out)) if out is not None else beside(source)

@@ -44,7 +44,9 @@ def load(
     """
     if isinstance(model, nn.Module):
         if path is None:
-            raise InputError("which adapter is to be put onto the model is not said", fix="lowrank.load(model, folder)")
+            raise InputError(
+                "which adapter is to be put onto the model is not said", fix="Give it: `lowrank.load(model, folder)`."
+            )
         return load_onto(model, path, adapter, strict=strict, trainable=trainable)
     if path is not None:
         raise InputError(

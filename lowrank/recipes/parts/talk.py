@@ -69,7 +69,9 @@ class Talk:
             return self._save(rest)
         if name == "/help":
             return HELP
-        raise InputError(f"there is no command {name}", fix="/help lists them; // begins a message with one /.")
+        raise InputError(
+            f"there is no command {name}", fix="Type /help for a list, or // to begin a message with one /."
+        )
 
     def _save(self, name: str) -> str:
         if not name:
