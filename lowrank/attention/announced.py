@@ -68,7 +68,7 @@ def announced_spans(
         raise InputError(
             f"this model's masks are more than causal ({', '.join(sorted(parts - CAUSAL)) or 'a window of its own'}), "
             "and beginnings of examples cannot be shared under them",
-            fix="give each example a segment of its own",
+            fix="Give each example a segment of its own.",
         )
     return None
 

@@ -39,7 +39,9 @@ def set_attention(model: PreTrainedModel, backend: str = "auto", *, packing: boo
     if backend != "auto" and backend not in BACKENDS:
         near = difflib.get_close_matches(backend, [*BACKENDS, "auto"], n=1)
         hint = f"; did you mean `{near[0]}`?" if near else ""
-        raise InputError(f"there is no attention backend `{backend}`{hint}", fix=f"one of: auto, {', '.join(BACKENDS)}")
+        raise InputError(
+            f"there is no attention backend `{backend}`{hint}", fix=f"It is one of: auto, {', '.join(BACKENDS)}."
+        )
     setting = setting_of(model, packing)
     if backend == "auto" and not setting.swappable:
         return AttentionChoice(setting.current, f"transformers cannot swap the attention of {setting.architecture}")
@@ -58,7 +60,7 @@ def set_attention(model: PreTrainedModel, backend: str = "auto", *, packing: boo
     return AttentionChoice(PAGED.name, f"asked for: answers many prompts at once; in training it is `{implementation}`")
 
 
-_TRY_AUTO = "use `attention: auto`, which takes the fastest backend that is exact for this model"
+_TRY_AUTO = "Use `attention: auto`, which takes the fastest backend that is exact for this model."
 
 
 def _fastest(setting: Setting) -> AttentionChoice:
@@ -74,7 +76,7 @@ def _swap(model: PreTrainedModel, implementation: str, setting: Setting) -> None
     if not setting.swappable and implementation != setting.current:
         raise InputError(
             f"transformers cannot swap the attention of {setting.architecture}: it stays `{setting.current}`",
-            fix="use `attention: auto`, which keeps what such a model has",
+            fix="Use `attention: auto`, which keeps what such a model has.",
         )
     model.set_attn_implementation(implementation)
     for name, module in model.named_modules():
@@ -83,5 +85,5 @@ def _swap(model: PreTrainedModel, implementation: str, setting: Setting) -> None
                 f"transformers left {type(module).__name__} at `{module.config._attn_implementation}` "
                 f"instead of `{implementation}`",
                 where=name or None,
-                fix="use `attention: eager`",
+                fix="Use `attention: eager`.",
             )

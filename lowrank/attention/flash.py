@@ -31,7 +31,7 @@ def packing_arguments(lengths: Sequence[int], device: torch.device) -> dict[str,
     return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
 
 
-def version_for(device: torch.device) -> int | None:
+def _version_for(device: torch.device) -> int | None:
     """The newest FlashAttention that is installed and made for the card."""
     if device.type != "cuda" or torch.version.hip:
         return None
@@ -53,7 +53,7 @@ def flash_mask(*arguments: Any, mask_function: Callable[..., torch.Tensor], **mo
     if beyond:
         raise InputError(
             f"the attention backend `flash` cannot serve this model's mask: it knows no {', '.join(sorted(beyond))}",
-            fix="use `attention: segments`",
+            fix="Use `attention: segments`.",
         )
     return flash_attention_mask(*arguments, mask_function=mask_function, **more)
 
@@ -88,7 +88,7 @@ def refusal_of_kernel(setting: Setting, knows: Collection[str]) -> str | None:
 def _refusal(setting: Setting) -> str | None:
     if setting.device.type != "cuda":
         return f"it needs a CUDA device, the model is on {setting.device.type}"
-    version = version_for(setting.device)
+    version = _version_for(setting.device)
     if version is None:
         return "no FlashAttention package that fits this card is installed"
     kernel = import_module(_PACKAGE[version]).flash_attn_varlen_func
@@ -96,7 +96,7 @@ def _refusal(setting: Setting) -> str | None:
 
 
 def _implementation(setting: Setting) -> str:
-    name = f"flash_attention_{version_for(setting.device)}"
+    name = f"flash_attention_{_version_for(setting.device)}"
     AttentionMaskInterface.register(name, flash_mask)
     return name
 

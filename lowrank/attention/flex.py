@@ -52,7 +52,7 @@ def flex_attention(
 def _refused(module: nn.Module, why: str) -> InputError:
     return InputError(
         f"the attention backend `flex` cannot serve {type(module).__name__}: {why}",
-        fix="use `attention: auto`, which takes the fastest backend that is exact for this model",
+        fix="Use `attention: auto`, which takes the fastest backend that is exact for this model.",
     )
 
 

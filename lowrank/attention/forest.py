@@ -32,7 +32,7 @@ def starts_of(lengths: Sequence[int], parents: Sequence[int] | None) -> list[int
         )
         raise InputError(
             f"{what} in a pack of {len(lengths)} segments",
-            fix="give each segment the number of an earlier one, or -1",
+            fix="Give each segment the number of an earlier one, or -1.",
         )
     starts: list[int] = []
     for parent in parents:

@@ -78,7 +78,7 @@ def _parents(model: PreTrainedModel, lengths: Sequence[int], parents: Sequence[i
     share_masks()
     name = model.config._attn_implementation
     if name not in (*SHARING, IMPLEMENTATION):
-        raise _cannot_share(model, "it knows no segments with parents", fix="use `attention: segments`")
+        raise _cannot_share(model, "it knows no segments with parents", fix="Use `attention: segments`.")
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _KINDS
     if kinds:
         raise _cannot_share(model, f"it has layers of the kind {', '.join(sorted(kinds))}")
@@ -107,12 +107,12 @@ def _for_a_pack(model: PreTrainedModel, told: Announced) -> Hook:
         if asked.get("attention_mask") is not None or (cached if caches is None else caches):
             raise InputError(
                 "the segments of a pack would see one another under an attention_mask or a cache",
-                fix="call the model with attention_mask=None, use_cache=False and position_ids that restart",
+                fix="Call the model with attention_mask=None, use_cache=False and position_ids that restart.",
             )
         if told.parents is not None and asked.get("position_ids") is None:
             raise InputError(
                 "without position_ids the segments of a pack would not go on from their parents' positions",
-                fix="give the model the position_ids that `positions_of` says",
+                fix="Give the model the position_ids that `positions_of` says.",
             )
         return args, {**kwargs, **more}
 
@@ -205,7 +205,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 def _cannot_pack(model: PreTrainedModel, what: str) -> InputError:
     return InputError(
         f"{type(model).__name__} with attention `{model.config._attn_implementation}` cannot train on packs: {what}",
-        fix="set `data.packing: false`, which pads each example to its own row",
+        fix="Set `data.packing: false`, which pads each example to its own row.",
     )
 
 

@@ -43,7 +43,7 @@ def generate_paged(
         JobError: transformers gave up on a prompt.
     """
     if generation.max_new_tokens is None:
-        raise InputError("paged generation needs `max_new_tokens`", fix="set it in the generation config")
+        raise InputError("paged generation needs `max_new_tokens`", fix="Set it in the generation config.")
     setting = setting_of(model, packing=False)
     refusal = _refusal(setting)
     if refusal is not None:

@@ -116,7 +116,7 @@ def segments_attention(
     if unknown:
         raise InputError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which `segments` does not know",
-            fix="use `attention: eager`",
+            fix="Use `attention: eager`.",
         )
     if isinstance(attention_mask, SpansMask) and position_bias is None and dropout == 0.0:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -157,7 +157,7 @@ def _over_spans(
     if key.shape[2] != spans.length:
         raise InputError(
             f"the mask covers {spans.length} tokens a row, the keys {key.shape[2]}",
-            fix="call the model with use_cache=False while training",
+            fix="Call the model with use_cache=False while training.",
         )
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     rule = Rule(scale, spans.window if spans.bounded else None, softcap)
@@ -183,7 +183,7 @@ def _over_stacks(
     return StackedAttention.apply(q, k, v, sinks, spans, rule)
 
 
-def register() -> None:
+def _register() -> None:
     """Make the backend known to transformers, as attention function and as mask function."""
     AttentionInterface.register(IMPLEMENTATION, segments_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, segments_mask)
@@ -194,7 +194,7 @@ def _refusal(setting: Setting) -> str | None:
 
 
 def _implementation(setting: Setting) -> str:
-    register()
+    _register()
     return IMPLEMENTATION
 
 
