@@ -65,7 +65,7 @@ def merge_adapter(
             raise InputError(f"there is no quantisation {quantization!r}; there are {', '.join(SCHEMES)}")
         quantization = SCHEMES[quantization]
     source = expanded(adapter)
-    target = Path(expanded(out)) if out is not None else beside(source)
+    target = Path(expanded(out)) if out is not None else _beside(source)
     if out is None:
         refuse_occupied(target, fix=f"Name another folder: lowrank merge {shlex.quote(source)} OUT.")
     console = Console(stderr=True)
@@ -84,20 +84,20 @@ def merge_adapter(
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    for line in report_lines(report):
+    for line in _report_lines(report):
         print(line)
     print(f"ask it: lowrank chat {shlex.quote(str(report.out))}")
     return report
 
 
-def beside(adapter: str | Path) -> Path:
+def _beside(adapter: str | Path) -> Path:
     """Where an adapter's merged model goes unless another place is given: `runs/a` to `runs/a-merged`."""
     path = Path(adapter)
     path = path if path.name not in ("", "..") else path.resolve()
     return path.with_name(f"{path.name}-merged")
 
 
-def report_lines(report: MergeReport) -> list[str]:
+def _report_lines(report: MergeReport) -> list[str]:
     """The report as a person reads it."""
     speed = report.size / 2**20 / max(report.seconds, 1e-9)
     lines = [

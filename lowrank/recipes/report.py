@@ -57,13 +57,13 @@ def report(runs: Sequence[str | Path], out: str | Path = "runs.html") -> Path:
         )
     past = [_read(Path(expanded(run))) for run in runs]
     out = Path(expanded(out))
-    write_whole(out, page("runs", title=_title(past), runs=past, charts=_charts(past), differences=differences(past),
+    write_whole(out, page("runs", title=_title(past), runs=past, charts=_charts(past), differences=_differences(past),
                           results=[(one.name, *_results(one)) for one in past]))  # fmt: skip
     print(f"wrote {out}: {len(past)} runs beside one another")
     return out
 
 
-def differences(runs: Sequence[Past]) -> list[tuple[str, list[str]]]:
+def _differences(runs: Sequence[Past]) -> list[tuple[str, list[str]]]:
     """The settings in which the runs differ, each with its value in every run."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in _OWN)
     values = {key: [str(run.settings.get(key, "–")) for run in runs] for key in keys}

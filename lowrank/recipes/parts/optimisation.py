@@ -24,14 +24,14 @@ def optimizer_for(training: TrainingSection, model: nn.Module) -> torch.optim.Op
     return build_optimizer(model, settings, training.optim)
 
 
-def warmup_of(training: TrainingSection, total_steps: int) -> int:
+def _warmup_of(training: TrainingSection, total_steps: int) -> int:
     """The steps in which the learning rate rises."""
     return training.warmup_steps or round(training.warmup_ratio * total_steps)
 
 
 def remarks(training: TrainingSection, total_steps: int) -> list[str]:
     """Where the config's numbers cannot be kept in a run of so many steps: what it comes to instead."""
-    warmup, decay = warmup_of(training, total_steps), round(training.lr_decay_ratio * total_steps)
+    warmup, decay = _warmup_of(training, total_steps), round(training.lr_decay_ratio * total_steps)
     found, last = [], f"the run's {total_steps:,} step{'s' if total_steps > 1 else ''}"
     if warmup >= total_steps:
         reached = training.learning_rate * total_steps / (warmup + 1)
@@ -60,7 +60,7 @@ def schedule_for(
     return build_schedule(
         optimizer,
         training.lr_scheduler_type,
-        warmup_steps=warmup_of(training, total_steps),
+        warmup_steps=_warmup_of(training, total_steps),
         total_steps=total_steps,
         min_lr_ratio=training.min_lr_ratio,
         decay_steps=round(training.lr_decay_ratio * total_steps),

@@ -53,15 +53,15 @@ def propose(
     Raises:
         InputError: it fits in no way.
     """
-    length, told = max_length(rows, base)
-    epochs, why_epochs = passes(rows)
-    r, why_r = rank(base, rows, epochs, goal)
-    step, why_step = step_tokens(rows, length)
-    way, fitting = choose_way(base, machine, r, length, step, goal)
+    length, told = _max_length(rows, base)
+    epochs, why_epochs = _passes(rows)
+    r, why_r = _rank(base, rows, epochs, goal)
+    step, why_step = _step_tokens(rows, length)
+    way, fitting = _choose_way(base, machine, r, length, step, goal)
     r, why_r = (r, why_r) if fitting == r else (fitting, f"{r} would not fit")
     return [
         Setting("model", "name_or_path", base.name, f"{base.model_class}, {_millions(base.parameters)} parameters"),
-        Setting("model", "dtype", way.dtype, why_dtype(way, machine)),
+        Setting("model", "dtype", way.dtype, _why_dtype(way, machine)),
         *_quantisation(base, way, r, machine),
         Setting("adapter", "method", "lora", "variants come within 2 % of it once the learning rate is right"),
         Setting("adapter", "r", r, why_r),
@@ -71,7 +71,7 @@ def propose(
         Setting("training", "output_dir", output, "adapter, checkpoints, metrics and report.html go here"),
         Setting("training", "num_train_epochs", epochs, why_epochs),
         *_batches(base, way, rows, step, why_step),
-        Setting("training", "learning_rate", learning_rate(base), _why_rate(base)),
+        Setting("training", "learning_rate", _learning_rate(base), _why_rate(base)),
         *_recompute(base, way, r, machine),
         Setting("training", "save_minutes", 10, "what a crash can cost"),
         *_answers(rows),
@@ -114,7 +114,7 @@ def placed(settings: list[Setting], asked: Setting) -> list[Setting]:
     return [*settings[:at], asked, *settings[end:]]
 
 
-def max_length(rows: RowFacts, base: Base) -> tuple[int, str]:
+def _max_length(rows: RowFacts, base: Base) -> tuple[int, str]:
     """The longest example that is taken, and what that leaves out."""
     longest, most = int(rows.lengths.max()), int(np.percentile(rows.lengths, 99))
     wanted = longest if longest <= 1.5 * most else most
@@ -129,7 +129,7 @@ def max_length(rows: RowFacts, base: Base) -> tuple[int, str]:
     return length, f"{1 - over / len(rows.lengths):.1%} of {among} fit; {over:,} {what} (the longest: {longest:,})"
 
 
-def passes(rows: RowFacts) -> tuple[int, str]:
+def _passes(rows: RowFacts) -> tuple[int, str]:
     """How often the rows are gone through."""
     count = f"{rows.count:,} rows"
     if rows.text:
@@ -141,7 +141,7 @@ def passes(rows: RowFacts) -> tuple[int, str]:
     )
 
 
-def rank(base: Base, rows: RowFacts, epochs: int, goal: Goal) -> tuple[int, str]:
+def _rank(base: Base, rows: RowFacts, epochs: int, goal: Goal) -> tuple[int, str]:
     """The least of 16, 32, 64, 128 that holds what the rows can teach; 8 where memory comes first."""
     taught = rows.count * float(rows.supervised.mean())
     least = LEAST_RANK if goal == "memory" else 16
@@ -152,7 +152,7 @@ def rank(base: Base, rows: RowFacts, epochs: int, goal: Goal) -> tuple[int, str]
     )
 
 
-def step_tokens(rows: RowFacts, length: int) -> tuple[int, str]:
+def _step_tokens(rows: RowFacts, length: int) -> tuple[int, str]:
     """Tokens in an optimiser step: small batches, at least some hundred steps."""
     together = int(min(16, max(4, rows.count // 100)))
     mean = float(rows.lengths.clip(max=length).mean())
@@ -160,7 +160,7 @@ def step_tokens(rows: RowFacts, length: int) -> tuple[int, str]:
     return tokens, f"about {tokens / mean:.0f} rows in a step; adapters learn best from small ones"
 
 
-def choose_way(base: Base, machine: Machine, r: int, length: int, step: int, goal: Goal) -> tuple[Way, int]:
+def _choose_way(base: Base, machine: Machine, r: int, length: int, step: int, goal: Goal) -> tuple[Way, int]:
     """The first way that fits, and its rank.
 
     Raises:
@@ -196,7 +196,7 @@ def _without(base: Base, way: Way, r: int, machine: Machine) -> str:
     )
 
 
-def why_dtype(way: Way, machine: Machine) -> str:
+def _why_dtype(way: Way, machine: Machine) -> str:
     """What speaks for the dtype on this machine."""
     faster = machine.bfloat16 if way.dtype == "bfloat16" else 1 / machine.bfloat16
     other = "float32" if way.dtype == "bfloat16" else "bfloat16"
@@ -205,7 +205,7 @@ def why_dtype(way: Way, machine: Machine) -> str:
     return "half of float32's memory" if way.dtype == "bfloat16" else "no slower here than bfloat16"
 
 
-def learning_rate(base: Base) -> float:
+def _learning_rate(base: Base) -> float:
     """5e-4 at a width of 2,000, less for wider bases, to two digits."""
     rate = 5e-4 * math.sqrt(2000 / base.hidden)
     return float(f"{rate:.1e}")
