@@ -9,18 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowrank.adapters import describe
 from lowrank.config import RunConfig, load_config
 from lowrank.config.sections import TrainingSection
-from lowrank.data import questions_of
 from lowrank.errors import InputError, JobError
-from lowrank.recipes.memory_trial import estimate_memory
-from lowrank.recipes.parts.assess import expected_answers
-from lowrank.recipes.parts.rank_budget import rank_budget
+from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
+from lowrank.recipes.parts.memory_trial import estimate_memory
 from lowrank.recipes.parts.resume import refuse_a_run_in
-from lowrank.recipes.parts.setup import Setup, own_device, set_up
-from lowrank.recipes.parts.show import open_console, plan_of, show_plan
-from lowrank.recipes.train import advice, advice_for_loading, new_run
+from lowrank.recipes.parts.setup import own_device, set_up
+from lowrank.recipes.parts.show import open_console, plan_of, show_line, show_plan
 from lowrank.storage.lock import held
 from lowrank.training.callbacks.trackers import chosen_trackers
 from lowrank.training.estimate import ADAM_BYTES, MemoryEstimate
@@ -54,7 +53,8 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     refuse_launcher_options(fsdp=config.training.fsdp)
     refuse_half_a_launch()
     few_kernels_kept()
-    forget_peak(own_device(config))
+    device = own_device(config.model.device)
+    forget_peak(device)
     program = resident_bytes()
     output = Path(config.training.output_dir)
     there = _said_by(refuse_a_run_in, output)
@@ -64,23 +64,21 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     chosen_trackers(config.training.report_to)
     console = open_console()
     whole = config.model_copy(update={"training": config.training.model_copy(update={"fsdp": False})})
-    with _refused_when_short(config, "loading the model and its data", advice_for_loading(config)):
+    with _refused_when_short(device, "loading the model and its data", less_to_load(config)):
         setup = set_up(whole, Ranks(count=config.training.num_processes or 1))
-    refuse_what_would_stop_it_later(config, setup)
     model = setup.model
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     tokenizer = len(setup.tokenizer.backend_tokenizer.to_str(pretty=True).encode())
     with_adapter = bool(describe(model))
     written = written_bytes(config.training, trained, setup.length.steps, tokenizer, with_adapter=with_adapter)
     free = refuse_a_full_disk(output, written + SPARE_DISK)
-    plan = plan_of(config, model, setup.attention, setup.loss, setup.plan, setup.size, setup.length, setup.asking)
-    with _refused_when_short(config, "trying the longest batch", advice(config)):
-        memory = estimate_memory(whole, setup, program)
+    plan = plan_of(config, setup)
+    with _refused_when_short(device, "trying the longest batch", less_to_train(config)):
+        memory = estimate_memory(whole.model, whole.training, setup, program)
     show_plan(console, {**plan, **_needs(memory, written, free)})
     if there is not None:
         raise there  # told last: all else has been looked at
-    told = "the run can start" if path is None else f"the run can start: {_command(path, overrides)}"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    show_line(console, "the run can start" if path is None else f"the run can start: {_command(path, overrides)}")
     return memory
 
 
@@ -97,22 +95,13 @@ def _said_by(refuse: Callable[[Path], object], path: Path) -> InputError | None:
 
 
 @contextmanager
-def _refused_when_short(config: RunConfig, doing: str, less: Sequence[str]) -> Iterator[None]:
+def _refused_when_short(device: torch.device, doing: str, less: Sequence[str]) -> Iterator[None]:
     """Where a run would fail for want of memory, its config asks for too much."""
     try:
-        with told_when_short(own_device(config), doing, less):
+        with told_when_short(device, doing, less):
             yield
     except JobError as error:
         raise InputError(error.what, where=error.where, fix=error.fix) from error
-
-
-def refuse_what_would_stop_it_later(config: RunConfig, setup: Setup) -> None:
-    """Raises InputError for what a run meets only behind its setup: optimiser, rank budget, answers to compare with."""
-    run = new_run(config, setup)
-    rank_budget(setup.model, run.total_steps)
-    if setup.held_out is not None and config.training.predict_with_generate:
-        questions = questions_of(setup.held_out, setup.tokenizer, config.data.format, config.data.date)
-        expected_answers(questions, setup.tokenizer, config)
 
 
 def written_bytes(training: TrainingSection, trained: int, steps: int, tokenizer: int, *, with_adapter: bool) -> int:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.config import RunConfig, load_config
-from lowrank.data import end_tokens
+from lowrank.data import check_fits, end_tokens
 from lowrank.errors import InputError
+from lowrank.models import positions_of, vocabulary_of
 from lowrank.paths import expanded
 from lowrank.recipes.parts.assess import assess
-from lowrank.recipes.parts.prepare import base_model, base_tokenizer, fitting, read_examples, swap_attention
+from lowrank.recipes.parts.exam import exam_of
+from lowrank.recipes.parts.prepare import base_model, base_tokenizer, swap_attention
+from lowrank.recipes.parts.rows import batch_plan, read_examples
 from lowrank.recipes.parts.show import open_console
 from lowrank.training.callbacks.progress import Screen
 from lowrank.training.diagnosis import refuse_broken_weights
@@ -47,23 +50,25 @@ def evaluate(
     console = open_console()
     file = None if adapter is None else open_adapter(adapter)
     config = config if file is None else at_its_revision(config, file)
-    tokenizer = base_tokenizer(config, None if file is None else file.path)
-    _, examples = read_examples(config, tokenizer)
+    data, training = config.data, config.training
+    tokenizer = base_tokenizer(config.model, data.chat_template, None if file is None else file.path)
+    _, examples = read_examples(data, tokenizer)
     assert examples is not None, "data.eval is set"
-    model = base_model(config)
-    fitting(model, tokenizer, None, examples)
+    model = base_model(config.model, config.quantization)
+    positions = positions_of(model)
+    check_fits(examples, tokenizer, vocabulary_of(model), positions)
+    exam = exam_of(examples, tokenizer, data, training, positions) if training.predict_with_generate else None
     if file is not None:
         load(model, file.path)
     noted = [] if file is None else noted_ends(file.path)
     stop_at(model, tokenizer, list(dict.fromkeys([*noted, *end_tokens(examples, tokenizer)])))
-    swap_attention(model, config)
-    loss = supervised_loss(model)
+    swap_attention(model, config.model, packing=data.packing)
+    held_out = batch_plan(data, training, examples, tokenizer, shuffle=False)
     with Screen(console) as screen:
-        generate = config.training.predict_with_generate
-        result = assess(model, tokenizer, examples, config, loss, screen.task, generate=generate)
+        result = assess(model, tokenizer, held_out, supervised_loss(model), screen.task, exam)
     if not math.isfinite(result.loss):
         refuse_broken_weights(model, config.model.name_or_path)
-    console.print(f"{adapter or config.model.name_or_path} on {len(examples)} examples of {config.data.eval}: {result}")
+    console.print(f"{adapter or config.model.name_or_path} on {len(examples)} examples of {data.eval}: {result}")
     return result
 
 

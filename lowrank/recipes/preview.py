@@ -13,8 +13,9 @@ from lowrank.data.preview.preview_html import preview_html
 from lowrank.data.preview.preview_text import preview_text
 from lowrank.errors import InputError
 from lowrank.paths import expanded
-from lowrank.recipes.parts.prepare import SAMPLE_ROWS, base_tokenizer, batch_plan
-from lowrank.recipes.parts.setup import plan_and_held_out, step_size
+from lowrank.recipes.parts.prepare import base_tokenizer
+from lowrank.recipes.parts.rows import batch_plan, first_examples, read_batches
+from lowrank.recipes.parts.setup import step_size
 from lowrank.recipes.parts.show import open_console
 from lowrank.training.machine.ranks import Ranks
 from lowrank.training.steps import run_length
@@ -45,11 +46,11 @@ def preview(
     html = html and expanded(html, "--html")
     if html is not None and Path(html).exists():
         raise InputError(f"{html} exists already; nothing was written", where="--html", fix="Give another file.")
-    tokenizer = base_tokenizer(config)
-    plan, steps = plan_and_held_out(config, tokenizer)[0], None
+    tokenizer = base_tokenizer(config.model, config.data.chat_template)
+    plan, steps = read_batches(config.data, config.training, tokenizer)[0], None
     of_stream = isinstance(plan, BatchStream)
     if isinstance(plan, BatchStream):
-        plan = batch_plan(config, plan.sample(SAMPLE_ROWS), tokenizer, shuffle=True)
+        plan = batch_plan(config.data, config.training, first_examples(plan), tokenizer, shuffle=True)
     else:
         size = step_size(config.training, Ranks(count=config.training.num_processes or 1))
         steps = run_length(plan, size, epochs=1, max_steps=-1).per_epoch

@@ -18,6 +18,8 @@ from lowrank.config import RunConfig
 from lowrank.data import Examples, end_tokens, load_examples, questions_of
 from lowrank.errors import InputError
 from lowrank.recipes.parts.assess import assess
+from lowrank.recipes.parts.exam import exam_of
+from lowrank.recipes.parts.rows import batch_plan
 from lowrank.training.evaluation.answers import same_json
 from lowrank.training.losses.supervised import supervised_loss
 from lowrank.weights.files.notes import stop_at
@@ -105,7 +107,10 @@ def score(examples, tokenizer, model, match="text"):
         },
     }
     stop_at(model, tokenizer, end_tokens(examples, tokenizer))
-    return assess(model, tokenizer, examples, RunConfig(**sections), supervised_loss(model), quiet, generate=True)
+    config = RunConfig(**sections)
+    exam = exam_of(examples, tokenizer, config.data, config.training, None)
+    held_out = batch_plan(config.data, config.training, examples, tokenizer, shuffle=False)
+    return assess(model, tokenizer, held_out, supervised_loss(model), quiet, exam)
 
 
 @pytest.mark.parametrize(("name", "said"), LEARNED)

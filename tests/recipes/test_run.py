@@ -20,8 +20,8 @@ from lowrank.errors import InputError, JobError
 from lowrank.recipes.check import check
 from lowrank.recipes.evaluate import evaluate
 from lowrank.recipes.merge import merge_adapter
+from lowrank.recipes.parts.less_memory import less_to_train
 from lowrank.recipes.preview import preview
-from lowrank.recipes.train import advice
 
 WRITTEN = {
     "README.md",
@@ -158,7 +158,7 @@ def test_a_batch_that_does_not_fit_is_told_before_anything_is_written(write_conf
     def short(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("lowrank.recipes.train.rehearse", short)
+    monkeypatch.setattr("lowrank.recipes.parts.beginning.rehearse", short)
     with pytest.raises(JobError, match="trying the longest batch") as raised:
         lowrank.train(write_config(), ["training.tokens_per_batch=200"])
     for help_with_numbers in (
@@ -169,7 +169,7 @@ def test_a_batch_that_does_not_fit_is_told_before_anything_is_written(write_conf
         assert help_with_numbers in str(raised.value)
     assert not (tmp_path / "out").exists()
     padded = load_config(write_config(data={"packing": False}), ["training.gradient_checkpointing=true"])
-    assert advice(padded) == ["training.per_device_train_batch_size below 8", "quantization.load_in_4bit: true"]
+    assert less_to_train(padded) == ["training.per_device_train_batch_size below 8", "quantization.load_in_4bit: true"]
 
 
 def test_a_base_that_does_not_fit_is_told(write_config, tmp_path, monkeypatch):

@@ -14,11 +14,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.adapters import describe
-from lowrank.config import RunConfig
+from lowrank.config.sections import TrainingSection
 from lowrank.recipes.parts.assess import assess
 from lowrank.recipes.parts.rank_budget import rank_budget
-from lowrank.recipes.parts.resume import flat
 from lowrank.recipes.parts.setup import Setup
+from lowrank.recipes.parts.show import show_line
 from lowrank.training.callbacks.early_stopping import EarlyStopping
 from lowrank.training.callbacks.metrics_file import FILE as METRICS
 from lowrank.training.callbacks.metrics_file import MetricsFile
@@ -59,61 +59,59 @@ class Crew:
 
 
 def crew_of(
-    config: RunConfig,
+    training: TrainingSection,
     setup: Setup,
     run: Run,
     console: Console,
     summary: Mapping[str, str],
-    accelerator: Accelerator,
     ranks: Ranks,
     more: Sequence[Callback],
 ) -> Crew:
     """The callbacks that a config asks for, and `more`. One process writes and shows; all evaluate and gather."""
-    training, output = config.training, run.output_dir
+    output = run.output_dir
     screen = Screen(console, training.logging_steps)
-    told = partial(console.print, highlight=False, soft_wrap=True)
+    told = partial(show_line, console)
     writers = [
         MetricsFile(output / METRICS, told),
         screen,
         ReportWriter(output / REPORT, output.name, summary, output / METRICS, told=told),
     ]
-    evaluate = evaluation_of(config, setup, screen, ranks)
+    evaluate = evaluation_of(setup, screen, ranks)
     budget = rank_budget(setup.model, run.total_steps)
     best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
-    checkpoints = checkpoints_of(config, run, setup.tokenizer, told, best, ranks)
+    checkpoints = checkpoints_of(training, run, setup.tokenizer, told, best, ranks)
     callbacks = [
         *(writers if ranks.main else []),
         *budget,
-        *periodic_evaluation(config, evaluate),
-        *trackers_of(config, accelerator, run, told),
+        *periodic_evaluation(training, evaluate),
         *more,
         checkpoints,
     ]
     return Crew(callbacks, evaluate, checkpoints, best, budget[0].penalty if budget else None)
 
 
-def trackers_of(config: RunConfig, accelerator: Accelerator, run: Run, told: Told) -> list[Callback]:
-    """TensorBoard and the like, where the accelerator was made with any."""
+def trackers_of(
+    accelerator: Accelerator, output: Path, settings: Mapping[str, Any], console: Console
+) -> list[Callback]:
+    """TensorBoard and the like, where the accelerator was made with any; `settings` are logged with the run."""
     if not accelerator.log_with:
         return []
-    return [Trackers(accelerator, run.output_dir.resolve().name, flat(config.model_dump(mode="json")), told)]
+    return [Trackers(accelerator, output.resolve().name, settings, partial(show_line, console))]
 
 
-def evaluation_of(config: RunConfig, setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:
+def evaluation_of(setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:
     """Evaluates the model as it is; None where the config names nothing to evaluate on."""
     if setup.held_out is None:
         return None
-    generate = config.training.predict_with_generate
-    given = (setup.model, setup.tokenizer, setup.held_out, config, setup.plain_loss, screen.task)
-    return partial(assess, *given, generate=generate, ranks=ranks)
+    given = (setup.model, setup.tokenizer, setup.held_out, setup.plain_loss, screen.task, setup.exam, ranks)
+    return partial(assess, *given)
 
 
-def periodic_evaluation(config: RunConfig, evaluate: Evaluate | None) -> list[Callback]:
+def periodic_evaluation(training: TrainingSection, evaluate: Evaluate | None) -> list[Callback]:
     """Evaluations between the steps, where the config asks for them."""
-    every = config.training.eval_steps
+    every = training.eval_steps
     if evaluate is None or every is None:
         return []
-    training = config.training
     found: list[Callback] = [PeriodicEval(every, evaluate, last=training.load_best_model_at_end)]
     if training.early_stopping_patience is not None:
         found.append(EarlyStopping(training.metric_for_best_model, training.early_stopping_patience))
@@ -127,7 +125,7 @@ def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -
 
 
 def checkpoints_of(
-    config: RunConfig,
+    training: TrainingSection,
     run: Run,
     tokenizer: PreTrainedTokenizerBase,
     told: Told,
@@ -135,7 +133,6 @@ def checkpoints_of(
     ranks: Ranks,
 ) -> Checkpoints:
     """Writes the run's checkpoints."""
-    training = config.training
     return Checkpoints(
         partial(save_adapter, run.model, tokenizer) if describe(run.model) else lambda folder: None,
         told,

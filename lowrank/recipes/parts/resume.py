@@ -117,21 +117,22 @@ def checkpoint_to_resume(config: RunConfig, output: Path) -> Path | None:
     return there[-1] if there else None
 
 
-def dated(config: RunConfig, resumed: Path | None) -> RunConfig:
-    """The config with the date that the run's chat template writes: today's, or that on which it began.
+def day_of(named: str | None, resumed: Path | None) -> str | None:
+    """The date that the run's chat template writes: the one that its config names, that on which it began, or today's.
 
     Args:
-        config: Of the run; a date that it names stays.
+        named: By the config.
         resumed: The folder of the run that is resumed.
     """
-    if config.data.date is not None:
-        return config
+    if named is not None:
+        return named
     if resumed is not None and os.path.isfile(resumed / CONFIG):
-        return _with_date(config, load_config(resumed / CONFIG).data.date)
-    return _with_date(config, str(date.today()))
+        return load_config(resumed / CONFIG).data.date
+    return str(date.today())
 
 
-def _with_date(config: RunConfig, day: str | None) -> RunConfig:
+def on_day(config: RunConfig, day: str | None) -> RunConfig:
+    """The config with that date."""
     return config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
 
 

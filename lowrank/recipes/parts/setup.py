@@ -11,22 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
 from lowrank.config.sections import TrainingSection
-from lowrank.data import BatchPlan, BatchStream, Examples
+from lowrank.data import BatchPlan, BatchStream, end_tokens
 from lowrank.data.supervision.choose_template import added_prompt, missing_prompt
 from lowrank.data.supervision.template import writes_date
-from lowrank.models import usable_device
+from lowrank.models import positions_of, usable_device
 from lowrank.ops.cross_entropy import LossOptions
-from lowrank.recipes.parts.prepare import (
-    base_model,
-    base_tokenizer,
-    batch_plan,
-    ends_of,
-    fitting,
-    put_in,
-    read_examples,
-    stream_plan,
-    swap_attention,
-)
+from lowrank.recipes.parts.exam import Exam, exam_of
+from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
+from lowrank.recipes.parts.rows import first_examples, fitting, read_batches
 from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import Length, StepSize, run_length
@@ -47,7 +39,8 @@ class Setup:
         plan: The order of the training batches.
         size: Of an optimiser step.
         length: Optimiser steps.
-        held_out: The evaluation examples, None where the config names none.
+        held_out: The evaluation's batches, None where the config names no rows for it.
+        exam: The questions whose answers evaluations compare, None where the config asks for the loss alone.
         model: Adapter in, attention swapped.
         dtype: What the model is computed and saved in.
         attention: What was chosen, and why.
@@ -61,7 +54,8 @@ class Setup:
     plan: BatchPlan | BatchStream
     size: StepSize
     length: Length
-    held_out: Examples | None
+    held_out: BatchPlan | None
+    exam: Exam | None
     model: PreTrainedModel
     dtype: torch.dtype
     attention: AttentionChoice
@@ -100,41 +94,36 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     Raises:
         InputError: something in the config, the model or the data cannot be used.
     """
-    training = config.training
-    tokenizer = base_tokenizer(config)
-    plan, held_out = plan_and_held_out(config, tokenizer)
+    data, training = config.data, config.training
+    tokenizer = base_tokenizer(config.model, data.chat_template)
+    plan, held_out = read_batches(data, training, tokenizer)
     size = step_size(training, ranks)
     length = run_length(plan, size, epochs=training.num_train_epochs, max_steps=training.max_steps)
-    options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
-    model = base_model(config, device="cpu" if training.fsdp else None)
+
+    model = base_model(config.model, config.quantization, device="cpu" if training.fsdp else None)
     dtype = model.dtype
-    plan = fitting(model, tokenizer, plan, held_out)
-    put_in(model, config, plan)
+    plan = fitting(plan, held_out, model, tokenizer)
+    put_in(model, config.adapter, config.model, plan)
     if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
         lean_norms(model)
     if training.fsdp:
-        shard(model, ranks, own_device(config))
-    attention = swap_attention(model, config)
+        shard(model, ranks, own_device(config.model.device))
+    attention = swap_attention(model, config.model, packing=data.packing)
     if training.gradient_checkpointing:
         recompute_activations(model, training.gradient_checkpointing)
     if training.use_liger_kernel:
         use_liger(model)
     if training.torch_compile:
         compile_layers(model)
+
+    options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
     loss = exact_loss(model, dtype, options)
     plain = loss if options == LossOptions() else exact_loss(model, dtype)
-    ends = stop_at(model, tokenizer, ends_of(plan, tokenizer))
-    return Setup(tokenizer, plan, size, length, held_out, model, dtype, attention, loss, plain, config.data.date, ends)
-
-
-def plan_and_held_out(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[BatchPlan | BatchStream, Examples | None]:
-    """The training batches, and the evaluation examples."""
-    if config.data.streaming:
-        return stream_plan(config, tokenizer)
-    examples, held_out = read_examples(config, tokenizer)
-    return batch_plan(config, examples, tokenizer, shuffle=True), held_out
+    ends = stop_at(model, tokenizer, end_tokens(first_examples(plan), tokenizer))
+    exam = None
+    if training.predict_with_generate and held_out is not None:
+        exam = exam_of(held_out.examples, tokenizer, data, training, positions_of(model))
+    return Setup(tokenizer, plan, size, length, held_out, exam, model, dtype, attention, loss, plain, data.date, ends)
 
 
 def step_size(training: TrainingSection, ranks: Ranks) -> StepSize:
@@ -144,10 +133,10 @@ def step_size(training: TrainingSection, ranks: Ranks) -> StepSize:
     return StepSize(training.gradient_accumulation_steps * ranks.count)
 
 
-def own_device(config: RunConfig) -> torch.device:
-    """The accelerator that this process has, or the CPU."""
-    if config.model.device is not None:
-        return usable_device(config.model.device)
+def own_device(named: str | None) -> torch.device:
+    """The device of that name; where none is named, the accelerator that this process has, or the CPU."""
+    if named is not None:
+        return usable_device(named)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -11,15 +11,13 @@ from rich.panel import Panel
 from rich.table import Table
 
 from lowrank.adapters import describe
-from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
 from lowrank.data import BatchPlan, BatchStream
 from lowrank.recipes.parts.optimisation import remarks
+from lowrank.recipes.parts.setup import Setup
 from lowrank.recipes.parts.streams import unfailing
 from lowrank.training.callbacks.run_report import comparison
 from lowrank.training.evaluation.evaluation import Evaluation
-from lowrank.training.losses.supervised import Loss
-from lowrank.training.steps import Length, StepSize
 
 SAMPLES = 3
 FILE_WIDTH = 120
@@ -34,17 +32,14 @@ def open_console(quiet: bool = False) -> Console:
     return console
 
 
-def plan_of(
-    config: RunConfig,
-    model: Any,
-    attention: AttentionChoice,
-    loss: Loss,
-    plan: BatchPlan | BatchStream,
-    size: StepSize,
-    length: Length,
-    asking: Mapping[str, str],
-) -> dict[str, str]:
-    """What the run will do, line by line; `asking` is how the model is asked and where its answers end."""
+def show_line(console: Console, text: str) -> None:
+    """Prints a line as it is: not wrapped, nothing in it coloured."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
+    """What the run will do, line by line."""
+    model, plan, length = setup.model, setup.plan, setup.length
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = total - sum(info.parameters for info in describe(model).values())
@@ -56,13 +51,13 @@ def plan_of(
     return {
         "model": f"{config.model.name_or_path} ({type(model).__name__}, {base / 1e6:,.1f} M parameters)",
         "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
-        "attention": f"{attention.backend}: {attention.why}",
-        "loss": loss.why,
+        "attention": f"{setup.attention.backend}: {setup.attention.why}",
+        "loss": setup.loss.why,
         "adapter": _adapter(config, model),
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
         "data": _data(plan),
-        **asking,
-        "batches": f"{_batches(plan)}; {size}",
+        **setup.asking,
+        "batches": f"{_batches(plan)}; {setup.size}",
         "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
         "output": training.output_dir,
         **_left_out(plan),

@@ -1,0 +1,151 @@
+"""Rows to batches, as a config's data and training sections say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank.config.sections import DataSection, SourceSection, TrainingSection
+from lowrank.data import (
+    BatchPlan,
+    BatchStream,
+    Examples,
+    check_fits,
+    check_supervision,
+    load_examples,
+    load_train_eval,
+    plan_batches,
+    stream_batches,
+)
+from lowrank.models import positions_of, vocabulary_of
+
+SAMPLE_ROWS = 500
+
+
+def read_batches(
+    data: DataSection, training: TrainingSection, tokenizer: PreTrainedTokenizerBase
+) -> tuple[BatchPlan | BatchStream, BatchPlan | None]:
+    """The training batches, and those held out (None where the config names none); their supervision is proved."""
+    if data.streaming:
+        plan, held_out = _stream(data, training, tokenizer), read_held_out(data, tokenizer)
+    else:
+        examples, held_out = read_examples(data, tokenizer)
+        plan = batch_plan(data, training, examples, tokenizer, shuffle=True)
+    if held_out is None:
+        return plan, None
+    return plan, batch_plan(data, training, held_out, tokenizer, shuffle=False)
+
+
+def read_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
+    """The examples to train on and those held out (None where the config names none), their supervision proved."""
+    train, held_out = load_train_eval(
+        _sources(data.train),
+        data.eval if isinstance(data.eval, float) else _sources(data.eval),
+        tokenizer,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        format=data.format,
+        columns=data.columns,
+        bad_rows=data.bad_rows,
+        today=data.date,
+        max_train_rows=data.max_train_rows,
+        max_eval_rows=data.max_eval_rows,
+    )
+    for examples in (train, held_out):
+        if examples is not None:
+            check_supervision(examples, tokenizer)
+    return train, held_out
+
+
+def read_held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
+    """The examples held out from a stream, which has them in files of their own."""
+    if data.eval is None:
+        return None
+    held_out = load_examples(
+        _sources(data.eval),
+        tokenizer,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        format=data.format,
+        columns=data.columns,
+        bad_rows=data.bad_rows,
+        today=data.date,
+        max_rows=data.max_eval_rows,
+    )
+    check_supervision(held_out, tokenizer)
+    return held_out
+
+
+def _stream(data: DataSection, training: TrainingSection, tokenizer: PreTrainedTokenizerBase) -> BatchStream:
+    """The training batches as a stream, its first rows' supervision proved."""
+    stream = stream_batches(
+        _sources(data.train),
+        tokenizer,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        format=data.format,
+        columns=data.columns,
+        bad_rows=data.bad_rows,
+        today=data.date,
+        packing=data.packing,
+        batch_size=training.per_device_train_batch_size,
+        max_tokens=training.tokens_per_batch or data.max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=training.seed,
+    )
+    check_supervision(stream.sample(SAMPLE_ROWS), tokenizer)
+    return stream
+
+
+def batch_plan(
+    data: DataSection,
+    training: TrainingSection,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shuffle: bool,
+) -> BatchPlan:
+    """Examples in batches: shuffled for training, in their order for an evaluation."""
+    return plan_batches(
+        examples,
+        packing=data.packing,
+        batch_size=training.per_device_train_batch_size if shuffle else training.per_device_eval_batch_size,
+        max_tokens=(training.tokens_per_batch or data.max_length) if data.packing else None,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=training.seed,
+        shuffle=shuffle,
+    )
+
+
+def first_examples(plan: BatchPlan | BatchStream) -> Examples:
+    """What a plan's batches are made of; of a stream, its first rows."""
+    return plan.sample(SAMPLE_ROWS) if isinstance(plan, BatchStream) else plan.examples
+
+
+def fitting(
+    plan: BatchPlan | BatchStream,
+    held_out: BatchPlan | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> BatchPlan | BatchStream:
+    """The training batches, proved to hold nothing that the model has no embedding or no position for; so are those
+    held out. A stream proves each row as it is read.
+
+    Raises:
+        InputError: a row does not fit.
+    """
+    limits = vocabulary_of(model), positions_of(model)
+    for examples in (first_examples(plan), *([] if held_out is None else [held_out.examples])):
+        check_fits(examples, tokenizer, *limits)
+    return plan.for_model(*limits) if isinstance(plan, BatchStream) else plan
+
+
+def _sources(given: Any) -> Any:
+    """The section's sources as the data room takes them."""
+    if isinstance(given, list):
+        return [source.model_dump() if isinstance(source, SourceSection) else source for source in given]
+    return given
