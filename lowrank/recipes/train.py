@@ -114,7 +114,7 @@ def _begin(run: Run, config: RunConfig, checkpoint: Path | None, ranks: Ranks) -
         torch.manual_seed(config.training.seed + ranks.index)
     if checkpoint is not None:
         state = read_state(checkpoint)
-        refuse_another_schedule(config, state["total_steps"], run.total_steps, state["step"])
+        refuse_another_schedule(config.training, config.adapter, state["total_steps"], run.total_steps, state["step"])
         restore(run, state, ranks)
     if ranks.main:
         run.output_dir.mkdir(parents=True, exist_ok=True)

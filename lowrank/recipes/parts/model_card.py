@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from lowrank.config import RunConfig
+from lowrank.config.sections import AdapterSection, DataSection, ModelSection
 from lowrank.storage.whole_file import write_whole
 from lowrank.training.callbacks.run_report import comparison
 from lowrank.training.evaluation.evaluation import Evaluation
@@ -86,7 +87,7 @@ def write_card(
     if not may_write(folder):
         return False
     title, base, revision = folder.resolve().name, config.model.name_or_path, config.model.revision
-    front = _front(config, title, after)
+    front = _front(config.model, config.adapter.method, config.data, title, after)
     on_hub = is_hub_name(base)
     name = base if on_hub else Path(base).name
     told = [("data", f"{_sources(config.data.train)}: {rows}"), *((key, summary[key]) for key in _SHOWN)]
@@ -96,30 +97,30 @@ def write_card(
         method=config.adapter.method,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{name}`",
         base_name=base_name,
-        transformers=_TRANSFORMERS.substitute(base_name=base_name) if _is_plain(config) else "",
+        transformers=_TRANSFORMERS.substitute(base_name=base_name) if _is_plain(config.adapter) else "",
         training=_table(("", ""), told),
-        results=_results(config, before, after),
+        results=_results(config.data, before, after),
     )
     write_whole(folder / FILE, signed(f"---\n{front.to_yaml()}\n---\n\n{text}"))
     return True
 
 
-def _is_plain(config: RunConfig) -> bool:
+def _is_plain(adapter: AdapterSection) -> bool:
     """Whether `load_adapter` of transformers gives the same: DoRA comes out as another model, AdaLoRA is refused."""
-    return config.adapter.method == "lora" and not config.adapter.use_dora
+    return adapter.method == "lora" and not adapter.use_dora
 
 
-def _front(config: RunConfig, title: str, after: Evaluation | None) -> ModelCardData:
-    base = config.model.name_or_path
+def _front(model: ModelSection, method: str, data: DataSection, title: str, after: Evaluation | None) -> ModelCardData:
+    base = model.name_or_path
     known: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_hub_name(base) else {}
     return ModelCardData(
         **known,
-        **_license(base, config.model.revision),
+        **_license(base, model.revision),
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lowrank", config.adapter.method],
+        tags=["lowrank", method],
         model_name=title if after is not None else None,
-        eval_results=None if after is None else _eval_results(config, after),
+        eval_results=None if after is None else _eval_results(data, after),
     )
 
 
@@ -137,8 +138,8 @@ def _license(base: str, revision: str | None) -> dict[str, Any]:
     return {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
 
 
-def _eval_results(config: RunConfig, after: Evaluation) -> list[EvalResult]:
-    name = _data_name(config)
+def _eval_results(data: DataSection, after: Evaluation) -> list[EvalResult]:
+    name = _data_name(data)
     return [
         EvalResult(
             task_type="text-generation",
@@ -153,9 +154,8 @@ def _eval_results(config: RunConfig, after: Evaluation) -> list[EvalResult]:
     ]
 
 
-def _data_name(config: RunConfig) -> str:
+def _data_name(data: DataSection) -> str:
     """What was evaluated on, without the folders of this machine."""
-    data = config.data
     if isinstance(data.eval, float):
         return f"{data.eval:.3g} of {_sources(data.train)}"
     return _sources(data.eval)
@@ -167,11 +167,11 @@ def _sources(given: Any) -> str:
     return ", ".join(path if is_hub_name(path) else Path(path).name for path in map(str, paths))
 
 
-def _results(config: RunConfig, before: Evaluation | None, after: Evaluation | None) -> str:
+def _results(data: DataSection, before: Evaluation | None, after: Evaluation | None) -> str:
     rows = comparison(before, after)
     if not rows:
         return ""
-    return f"\n## Results on {_data_name(config)}\n\n{_table(('', 'before', 'after'), rows)}"
+    return f"\n## Results on {_data_name(data)}\n\n{_table(('', 'before', 'after'), rows)}"
 
 
 def _table(head: tuple[str, ...], rows: list[Any]) -> str:

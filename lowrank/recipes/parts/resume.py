@@ -15,7 +15,7 @@ import torch
 from lowrank.adapters import AdaLoraConfig
 from lowrank.config import RunConfig, load_config
 from lowrank.config.loading import CONFIG
-from lowrank.config.sections import TrainingSection
+from lowrank.config.sections import AdapterSection, TrainingSection
 from lowrank.errors import InputError
 from lowrank.recipes.parts.optimisation import schedule_for
 from lowrank.storage.lock import FILE as LOCK
@@ -150,20 +150,22 @@ def refuse_another_config(earlier: RunConfig, now: RunConfig, output: Path) -> N
         )
 
 
-def refuse_another_schedule(config: RunConfig, was_total: int, is_total: int, step: int) -> None:
+def refuse_another_schedule(
+    training: TrainingSection, adapter: AdapterSection, was_total: int, is_total: int, step: int
+) -> None:
     """Raises InputError where a new number of steps would have changed the learning rates or the ranks so far."""
-    if was_total != is_total and isinstance(config.adapter, AdaLoraConfig):
+    if was_total != is_total and isinstance(adapter, AdaLoraConfig):
         raise InputError(
             f"the run was planned for {was_total} steps and is now to take {is_total}; AdaLoRA shrinks its ranks over "
             "the whole of them",
             where="adapter.method",
             fix="Keep the number of steps, or start anew.",
         )
-    before, now = (factors(config.training, total, step) for total in (was_total, is_total))
+    before, now = (factors(training, total, step) for total in (was_total, is_total))
     if before != now:
         raise InputError(
             f"the run was planned for {was_total} steps and is now to take {is_total}; with the "
-            f"{config.training.lr_scheduler_type} schedule its {step} steps so far would have had other learning rates",
+            f"{training.lr_scheduler_type} schedule its {step} steps so far would have had other learning rates",
             where="training.lr_scheduler_type",
             fix="Keep the number of steps, or start anew; a constant schedule with warmup_steps can be prolonged.",
         )

@@ -53,7 +53,7 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
         "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
         "attention": f"{setup.attention.backend}: {setup.attention.why}",
         "loss": setup.loss.why,
-        "adapter": _adapter(config, model),
+        "adapter": _adapter(config.adapter.method, model),
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
         "data": _data(plan),
         **setup.asking,
@@ -99,12 +99,12 @@ def _batches(plan: BatchPlan | BatchStream) -> str:
     return f"{plan.batch_size} rows a batch" + ("" if fill is None else f", padding {1 - fill:.1%}")
 
 
-def _adapter(config: RunConfig, model: Any) -> str:
+def _adapter(method: str, model: Any) -> str:
     info = describe(model).get("default")
     if info is None:
-        return config.adapter.method
+        return method
     matched = ", ".join(f"{pattern} {count}" for pattern, count in info.matched.items())
-    told = f"{config.adapter.method}, r = {info.config.r}, on {len(info.modules)} modules ({matched})"
+    told = f"{method}, r = {info.config.r}, on {len(info.modules)} modules ({matched})"
     return told + "".join(f"\n{reason}" for reason in _passed_over(info.left_out))
 
 
