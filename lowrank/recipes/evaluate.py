@@ -13,9 +13,9 @@ from lowrank.errors import InputError
 from lowrank.models import positions_of, vocabulary_of
 from lowrank.paths import expanded
 from lowrank.recipes.parts.assess import assess
+from lowrank.recipes.parts.batches import batch_plan, read_examples
 from lowrank.recipes.parts.exam import exam_of
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, swap_attention
-from lowrank.recipes.parts.rows import batch_plan, read_examples
 from lowrank.recipes.parts.show import open_console
 from lowrank.training.callbacks.progress import Screen
 from lowrank.training.diagnosis import refuse_broken_weights

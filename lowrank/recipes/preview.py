@@ -13,8 +13,8 @@ from lowrank.data.preview.preview_html import preview_html
 from lowrank.data.preview.preview_text import preview_text
 from lowrank.errors import InputError
 from lowrank.paths import expanded
+from lowrank.recipes.parts.batches import batch_plan, first_examples, read_batches
 from lowrank.recipes.parts.prepare import base_tokenizer
-from lowrank.recipes.parts.rows import batch_plan, first_examples, read_batches
 from lowrank.recipes.parts.setup import step_size
 from lowrank.recipes.parts.show import open_console
 from lowrank.training.machine.ranks import Ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -66,41 +67,19 @@ def fit(
         fetched = time.perf_counter()
         total = ranks.total(_gradients(run, loss, group, accelerator, penalty, ranks))
         ranks.add_up_gradients(parameters)
-        run.scaler.unscale_(run.optimizer)
-        norm = _clip(parameters, max_grad_norm)
-        value, norm_value = torch.stack([total, norm.to(total.dtype)]).tolist()  # where the host waits for the device
+        step = _step(run, total, parameters, max_grad_norm)
         _agree_to_stop(run, ranks)
-        finite = math.isfinite(value) and math.isfinite(norm_value)
-        learning_rate = float(run.schedule.get_last_lr()[0])
-        if finite:
-            run.optimizer.step()
-        scale_was_lowered = _rescale(run.scaler)
-        run.schedule.step()
         run.step, run.position = run.step + 1, group.after
-        if not finite:
-            run.optimizer.zero_grad(set_to_none=True)
-            run.skipped += 1
-            in_a_row += not scale_was_lowered  # float16 overflows now and then until its scale is found
-            run.tell(Callback.on_skip, value, norm_value)
+        if not step.taken:
+            in_a_row += not step.lowered  # float16 overflows now and then until its scale is found
+            run.tell(Callback.on_skip, step.loss, step.grad_norm)
             _stop_when_lost(in_a_row, max_skips, run)
             continue
         in_a_row = 0
         run.tell(Callback.on_gradients)
         run.optimizer.zero_grad(set_to_none=True)
         heap.mend()
-        metrics = StepMetrics(
-            step=run.step,
-            epoch=group.epochs,
-            loss=value,
-            learning_rate=learning_rate,
-            grad_norm=norm_value,
-            tokens=group.tokens,
-            supervised=group.supervised,
-            seconds=time.perf_counter() - began,
-            data_seconds=fetched - began,
-            peak_bytes=peak_bytes(device),
-        )
-        run.tell(Callback.on_step_end, metrics)
+        run.tell(Callback.on_step_end, _measured(step, run.step, group, began, fetched, device))
     run.interrupted = run.stop and any(ranks.all(run.interrupted))
 
 
@@ -129,6 +108,51 @@ def _gradients(
     if penalty is not None:
         accelerator.backward(run.scaler.scale(penalty() / ranks.count))
     return torch.stack(parts).sum()
+
+
+class _Step(NamedTuple):
+    """What came of an optimiser step: `taken` unless loss or gradients were not finite, `lowered` with the scale."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    taken: bool
+    lowered: bool
+
+
+def _step(run: Run, total: torch.Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> _Step:
+    """Clips the gradients that are there and takes the step; they are dropped if they or the loss are not finite."""
+    run.scaler.unscale_(run.optimizer)
+    norm = _clip(parameters, max_grad_norm)
+    value, norm_value = torch.stack([total, norm.to(total.dtype)]).tolist()  # where the host waits for the device
+    finite = math.isfinite(value) and math.isfinite(norm_value)
+    learning_rate = float(run.schedule.get_last_lr()[0])
+    if finite:
+        run.optimizer.step()
+    else:
+        run.optimizer.zero_grad(set_to_none=True)
+        run.skipped += 1
+    lowered = _rescale(run.scaler)
+    run.schedule.step()
+    return _Step(value, norm_value, learning_rate, finite, lowered)
+
+
+def _measured(
+    step: _Step, number: int, group: Group, began: float, fetched: float, device: torch.device
+) -> StepMetrics:
+    """A step that began, and had its data, at these times."""
+    return StepMetrics(
+        step=number,
+        epoch=group.epochs,
+        loss=step.loss,
+        learning_rate=step.learning_rate,
+        grad_norm=step.grad_norm,
+        tokens=group.tokens,
+        supervised=group.supervised,
+        seconds=time.perf_counter() - began,
+        data_seconds=fetched - began,
+        peak_bytes=peak_bytes(device),
+    )
 
 
 def _rescale(scaler: torch.amp.GradScaler) -> bool:

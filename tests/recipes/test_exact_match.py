@@ -18,8 +18,8 @@ from lowrank.config import RunConfig
 from lowrank.data import Examples, end_tokens, load_examples, questions_of
 from lowrank.errors import InputError
 from lowrank.recipes.parts.assess import assess
+from lowrank.recipes.parts.batches import batch_plan
 from lowrank.recipes.parts.exam import exam_of
-from lowrank.recipes.parts.rows import batch_plan
 from lowrank.training.evaluation.answers import same_json
 from lowrank.training.losses.supervised import supervised_loss
 from lowrank.weights.files.notes import stop_at

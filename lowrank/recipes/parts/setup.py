@@ -16,9 +16,9 @@ from lowrank.data.supervision.choose_template import added_prompt, missing_promp
 from lowrank.data.supervision.template import writes_date
 from lowrank.models import positions_of, usable_device
 from lowrank.ops.cross_entropy import LossOptions
+from lowrank.recipes.parts.batches import first_examples, fitting, read_batches
 from lowrank.recipes.parts.exam import Exam, exam_of
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
-from lowrank.recipes.parts.rows import first_examples, fitting, read_batches
 from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import Length, StepSize, run_length

@@ -60,6 +60,17 @@ class Carriers:
         """The parameters that hold several experts' matrices and differ."""
         return [f"{path}.{name}" for path, parameters in self._experts.items() for name in parameters]
 
+    @property
+    def kept(self) -> dict[str, float]:
+        """The share of each path's ‖ΔW‖² that its factors keep."""
+        return {path: kept / size for path, (kept, size) in self.energies.items()}
+
+    @property
+    def kept_of_all(self) -> float:
+        """The share of all of them together; 1 where nothing has factors."""
+        whole = sum(size for _, size in self.energies.values())
+        return sum(kept for kept, _ in self.energies.values()) / whole if whole else 1.0
+
     def compare(self, progress: Callable[[int, int], None] | None) -> None:
         """Fills everything.
 

@@ -105,21 +105,14 @@ def compose(
     notes = _check_bases(files)
     read = [read_factors(file, rest_of(file)) for file in files]
     limit = rank if rank is not None or energy is not None else max(f.product.rank for r in read for f in r.values())
+    way = _Way(method, limit, energy, density or 1.0, majority_sign, seed)
     composed: dict[str, Factors] = {}
     errors: dict[str, tuple[float, float]] = {}
     for path in dict.fromkeys(path for factors in read for path in factors):
         present = [(factors[path], weight) for factors, weight in zip(read, chosen, strict=True) if path in factors]
         _check_shapes(path, [factors for factors, _ in present])
         exact = total([factors.product.times(weight) for factors, weight in present])
-        if method == "cat":
-            product = exact
-        elif method == "svd":
-            product = truncated(exact, limit, energy)
-        else:
-            generator = torch.Generator().manual_seed(seed + zlib.crc32(path.encode()))
-            way = _on_factors if method in _ON_FACTORS else _on_products
-            product = way(method.removesuffix("_svd"), present, density or 1.0, majority_sign, generator)
-            product = product if method in _ON_FACTORS else truncated(product, limit, energy)
+        product = way.of(path, present, exact)
         composed[path] = present[0][0].with_factors(product.A, product.B)
         errors[path] = (distance(product, exact), norm(exact))
     rest = compose_rest(files, chosen, {path: factors.B.shape[0] for path, factors in composed.items()})
@@ -144,6 +137,29 @@ def resize(
     if rank is None and energy is None:
         raise InputError("neither a rank nor an energy is given", fix="Give rank (--rank) or energy (--energy).")
     return compose([adapter], out=out, method="svd", rank=rank, energy=energy)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the terms of one module become one."""
+
+    method: ComposeMethod
+    rank: int | None
+    energy: float | None
+    density: float
+    sign: MajoritySign
+    seed: int
+
+    def of(self, path: str, present: list[tuple[Factors, float]], exact: Product) -> Product:
+        """The product for the module at `path` from its factors with their weights; `exact` is their weighted sum."""
+        if self.method == "cat":
+            return exact
+        if self.method == "svd":
+            return truncated(exact, self.rank, self.energy)
+        generator = torch.Generator().manual_seed(self.seed + zlib.crc32(path.encode()))
+        combine = _on_factors if self.method in _ON_FACTORS else _on_products
+        product = combine(self.method.removesuffix("_svd"), present, self.density, self.sign, generator)
+        return product if self.method in _ON_FACTORS else truncated(product, self.rank, self.energy)
 
 
 def _report(

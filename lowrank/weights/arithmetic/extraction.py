@@ -96,13 +96,11 @@ def extract(
     with into_folder(Path(out), last=CONFIG_NAME, overwrite=False) as work:
         _write(work, found, str(base))
         proved = prove(work, pair, found)
-    energies = found.energies
-    whole_energy = sum(size for _, size in energies.values())
     return ExtractReport(
         out=Path(out),
         ranks=found.ranks,
-        kept={path: kept / size for path, (kept, size) in energies.items()},
-        kept_of_all=sum(kept for kept, _ in energies.values()) / whole_energy if whole_energy else 1.0,
+        kept=found.kept,
+        kept_of_all=found.kept_of_all,
         whole=found.whole,
         proved=proved,
         seconds=time.monotonic() - started,

@@ -74,13 +74,9 @@ def merge_checkpoint(
     check_rounding(rounding)
     check_verify(verify)
     refuse_occupied(out)
-    source = open_adapter(adapter)
-    refuse_taken_out(source)
-    source, model = open_for(source, base, trust_remote_code)
+    source, model = _opened(adapter, base, out, trust_remote_code)
     if verify == "answers":
         refuse_unanswering(model)
-    for folder in (model.folder, source.path):
-        refuse_inside(out, folder)
     trained_over = quantization if quantization is not None else source.quantization
     updates = find_updates(source, model)
     plan = make_plan(model, updates, target, choose_decoding(model, onto, trained_over))
@@ -95,6 +91,18 @@ def merge_checkpoint(
         seconds = time.monotonic() - started
         verified = _verify(model, source, work, onto, trained_over, total_loss(losses)) if verify == "answers" else None
     return make_report(out, model, plan, losses, seconds, proof, verified)
+
+
+def _opened(
+    adapter: str | Path, base: str | Path | None, out: Path, trust_remote_code: bool
+) -> tuple[AdapterFile, ModelFolder]:
+    """Adapter and base, neither of which `out` lies in."""
+    source = open_adapter(adapter)
+    refuse_taken_out(source)
+    source, model = open_for(source, base, trust_remote_code)
+    for folder in (model.folder, source.path):
+        refuse_inside(out, folder)
+    return source, model
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
