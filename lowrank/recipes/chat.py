@@ -16,11 +16,9 @@ from rich.style import Style
 from transformers import StoppingCriteriaList, TextStreamer
 
 from lowrank.attention import set_attention
-from lowrank.data.reading.row_error import RowError
-from lowrank.data.supervision.template import ChatTemplate
 from lowrank.errors import InputError
-from lowrank.models import positions_of, vocabulary_of
 from lowrank.paths import expanded
+from lowrank.recipes.parts.asking import prompt_ids, room
 from lowrank.recipes.parts.interrupt import Ended, ended_by_interrupt
 from lowrank.recipes.parts.opened import adapter_folder, open_model
 from lowrank.recipes.parts.sampling import GREEDY, Sampling
@@ -136,19 +134,6 @@ def refuse_broken(model: Any, tokenizer: Any, messages: Messages, name: str) -> 
         refuse_broken_weights(model, name)
 
 
-def prompt_ids(tokenizer: Any, asked: Sequence[Messages]) -> list[list[int]]:
-    """What the model is given for each conversation, as in training: up to where its answer begins.
-
-    Raises:
-        InputError: the chat template refuses a conversation.
-    """
-    try:
-        texts = ChatTemplate(tokenizer).prompts(asked, None)
-    except RowError as error:
-        raise InputError(error.what, fix="Without --system, if it is the system message that it refuses.") from None
-    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-
-
 def answer(
     model: Any,
     tokenizer: Any,
@@ -202,27 +187,6 @@ def found_answers(
             found.append(answer(model, tokenizer, messages, max_new_tokens, sampling, show=False))
             advance(1)
         return found
-
-
-def room(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], asked: int) -> int:
-    """How many tokens of the `asked` ones an answer may have, where the model has only so many positions.
-
-    Raises:
-        InputError: a prompt leaves no room for an answer, or holds a token that the embedding lacks.
-    """
-    vocabulary, positions = vocabulary_of(model), positions_of(model)
-    largest, longest = max(token for prompt in prompts for token in prompt), max(map(len, prompts))
-    if largest >= vocabulary:
-        raise InputError(
-            f"the prompt holds the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's "
-            f"embedding has only {vocabulary} rows",
-            fix="Take the tokenizer that belongs to the model.",
-        )
-    if positions is not None and longest >= positions:
-        raise InputError(
-            f"the prompt has {longest} tokens, and the model has only {positions} positions", fix="Ask for less."
-        )
-    return asked if positions is None else min(asked, positions - longest)
 
 
 def remembered(tokenizer: Any, text: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
@@ -12,11 +14,13 @@ from rich.text import Text
 
 from lowrank.errors import InputError
 from lowrank.recipes.chat import answer, converse, found_answers, refuse_broken, remembered, system_of
-from lowrank.recipes.parts.interrupt import ended_by_interrupt
+from lowrank.recipes.parts.interrupt import Ended, ended_by_interrupt
 from lowrank.recipes.parts.sampling import GREEDY, Sampling
 from lowrank.recipes.parts.show import open_console
 from lowrank.recipes.parts.talk import Messages, Talk
+from lowrank.recipes.parts.together import MixedRowsError, answers_together, why_apart
 from lowrank.recipes.parts.voices import Voice, open_voices
+from lowrank.training.progress import Screen
 
 
 def compare(
@@ -32,7 +36,8 @@ def compare(
     """What a base and its adapter, or several adapters of one base, answer to `prompts`, or in a conversation.
 
     Each answers as `chat` with it alone does: with its own template, end tokens and system message. In a conversation
-    each remembers its own answers.
+    each remembers its own answers. Greedy answers come in one pass over the base, through `routed`, where that gives
+    the same ones; why it does not is told, and each is asked alone then.
 
     Args:
         paths: An adapter's folder or name; or several adapters' of one base, which is loaded once.
@@ -60,20 +65,23 @@ def compare(
         with voice.speaking():
             first = {"role": "user", "content": prompts[0] if prompts else "Hi"}
             refuse_broken(voice.model, voice.tokenizer, [*begun, first], voice.path)
+    why = why_apart(voices, sampling)
+    if why is not None:
+        _tell(why)
     if prompts:
         asked = [[[*begun, {"role": "user", "content": text}] for text in prompts] for begun in talk.histories]
-        found = [_answers(*pair, max_new_tokens, sampling) for pair in zip(voices, asked, strict=True)]
+        found = _answers(voices, asked, _Way(max_new_tokens, sampling, why is None, nullcontext))
         console = open_console()
         for i, text in enumerate(prompts):
             print(Style(dim=console.is_terminal or None).render(text))
             show(console, names, [answers[i] for answers in found])
         return dict(zip(names, found, strict=True))
 
+    way = _Way(max_new_tokens, sampling, why is None, ended_by_interrupt)
+
     def reply(histories: Sequence[Messages]) -> list[str]:
-        said = []
-        for voice, history in zip(voices, histories, strict=True):
-            with voice.speaking(), ended_by_interrupt() as ended:
-                said.append(answer(voice.model, voice.tokenizer, history, max_new_tokens, sampling, ended, show=False))
+        asked = [[history] for history in histories]
+        said = [one for (one,) in _answers(voices, asked, way)]
         show(open_console(), names, said)
         return [remembered(voice.tokenizer, text) for voice, text in zip(voices, said, strict=True)]
 
@@ -81,11 +89,59 @@ def compare(
     return {name: [] for name in names}
 
 
-def _answers(voice: Voice, asked: Sequence[Messages], max_new_tokens: int, sampling: Sampling) -> list[str]:
+@dataclass(frozen=True)
+class _Way:
+    """How answers are found.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        sampling: How tokens are chosen.
+        joined: Whether all are asked in one pass.
+        ending: What may end answers early.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling
+    joined: bool
+    ending: Callable[[], AbstractContextManager[Ended | None]]
+
+
+def _answers(voices: Sequence[Voice], asked: Sequence[Sequence[Messages]], way: _Way) -> list[list[str]]:
+    """What each says to its conversations: together where that is asked for, and alone what is then not answered."""
+    found: list[list[str | None]] = [[None] * len(some) for some in asked]
+    if way.joined:
+        count = sum(map(len, asked))
+        try:
+            with (
+                way.ending() as ended,
+                Screen(Console(stderr=True)) as screen,
+                screen.task("answering", count) as advance,
+            ):
+                found = answers_together(voices, asked, way.max_new_tokens, ended, advance)
+        except MixedRowsError as reason:
+            _tell(str(reason))
+    return [_filled(*row, way) for row in zip(voices, asked, found, strict=True)]
+
+
+def _filled(voice: Voice, asked: Sequence[Messages], found: Sequence[str | None], way: _Way) -> list[str]:
+    """The answers, with those that are missing as the voice gives them alone."""
+    left = iter(_alone(voice, [some for some, text in zip(asked, found, strict=True) if text is None], way))
+    return [next(left) if text is None else text for text in found]
+
+
+def _alone(voice: Voice, asked: Sequence[Messages], way: _Way) -> list[str]:
+    if not asked:
+        return []
     with voice.speaking():
-        if len(asked) == 1:
-            return [answer(voice.model, voice.tokenizer, asked[0], max_new_tokens, sampling, show=False)]
-        return found_answers(voice.model, voice.tokenizer, asked, max_new_tokens, sampling)
+        if len(asked) > 1:
+            return found_answers(voice.model, voice.tokenizer, asked, way.max_new_tokens, way.sampling)
+        given = (voice.model, voice.tokenizer, asked[0], way.max_new_tokens, way.sampling)
+        with way.ending() as ended:
+            return [answer(*given, ended, show=False)]
+
+
+def _tell(why: str) -> None:
+    Console(stderr=True).print(f"each is asked alone: {why}", style="dim", markup=False, soft_wrap=True)
 
 
 def show(console: Console, names: Sequence[str], said: Sequence[str]) -> None:

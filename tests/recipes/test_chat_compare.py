@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from architectures import MODELS
 from rich.console import Console
 from tiny import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ import lowrank
 from lowrank.cli.app import app
 from lowrank.errors import InputError
 from lowrank.recipes import chat as recipe
+from lowrank.recipes import compare as compare_recipe
 from lowrank.recipes.chat import chat
 from lowrank.recipes.compare import compare, show
 from lowrank.recipes.parts.sampling import Sampling
@@ -105,6 +107,63 @@ def test_on_a_terminal_answers_stand_in_columns():
     lines = console.file.getvalue().splitlines()
     assert any("base" in line and "[b]one" in line for line in lines)
     assert any("left :smile:" in line and "right [red]x[/red]" in line for line in lines)
+
+
+class TestTogether:
+    """Greedy answers come in one pass over the base, where that is exact."""
+
+    @pytest.fixture
+    def alone(self, monkeypatch):
+        """How many conversations were asked alone."""
+        counts = []
+        for name in ("answer", "found_answers"):
+            whole = getattr(compare_recipe, name)
+
+            def counted(model, tokenizer, asked, *more, whole=whole, name=name, **options):
+                counts.append(1 if name == "answer" else len(asked))
+                return whole(model, tokenizer, asked, *more, **options)
+
+            monkeypatch.setattr(compare_recipe, name, counted)
+        return counts
+
+    @pytest.mark.parametrize("prompts", [PROMPTS, [f"{'long ' * i}?" for i in range(12)]], ids=["few", "many"])
+    def test_several_adapters_and_a_base(self, places, alone, prompts, capsys):
+        _, one, two = places
+        options = {"prompts": prompts, "max_new_tokens": 10}
+        both, beside = compare([one, two], **options), compare([two], **options)
+        assert alone == []
+        assert "asked alone" not in capsys.readouterr().err
+        assert both == {"one": chat(one, **options), "two": chat(two, **options)}
+        assert beside == {"base": chat(two, use_adapter=False, **options), "two": chat(two, **options)}
+
+    def test_a_near_tie_is_asked_again_alone(self, places, alone):
+        base, one, two = places
+        model = tiny_llama(initializer_range=0.2)
+        with torch.no_grad():
+            model.lm_head.weight[1::2] = model.lm_head.weight[::2]  # every token has a twin
+        model.save_pretrained(base)
+        options = {"prompts": PROMPTS, "max_new_tokens": 10}
+        assert compare([one, two], **options) == {"one": chat(one, **options), "two": chat(two, **options)}
+        assert alone == [3, 3]
+
+    def test_a_short_dtype_and_experts_are_told(self, places, alone, capsys, tmp_path):
+        base, one, two = places
+        options = {"prompts": PROMPTS, "max_new_tokens": 4}
+        tiny_llama(initializer_range=0.2).to(torch.bfloat16).save_pretrained(base)
+        found = compare([one, two], **options)
+        assert "each is asked alone: in bfloat16 a batch rounds too differently from one row" in capsys.readouterr().err
+        assert found == {"one": chat(one, **options), "two": chat(two, **options)}
+        assert alone == [3, 3]
+        MODELS["qwen3_moe"]().save_pretrained(tmp_path / "experts")
+        tiny_tokenizer().save_pretrained(tmp_path / "experts")
+        stacks = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+        adapter = adapter_of(tmp_path / "experts", tmp_path / "three", 3, **stacks)
+        capsys.readouterr()
+        compare([adapter], prompts=["a"], max_new_tokens=2)
+        assert (
+            "each is asked alone: the adapter three cannot be routed: it adapts model.layers.0.mlp.experts"
+            in capsys.readouterr().err
+        )
 
 
 class TestRefused:

@@ -36,11 +36,7 @@ class Voice:
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
-        """Within the block the model answers as this one does where it is loaded alone.
-
-        Voices speak in turns: rows of one batch that `routed` tells apart are padded to one length and multiplied
-        together, which rounds otherwise than each alone, and a greedy answer may then turn at a near tie.
-        """
+        """Within the block the model answers as this one does where it is loaded alone."""
         before = self.model.generation_config
         self.model.generation_config = self.generation
         try:
