@@ -54,19 +54,11 @@ def compare(
     Raises:
         InputError: an adapter cannot be used, their bases differ, or a chat template refuses the conversation.
     """
-    voices = open_voices(paths, base, trust_remote_code)
-    for voice in voices:
-        if voice.tokenizer.chat_template is None:
-            raise InputError(f"{voice.path}: its tokenizer has no chat template; it was not made to be talked to")
-    own = {path: system_of(path, system) for path in paths}
+    voices, talk = _introduced(
+        paths, open_voices(paths, base, trust_remote_code), system, prompts[0] if prompts else "Hi"
+    )
     names = [voice.name for voice in voices]
-    talk = Talk([own[voice.path] for voice in voices], names)
-    for voice, begun in zip(voices, talk.histories, strict=True):
-        with voice.speaking():
-            first = {"role": "user", "content": prompts[0] if prompts else "Hi"}
-            refuse_broken(voice.model, voice.tokenizer, [*begun, first], voice.path)
-    why = why_apart(voices, sampling)
-    if why is not None:
+    if (why := why_apart(voices, sampling)) is not None:
         _tell(why)
     if prompts:
         asked = [[[*begun, {"role": "user", "content": text}] for text in prompts] for begun in talk.histories]
@@ -87,6 +79,20 @@ def compare(
 
     converse(" | ".join(names), talk, reply)
     return {name: [] for name in names}
+
+
+def _introduced(paths: Sequence[str], voices: list[Voice], system: str | None, first: str) -> tuple[list[Voice], Talk]:
+    """The voices, found to be able to answer a first question, and their conversation before it."""
+    for voice in voices:
+        if voice.tokenizer.chat_template is None:
+            raise InputError(f"{voice.path}: its tokenizer has no chat template; it was not made to be talked to")
+    own = {path: system_of(path, system) for path in paths}
+    talk = Talk([own[voice.path] for voice in voices], [voice.name for voice in voices])
+    for voice, begun in zip(voices, talk.histories, strict=True):
+        with voice.speaking():
+            asked = [*begun, {"role": "user", "content": first}]
+            refuse_broken(voice.model, voice.tokenizer, asked, voice.path)
+    return voices, talk
 
 
 @dataclass(frozen=True)
