@@ -35,8 +35,10 @@ class MajoritySign(StrEnum):
     frequency = "frequency"
 
 
-Rank = Annotated[int | None, typer.Option(min=1, help="The rank of the result.")]
-Energy = Annotated[float | None, typer.Option(min=0, max=1, help="Instead: as many ranks as keep this share of ‖ΔW‖².")]
+Energy = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="As many ranks as keep this share of ‖ΔW‖²; by default --rank says how many."),
+]
 
 
 def compose(
@@ -46,9 +48,13 @@ def compose(
     weight: Annotated[
         list[float], typer.Option(help="One for each adapter, 1 by default; below 0 takes it away.")
     ] = [],  # noqa: B006
-    rank: Rank = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="For svd and its kin: the rank; by default the largest of the adapters'.")
+    ] = None,
     energy: Energy = None,
-    density: Annotated[float | None, typer.Option(help="Share of values kept by ties, dare and prune.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of values kept by ties, dare and prune, which have no default.")
+    ] = None,
     majority_sign: Annotated[
         MajoritySign, typer.Option(help="Whose sign wins in ties: by the sum of the values, or by their number.")
     ] = MajoritySign.total,
@@ -73,7 +79,9 @@ def compose(
 def resize(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new adapter's folder.")],
-    rank: Rank = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="The rank of the result; no default, unless --energy is given.")
+    ] = None,
     energy: Energy = None,
 ) -> None:
     """Bring an adapter to a lower rank, and say what that loses."""

@@ -18,7 +18,7 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="An adapter's folder. Without it a run's own, and the base for a config's file.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Evaluate on this instead of the config's data.eval.")] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluate on this; by default on the config's data.eval.")] = None,
     overrides: Overrides = [],  # noqa: B006  (typer reads it)
 ) -> None:
     """Loss, perplexity and exact match of a base or an adapter on the config's evaluation data."""

@@ -27,7 +27,10 @@ def init(
     data: Annotated[str | None, typer.Argument(metavar="DATA", help="The rows: a file, a folder, a pattern.")] = None,
     path: Annotated[Path, typer.Argument(metavar="CONFIG", help="Where the config goes.")] = Path("run.yaml"),
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A folder with a saved model, or a name on the hub.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A folder with a saved model, or a name on the hub; by default it is asked for."
+        ),
     ] = None,
     held_out: Annotated[
         str | None, typer.Option("--eval", metavar="DATA", help="Rows to evaluate on; by default a share of DATA.")

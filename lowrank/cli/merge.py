@@ -68,7 +68,7 @@ def merge(
     ] = "dequantised",
     trained_over: Annotated[
         TrainedOver | None,
-        typer.Option(help="How the base was quantised in training, where the adapter does not say (peft's do not)."),
+        typer.Option(help="How the base was quantised in training, by default as the adapter says (peft's do not)."),
     ] = None,
     verify: Annotated[
         Verify,

@@ -14,8 +14,10 @@ EXAMPLE = "Example: lowrank preview configs/quickstart.yaml --row 3"
 
 def preview(
     config: ConfigPath,
-    row: Annotated[int | None, typer.Option(min=1, help="Show this row instead of the first pack.")] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page instead.")] = None,
+    row: Annotated[int | None, typer.Option(min=1, help="Show this row; by default the first pack.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page here; by default it is shown on the terminal.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006  (typer reads it)
 ) -> None:
     """Show what would be trained on, token by token: what carries loss, where examples end."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
+import typer
 
 from lowrank.cli import main
+from lowrank.cli.app import app
 from lowrank.errors import InputError, JobError
 
 VERBS = ["init", "train", "eval", "chat", "merge"]
@@ -192,3 +195,19 @@ def test_merge_hands_on_the_folders(called, tmp_path):
     assert run("merge", "adapter", "out", "--base", "base") == 0
     [(given, _)] = calls
     assert [str(path) for path in given] == ["adapter", "out", "base"]
+
+
+def options() -> list[tuple[str, typer.core.TyperOption]]:
+    """Every option of every verb."""
+    verbs = typer.main.get_command(app).commands.items()
+    return [(verb, option) for verb, found in verbs for option in found.params if option.param_type_name == "option"]
+
+
+@pytest.mark.parametrize(("verb", "option"), [pytest.param(*one, id=f"{one[0]}{one[1].opts[0]}") for one in options()])
+def test_help_says_what_holds_without_an_option(verb, option):
+    """typer shows a value, a flag is off and a list empty; where nothing stands the text says what there is then."""
+    assert option.help
+    if option.default is None and not option.required:
+        assert re.search("default|[Ww]ithout", option.help)
+    elif not option.is_flag and not option.multiple:
+        assert option.show_default
