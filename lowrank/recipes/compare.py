@@ -20,7 +20,7 @@ from lowrank.recipes.parts.show import open_console
 from lowrank.recipes.parts.talk import Messages, Talk
 from lowrank.recipes.parts.together import MixedRowsError, answers_together, why_apart
 from lowrank.recipes.parts.voices import Voice, open_voices
-from lowrank.training.progress import Screen
+from lowrank.training.callbacks.progress import Screen
 
 
 def compare(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lowrank.data.rowerror import RowError
-from lowrank.data.template import ChatTemplate
+from lowrank.data.reading.row_error import RowError
+from lowrank.data.supervision.template import ChatTemplate
 from lowrank.errors import InputError
 from lowrank.models import positions_of, vocabulary_of
 from lowrank.recipes.parts.talk import Messages

@@ -19,8 +19,8 @@ from lowrank.recipes.parts.interrupt import Ended
 from lowrank.recipes.parts.sampling import Sampling
 from lowrank.recipes.parts.talk import Messages
 from lowrank.recipes.parts.voices import Voice
-from lowrank.training.answers import answer_text, greedy, up_to_end
-from lowrank.training.decoding import can_continue_rows, padded
+from lowrank.training.evaluation.answers import answer_text, greedy, up_to_end
+from lowrank.training.evaluation.greedy import can_continue_rows, padded
 
 _AT_A_TIME = 16  # rows
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
