@@ -93,6 +93,13 @@ def test_contributing_shows_the_house_as_it_is():
     assert {room: int(floor) for floor, room in re.findall(r"^ (\d)  (\w+) ", text, re.MULTILINE)} == FLOORS
 
 
+def test_contributing_shows_the_sub_rooms_as_they_are():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(rf"^({'|'.join(INSIDE)})  +(.+(?:\n  +.+)*)$", text, re.MULTILINE))
+    floors = {room: [set(re.findall(r"\w+", floor)) for floor in line.split(">")] for room, line in shown.items()}
+    assert floors == INSIDE
+
+
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.stem in FLOORS]
 
 
