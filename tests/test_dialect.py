@@ -232,11 +232,9 @@ def breaches_of_init(source: str) -> list[str]:
         for name, _ in definitions(tree.body)
         if name not in ("__getattr__", "__dir__")  # lowrank and lowrank.adapters load names when they are first used
     ]
-    handed = {
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    handed -= {"annotations", "TYPE_CHECKING", "Any", "import_module"}
-    if handed and not re.search(r"^__all__ = ", source, re.MULTILINE):
+    hands_on = any(isinstance(node, ast.ImportFrom) and node.module != "__future__" for node in tree.body)
+    targets = [ast.unparse(target) for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    if hands_on and not any("__all__" in target for target in targets):
         found.append("what it hands on stands in no __all__")
     return found
 

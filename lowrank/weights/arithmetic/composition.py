@@ -132,7 +132,7 @@ def resize(
         energy: Instead of a rank: the share of ‖ΔW‖² that each module keeps, with the fewest ranks.
 
     Raises:
-        InputError: See `compose`.
+        InputError: The adapter cannot be read or composed, or neither a rank nor an energy is given.
     """
     if rank is None and energy is None:
         raise InputError("neither a rank nor an energy is given", fix="Give rank (--rank) or energy (--energy).")
