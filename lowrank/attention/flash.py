@@ -2,33 +2,57 @@
 
 transformers would fall back to kernels from a hub when no package is installed, and would leave out what a version
 does not know (sinks, dropout) without a word: both are refused here. Its own search for packs works on one row alone
-and waits for the device in every layer, so `packing.segments` hands it the borders. Of a mask it takes the padding
-alone and drops the rest: `flash_mask` stands before it.
+and waits for the device in every layer, so `packing.segments` hands it the borders, and where segments have parents the
+tokens of their paths, along which each layer gathers its keys. Of a mask it takes the padding alone and drops the rest:
+`flash_mask` stands before it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils.import_utils import is_flash_attn_4_available
 
+from lowrank.attention.announced import ANNOUNCED
 from lowrank.attention.backend import Backend
 from lowrank.attention.maskparts import BOTH_WAYS, CAUSAL, parts_of
 from lowrank.attention.setting import Setting
+from lowrank.attention.spans import Spans
+from lowrank.attention.varlen import along
 from lowrank.errors import InputError
 
 
-def packing_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, torch.Tensor | int]:
-    """What transformers' FlashAttention functions want to know of a pack whose segments have `lengths` tokens."""
-    offsets = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
-    longest = max(lengths)
-    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+def packing_arguments(spans: Spans, device: torch.device) -> dict[str, torch.Tensor | int]:
+    """What the FlashAttention functions want to know of a pack; arguments of the model's call reach each layer."""
+    queries = {"cu_seq_lens_q": spans.offsets(device), "max_length_q": spans.longest}
+    if spans.parents is None:
+        return {**queries, "cu_seq_lens_k": spans.offsets(device), "max_length_k": spans.longest}
+    keys = {"cu_seq_lens_k": spans.key_offsets(device), "max_length_k": max(spans.ends)}
+    return {**queries, **keys, "key_paths": spans.paths(device)}
+
+
+def flash_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    key_paths: torch.Tensor | None = None,
+    **asked: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' FlashAttention function; key and value (1, h_kv, n, d) are gathered along the paths of a forest."""
+    if key_paths is not None:
+        key, value = (along(x[0].transpose(0, 1), key_paths).transpose(0, 1)[None] for x in (key, value))
+    return flash_attention_forward(module, query, key, value, attention_mask, **asked)
 
 
 def _version_for(device: torch.device) -> int | None:
@@ -55,6 +79,9 @@ def flash_mask(*arguments: Any, mask_function: Callable[..., torch.Tensor], **mo
             f"the attention backend `flash` cannot serve this model's mask: it knows no {', '.join(sorted(beyond))}",
             fix="Use `attention: segments`.",
         )
+    told = ANNOUNCED.get(id(more.get("config")))
+    if told is not None:
+        told.asked = True
     return flash_attention_mask(*arguments, mask_function=mask_function, **more)
 
 
@@ -97,8 +124,14 @@ def _refusal(setting: Setting) -> str | None:
 
 def _implementation(setting: Setting) -> str:
     name = f"flash_attention_{_version_for(setting.device)}"
-    AttentionMaskInterface.register(name, flash_mask)
+    register(name)
     return name
+
+
+def register(name: str) -> None:
+    """Put ours before transformers' functions of a version of FlashAttention."""
+    AttentionInterface.register(name, flash_attention)
+    AttentionMaskInterface.register(name, flash_mask)
 
 
 _PACKAGE = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}

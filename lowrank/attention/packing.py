@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from lowrank.attention.announced import ANNOUNCED, SHARING, Announced, share_masks
-from lowrank.attention.flash import packing_arguments
+from lowrank.attention.flash import flash_attention, packing_arguments
 from lowrank.attention.forest import positions_of, starts_of
 from lowrank.attention.segments import IMPLEMENTATION
 from lowrank.attention.spans import from_lengths
@@ -77,7 +77,7 @@ def _parents(model: PreTrainedModel, lengths: Sequence[int], parents: Sequence[i
         return None
     share_masks()
     name = model.config._attn_implementation
-    if name not in (*SHARING, IMPLEMENTATION):
+    if name not in (*SHARING, IMPLEMENTATION) and AttentionInterface().get(name) is not flash_attention:
         raise _cannot_share(model, "it knows no segments with parents", fix="Use `attention: segments`.")
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _KINDS
     if kinds:
@@ -95,7 +95,8 @@ def _for_a_pack(model: PreTrainedModel, told: Announced) -> Hook:
     cached = getattr(model.config.get_text_config(), "use_cache", False)
     more = {}
     if is_flash_attention_requested(model.config):
-        more = packing_arguments(told.lengths, next(model.parameters()).device)
+        spans = from_lengths(told.lengths, None, told.parents)
+        more = packing_arguments(spans, next(model.parameters()).device)
 
     def before(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, Any] | None:
         asked = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -129,7 +130,9 @@ def _after_a_forest(told: Announced) -> Callable[[PreTrainedModel, object, objec
     return after
 
 
-def _cannot_share(model: PreTrainedModel, what: str, fix: str = "give each example a segment of its own") -> InputError:
+def _cannot_share(
+    model: PreTrainedModel, what: str, fix: str = "Give each example a segment of its own."
+) -> InputError:
     name, implementation = type(model).__name__, model.config._attn_implementation
     return InputError(
         f"{name} with attention `{implementation}` cannot share the beginnings of examples: {what}", fix=fix

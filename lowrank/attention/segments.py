@@ -168,7 +168,7 @@ def attend_spans(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, spans: Spans, rule: Rule
 ) -> torch.Tensor:
     """q (tokens, h, d), k (tokens, h_kv, d), v (tokens, h_kv, e), sinks (h,) -> (tokens, h, e), 0 at padding."""
-    kernel = varlen.kernel_for(q, v, sinks, rule) if spans.parents is None else None
+    kernel = varlen.kernel_for(q, v, sinks, rule)
     if kernel is not None:
         return varlen.over_spans(q, k, v, spans, rule, kernel)
     if not spans.spans:

@@ -81,8 +81,7 @@ class Spans:
     @cached_property
     def bounded(self) -> bool:
         """Whether the window hides anything."""
-        ends = (before + length for before, length in zip(self.before, self.lengths, strict=True))
-        return self.window is not None and max(ends, default=0) > self.window
+        return self.window is not None and max(self.ends, default=0) > self.window
 
     def path(self, number: int) -> list[int]:
         """The ancestors of a span, the first of all first."""
@@ -91,21 +90,35 @@ class Spans:
             found.append(number)
         return found[::-1]
 
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens of each span and its ancestors: the keys of its last token, but for a window."""
+        return tuple(before + length for before, length in zip(self.before, self.lengths, strict=True))
+
     def offsets(self, device: torch.device) -> torch.Tensor:
         """Cumulative lengths (spans + 1,) int32, as variable-length kernels take them; kept per device."""
-        found = self._offsets.get(device)
-        if found is None:
-            sums = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            found = self._offsets[device] = sums.to(device, non_blocking=True)
-        return found
+        return self._on(device, "offsets", lambda: _cumulative(self.lengths))
+
+    def key_offsets(self, device: torch.device) -> torch.Tensor:
+        """The same of `ends`."""
+        return self._on(device, "key offsets", lambda: _cumulative(self.ends))
 
     def tokens(self, device: torch.device) -> torch.Tensor:
         """Positions (tokens in spans,) int64 of the tokens that are not padding; kept per device."""
-        found = self._tokens.get(device)
-        if found is None:
-            parts = [torch.arange(start, end) for start, end in self.spans]
-            found = self._tokens[device] = torch.cat(parts).to(device, non_blocking=True)
-        return found
+        return self._on(device, "tokens", lambda: torch.cat([torch.arange(*span) for span in self.spans]))
+
+    def paths(self, device: torch.device) -> torch.Tensor:
+        """Positions (sum of `ends`,) int64 of each span's ancestors' tokens and its own; kept per device."""
+        return self._on(device, "paths", lambda: torch.cat([self.example(n) for n in range(len(self.spans))]))
+
+    def example(self, number: int) -> torch.Tensor:
+        """Positions of the tokens of a span's ancestors and its own, in the order of an example."""
+        return torch.cat([torch.arange(*self.spans[n]) for n in (*self.path(number), number)])
+
+    def _on(self, device: torch.device, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if (device, name) not in self._kept:
+            self._kept[device, name] = make().to(device, non_blocking=True)
+        return self._kept[device, name]
 
     def square(self, device: torch.device) -> torch.Tensor:
         """The same as a bool mask (batch, 1, length, length), True where a query sees a key."""
@@ -137,12 +150,12 @@ class Spans:
         return sees
 
     @cached_property
-    def _offsets(self) -> dict[torch.device, torch.Tensor]:
+    def _kept(self) -> dict[tuple[torch.device, str], torch.Tensor]:
         return {}
 
-    @cached_property
-    def _tokens(self) -> dict[torch.device, torch.Tensor]:
-        return {}
+
+def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def from_lengths(lengths: Sequence[int], window: int | None, parents: Sequence[int] | None = None) -> Spans:

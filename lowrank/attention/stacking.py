@@ -110,7 +110,8 @@ def _stack(members: list[int], spans: Spans, device: torch.device) -> Stack:
     before = int(befores.min()) // GRAIN * GRAIN
     length = -(-(int(ends.max()) - before) // GRAIN) * GRAIN
     place = torch.arange(before + length).expand(len(members), -1)
-    keys = torch.stack([_path(n, spans)[row] for n, row in zip(members, place.minimum(ends[:, None] - 1), strict=True)])
+    rows = place.minimum(ends[:, None] - 1)
+    keys = torch.stack([spans.example(n)[row] for n, row in zip(members, rows, strict=True)])
     source, place = keys[:, before:], place[:, before:]
     fill = (place < befores[:, None]) | (place >= ends[:, None])
     target = source.masked_fill(fill, spans.batch * spans.length)
@@ -120,8 +121,3 @@ def _stack(members: list[int], spans: Spans, device: torch.device) -> Stack:
     filled = fill.flatten().nonzero().flatten()
     tensors = (source.flatten(), target.flatten(), filled, keys.flatten())
     return Stack(len(members), before, length, run, *(x.to(device) for x in tensors))
-
-
-def _path(number: int, spans: Spans) -> torch.Tensor:
-    """The tokens of a span's ancestors and its own, in the order of an example."""
-    return torch.cat([torch.arange(*spans.spans[n]) for n in (*spans.path(number), number)])

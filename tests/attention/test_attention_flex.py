@@ -10,7 +10,7 @@ import torch
 import zoo
 from transformers import masking_utils
 
-from lowrank.attention import check_packing, segments, set_attention
+from lowrank.attention import check_packing, check_sharing, positions_of, segments, set_attention
 from lowrank.attention.flex import FLEX, flex_attention
 from lowrank.attention.setting import setting_of
 from lowrank.errors import InputError
@@ -57,6 +57,23 @@ def test_packs_and_padding(name):
             check_packing(model)
         return
     _packed_and_padded_like_eager(name)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", ["llama", "mistral-window-16", "gemma2"])
+def test_forests(name):
+    """Block masks of segments with parents; windows are counted along the paths."""
+    model = zoo.build(name).requires_grad_(False)
+    set_attention(model, "flex")
+    check_sharing(model)
+    parts = zoo.examples(zoo.TREE)
+    positions = torch.tensor([positions_of(zoo.TREE, zoo.PARENTS)])
+    with segments(model, zoo.TREE, zoo.PARENTS):
+        logits = model(input_ids=torch.cat(parts, dim=1), position_ids=positions, use_cache=False).logits
+    for path in zoo.paths(zoo.PARENTS):
+        found = torch.cat([logits.split(zoo.TREE, dim=1)[number] for number in path], dim=1)
+        alone = model(input_ids=torch.cat([parts[number] for number in path], dim=1), use_cache=False).logits
+        assert (found - alone).norm() < 1e-5 * alone.norm()
 
 
 @pytest.mark.slow

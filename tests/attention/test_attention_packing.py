@@ -14,7 +14,7 @@ from lowrank.attention import flash, packing, segments, set_attention, strips
 from lowrank.attention.announced import ANNOUNCED
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.segments import segments_attention
-from lowrank.attention.spans import Spans
+from lowrank.attention.spans import Spans, from_lengths
 from lowrank.errors import InputError
 
 
@@ -259,6 +259,7 @@ def test_memory_of_attention_with_checkpointing_grows_linearly():
 
 
 def test_packing_arguments():
-    arguments = flash.packing_arguments([2, 7, 1], torch.device("cpu"))
-    assert arguments["cu_seq_lens_q"].tolist() == [0, 2, 9, 10]
+    arguments = flash.packing_arguments(from_lengths([2, 7, 1], None), torch.device("cpu"))
+    assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 2, 9, 10]
     assert arguments["max_length_k"] == 7
+    assert "key_paths" not in arguments

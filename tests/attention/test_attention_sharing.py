@@ -10,9 +10,9 @@ import tiny
 import torch
 import transformers
 import zoo
-from transformers import masking_utils
+from transformers import AttentionInterface, masking_utils, modeling_flash_attention_utils
 
-from lowrank.attention import announced, check_sharing, packing, positions_of, segments, set_attention
+from lowrank.attention import announced, check_sharing, flash, packing, positions_of, segments, set_attention
 from lowrank.attention.backends import BACKENDS
 from lowrank.attention.setting import setting_of
 from lowrank.attention.spans import from_lengths
@@ -168,14 +168,58 @@ def test_a_forest_without_positions_is_refused():
 
 def test_a_backend_that_knows_no_forest_is_refused():
     model = zoo.build("llama")
-    model.config._attn_implementation = "flash_attention_2"
-    with (
-        pytest.raises(InputError, match="`flash_attention_2` cannot share the beginnings"),
-        segments(model, (3, 2), (-1, 0)),
-    ):
+    model.config._attn_implementation = "paged|sdpa"
+    refusal = pytest.raises(InputError, match=r"`paged\|sdpa` cannot share the beginnings")
+    with refusal, segments(model, (3, 2), (-1, 0)):
         pass
     with segments(model, (3, 2), (-1, -1)):
         pass
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window-16"])
+def test_flash_is_handed_the_keys_of_the_paths(name, monkeypatch):
+    """transformers' own way to the kernel, with what flash-attn documents computed by hand in its place."""
+
+    def kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, **asked):
+        assert asked.pop("causal")
+        width = asked.pop("window_size", (-1, -1))
+        assert asked["max_seqlen_k"] == int(cu_seqlens_k.diff().max())
+        assert asked["max_seqlen_q"] == int(cu_seqlens_q.diff().max())
+        groups, outs = q.shape[1] // k.shape[1], []
+        queries, keys = (x.split(offsets.diff().tolist()) for x, offsets in ((q, cu_seqlens_q), (k, cu_seqlens_k)))
+        for one, other, values in zip(queries, keys, v.split(cu_seqlens_k.diff().tolist()), strict=True):
+            behind = torch.arange(len(one))[:, None] + len(other) - len(one) - torch.arange(len(other))
+            seen = (behind >= 0) & ((width[0] < 0) | (behind <= width[0]))
+            other, values = (x.repeat_interleave(groups, 1) for x in (other, values))
+            scores = torch.einsum("qhd,khd->hqk", one, other) * asked["softmax_scale"]
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            outs.append(torch.einsum("hqk,khd->qhd", weights, values))
+        return torch.cat(outs)
+
+    def asked_of_it(**asked):
+        window = asked.get("sliding_window")
+        limits = {} if window is None else {"window_size": (window - 1, window - 1)}
+        given = ("softmax_scale", "max_seqlen_q", "max_seqlen_k")
+        return {name: asked[name] for name in given if name in asked} | limits | {"causal": True}
+
+    def one_row(q, k, v, **asked):
+        borders = torch.tensor([0, q.shape[1]])
+        longest = {"max_seqlen_q": q.shape[1], "max_seqlen_k": q.shape[1]}
+        return kernel(q[0], k[0], v[0], borders, borders, **longest, **asked)[None]
+
+    functions = ((one_row, kernel, None, None, None), (asked_of_it, None))
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *_: functions)
+    model = zoo.adapted(name)
+    alone = _alone(name, torch.float32)
+    mapping = {cls: dict(cls._global_mapping) for cls in (AttentionInterface, masking_utils.AttentionMaskInterface)}
+    try:
+        flash.register("flash_attention_2")
+        model.config._attn_implementation = "flash_attention_2"
+        check_sharing(model)
+        assert max(zoo.difference(zoo.forest(model)[1], alone).values()) < 1e-5
+    finally:
+        for cls, before in mapping.items():
+            cls._global_mapping.update(before)
 
 
 def test_a_model_that_makes_its_masks_itself_is_refused(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from lowrank.attention.strips import Rule
 SPANS = {
     "pack": from_lengths([130, 3, 129, 40, 1], None),
     "window": from_lengths([130, 3, 129, 40, 1], 20),
+    "forest": from_lengths([130, 3, 129, 40, 1, 7], None, (-1, 0, 0, 2, 3, -1)),
+    "forest with a window": from_lengths([130, 3, 129, 40, 1, 7], 20, (-1, 0, 0, 2, 3, -1)),
     "padded": Spans(3, 70, ((0, 70), (75, 140), (140, 141))),
 }
 
@@ -21,15 +25,22 @@ def _by_hand(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size):
     """What `varlen_attn` documents, one span after the other."""
     assert cu_seq_q.dtype == torch.int32
     assert q.shape[1] == k.shape[1], "heads were not repeated"
-    assert max_q == max_k == int((cu_seq_q[1:] - cu_seq_q[:-1]).max())
+    assert max_q == int((cu_seq_q[1:] - cu_seq_q[:-1]).max())
+    assert max_k == int((cu_seq_k[1:] - cu_seq_k[:-1]).max())
+    assert cu_seq_q[-1] == len(q)
+    assert cu_seq_k[-1] == len(k)
     left, right = window_size
     assert right == 0
     outs = []
-    for start, end in zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:], strict=False):
-        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)
+    borders = [list(pairwise(offsets.tolist())) for offsets in (cu_seq_q, cu_seq_k)]
+    for queries, keys in zip(*borders, strict=True):
+        count = queries[1] - queries[0], keys[1] - keys[0]
+        # The last query is the last key's: flash-attn's masks are aligned to the bottom right corner.
+        behind = torch.arange(count[0])[:, None] + count[1] - count[0] - torch.arange(count[1])
         seen = (behind >= 0) & ((left < 0) | (behind <= left))
-        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
-        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v[start:end]))
+        scores = torch.einsum("qhd,khd->hqk", q[slice(*queries)], k[slice(*keys)]) * scale
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v[slice(*keys)]))
     return torch.cat(outs)
 
 
@@ -76,6 +87,12 @@ def test_kernels_are_called_as_they_document(spans, kernel, name, stand_in, monk
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     grads, of_strips = (torch.autograd.grad((x * direction).sum(), qkv) for x in (out, expected))
     torch.testing.assert_close(grads, of_strips, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_what_many_see_are_summed_in_32_bits():
+    x = torch.ones(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    varlen.along(x, torch.zeros(1000, dtype=torch.int64)).sum().backward()
+    assert x.grad.item() == 1000  # in 16 bits 256 + 1 is 256
 
 
 def test_the_installed_torch_has_the_parameters_that_we_give():
