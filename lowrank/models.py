@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank.errors import LFS_POINTER, InputError
 from lowrank.paths import hub_commit
+from lowrank.quantisers.registry import loading_config, settle
 
-_DTYPE_KEYS = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage")
 _SHOWN = 5
 _INDEX = "model.safetensors.index.json"
 # What the tables of positions are called: modules with weights, or tensors of a module.
@@ -40,7 +38,8 @@ def load_model(
     Args:
         name_or_path: A folder, or a name on the hub.
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
-        quantization: bitsandbytes' options (`load_in_4bit`, `bnb_4bit_quant_type` ...), None for a dense model.
+        quantization: A quantiser's options (`load_in_4bit`, `bnb_4bit_quant_type` ...; `quant_method` for another than
+            the first), or all that a quantised model's config notes; None for a dense model.
         device: "cpu", "cuda" ...; by default the accelerator if there is one.
         revision: Of a hub repository.
         trust_remote_code: Whether code that comes with the model may run.
@@ -49,8 +48,8 @@ def load_model(
         The model in eval mode.
 
     Raises:
-        InputError: there is no such model, it has no safetensors files or lacks weights, or bitsandbytes is asked for
-            and missing.
+        InputError: there is no such model, it has no safetensors files or lacks weights, or the quantiser is missing or
+            does not do what is asked for.
     """
     check_folder(name_or_path)
     if device is not None:
@@ -64,7 +63,7 @@ def load_model(
         "output_loading_info": True,
     }
     if quantization is not None:
-        options |= {"quantization_config": _quantization(quantization), "device_map": {"": where}}
+        options |= {"quantization_config": loading_config(quantization), "device_map": {"": where}}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except torch.OutOfMemoryError:
@@ -79,10 +78,7 @@ def load_model(
             fix="Take a complete checkpoint of a causal language model.",
         )
     model.config._commit_hash = hub_commit(name_or_path, revision)
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 the first pass without gradients would repack the weights, and spoil all that follow.
-        if type(module).__name__ == "Linear4bit" and hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    settle(model)
     return (model if quantization is not None else model.to(where)).eval()
 
 
@@ -207,16 +203,6 @@ def cannot_load(what: str, error: Exception) -> InputError:
         )
     whole = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
     return InputError(f"{what} cannot be loaded: {whole}")
-
-
-def _quantization(options: Mapping[str, Any]) -> transformers.BitsAndBytesConfig:
-    if find_spec("bitsandbytes") is None:
-        raise InputError(
-            "a quantised base needs bitsandbytes, which is not installed",
-            fix="Install it: `pip install 'lowrank[quantization]'`.",
-        )
-    known = {key: getattr(torch, value) if key in _DTYPE_KEYS else value for key, value in options.items()}
-    return transformers.BitsAndBytesConfig(**known)
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

@@ -11,18 +11,19 @@ from lowrank.adapters.install import move
 from lowrank.adapters.kinds.kind import HostModule, kind_of
 from lowrank.adapters.modules import named_modules, submodule
 from lowrank.adapters.targeting.parameters import make_parameters_dense, quantised_names
+from lowrank.quantisers.registry import quantiser_of
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether it is one of bitsandbytes' linear layers, or has parameters of its own in 4 bits."""
-    return type(module).__name__ in ("Linear4bit", "Linear8bitLt") or bool(quantised_names(module))
+    """Whether a quantiser holds its weight, or parameters of its own."""
+    return quantiser_of(module) is not None or bool(quantised_names(module))
 
 
 @torch.no_grad()
 def make_dense(model: HostModule, undo: ExitStack) -> None:
     """Replaces each quantised layer by a `torch.nn.Linear` with the weight that it stands for; adapters move over.
 
-    Other modules with 4-bit parameters (experts) get plain ones. An adapter trained over quantised weights is right
+    Other modules with quantised parameters (experts) get plain ones. An adapter trained over quantised weights is right
     over those, dequantised; adding it to weights that are then quantised again would lose most of it.
 
     Args:

@@ -10,19 +10,21 @@ from torch import nn
 from lowrank.adapters.dense_base import is_quantised
 from lowrank.adapters.kinds.kind import HostModule, is_multihead
 from lowrank.errors import InputError
+from lowrank.quantisers.registry import offers
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_FIX = "Load the base dense, or quantised by bitsandbytes (load_in_4bit, load_in_8bit)."
 
 
 def check_plain(path: str, module: HostModule) -> None:
-    """Raises InputError for a layer that another library than bitsandbytes has quantised, as its weight shows."""
+    """Raises InputError for a layer that is quantised, as its weight shows, in a way that is not known here."""
     if is_quantised(module) or is_multihead(module):
         return
     weight = getattr(module, "weight", None)
     why = _obstacle(module, weight) if isinstance(weight, torch.Tensor) else "it has no weight of its own"
     if why is not None:
-        raise InputError(f"{path} ({type(module).__name__}) is no plain layer, and no adapter fits it: {why}", fix=_FIX)
+        raise InputError(
+            f"{path} ({type(module).__name__}) is no plain layer, and no adapter fits it: {why}", fix=_fix()
+        )
 
 
 def check_none_hidden(modules: Mapping[str, nn.Module]) -> None:
@@ -37,13 +39,17 @@ def check_none_hidden(modules: Mapping[str, nn.Module]) -> None:
         if sized and coded and not is_quantised(module):
             raise InputError(
                 f"{path} is a {type(module).__name__}, whose weight is stored in codes: no adapter fits it",
-                fix=_FIX,
+                fix=_fix(),
             )
 
 
 def has_other_codes(module: nn.Module) -> bool:
     """Whether a parameter in it stands for other numbers than it holds."""
     return any(_code(p) is not None for p in module.parameters())
+
+
+def _fix() -> str:
+    return f"Load the base dense, or quantised {offers()}."
 
 
 def _obstacle(module: HostModule, weight: torch.Tensor) -> str | None:

@@ -246,6 +246,6 @@ def _logits(
     model: PreTrainedModel, ids: torch.Tensor, lengths: Sequence[int], parents: Sequence[int] | None = None
 ) -> torch.Tensor:
     positions = torch.tensor([positions_of(lengths, parents)], device=ids.device)
-    # Not under no_grad: there bitsandbytes repacks 4-bit weights on some CPUs, and spoils them.
+    # Not under no_grad: there a quantised layer may repack its weights (in 4 bits, on some CPUs), and spoil them.
     with torch.enable_grad(), segments(model, lengths, parents):
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits.detach().float()

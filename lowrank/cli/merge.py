@@ -28,16 +28,6 @@ class Rounding(StrEnum):
     stochastic = "stochastic"
 
 
-class TrainedOver(StrEnum):
-    """How bitsandbytes held the base in training."""
-
-    nf4 = "nf4"
-    nf4_double = "nf4-double"
-    fp4 = "fp4"
-    int8 = "int8"
-    none = "none"
-
-
 class Verify(StrEnum):
     """What of the result is tried."""
 
@@ -67,8 +57,12 @@ def merge(
         ),
     ] = "dequantised",
     trained_over: Annotated[
-        TrainedOver | None,
-        typer.Option(help="How the base was quantised in training, by default as the adapter says (peft's do not)."),
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            help="How the base was quantised in training, by default as the adapter says (peft's do not): nf4, int8 "
+            "...; none for not at all. A wrong one is answered with all that there are.",
+        ),
     ] = None,
     verify: Annotated[
         Verify,
@@ -81,7 +75,7 @@ def merge(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Add an adapter to its base: a plain model folder that transformers loads without lowrank."""
-    from lowrank.recipes.merge import Onto, Scheme, merge_adapter
+    from lowrank.recipes.merge import Onto, merge_adapter
 
     merge_adapter(
         adapter,
@@ -90,7 +84,7 @@ def merge(
         dtype=dtype and dtype.value,
         rounding=rounding.value,
         onto=cast("Onto", onto),  # checked there, with a reason that a list of choices could not give
-        quantization=cast("Scheme | None", trained_over and trained_over.value),
+        quantization=trained_over,
         verify=False if no_verify else "answers" if verify is Verify.answers else True,
         trust_remote_code=trust_remote_code,
     )

@@ -6,23 +6,33 @@ are added in place to the products with W, and the backward pass needs x, the (n
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from lowrank.ops.dense import dense
 from lowrank.ops.low_rank import LowRank
 
+Unpack: TypeAlias = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+"""Gives the matrix (out, in), in a dtype, that a stored weight stands for."""
 
-def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: LowRank) -> torch.Tensor:
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    term: LowRank,
+    unpack: Unpack = torch.Tensor.to,
+) -> torch.Tensor:
     """The adapted linear layer.
 
     Args:
         x: (..., in).
-        weight: (out, in), dense or bitsandbytes 4-bit, frozen or not.
+        weight: (out, in), frozen or not; or whatever `unpack` makes of it, frozen.
         bias: (out,) or None.
         term: The low-rank term; its factors may be of another dtype than x, which they are then cast to.
+        unpack: For a weight that is stored in few bits; it is unpacked for each product, and not kept.
 
     Returns:
         (..., out), of x's dtype (under autocast: of the autocast dtype).
@@ -30,8 +40,8 @@ def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x.to(dtype), weight, bias, term)
-    return _apply(x, weight, bias, term)
+            return _apply(x.to(dtype), weight, bias, term, unpack)
+    return _apply(x, weight, bias, term, unpack)
 
 
 def lora_linear_reference(
@@ -43,15 +53,17 @@ def lora_linear_reference(
 ) -> torch.Tensor:
     """The same in plain operations; `keep` (..., in) holds 0 where dropout drops and 1 / (1 - p) elsewhere."""
     dropped = x if keep is None else x * keep
-    y = F.linear(x, dense(weight, x.dtype)) + term.scale * F.linear(F.linear(dropped, term.A), term.B)
+    y = F.linear(x, weight.to(x.dtype)) + term.scale * F.linear(F.linear(dropped, term.A), term.B)
     y = y if term.gain is None else y * term.gain
     return y if bias is None else y + bias
 
 
-def _apply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: LowRank) -> torch.Tensor:
+def _apply(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: LowRank, unpack: Unpack
+) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1.0 - term.dropout) if term.dropout else None
-    y = _LoraLinear.apply(rows, weight, bias, term.A, term.B, term.gain, keep, term.scale, term.dropout)
+    y = _LoraLinear.apply(rows, weight, bias, term.A, term.B, term.gain, keep, term.scale, term.dropout, unpack)
     assert isinstance(y, torch.Tensor)
     return y.view(*x.shape[:-1], y.shape[-1])  # here, not inside: models add to the output in place (Llama 4)
 
@@ -69,8 +81,9 @@ class _LoraLinear(torch.autograd.Function):
         keep: torch.Tensor | None,
         scale: float,
         dropout: float,
+        unpack: Unpack,
     ) -> torch.Tensor:
-        W = dense(weight, rows.dtype)
+        W = unpack(weight, rows.dtype)
         low = _dropped(rows, keep, dropout) @ A.to(rows.dtype).t()  # (n, r)
         y = F.linear(rows, W, None if bias is None or gain is not None else bias.to(rows.dtype))
         y.addmm_(low, B.to(rows.dtype).t(), alpha=scale)
@@ -81,7 +94,7 @@ class _LoraLinear(torch.autograd.Function):
             if bias is not None:
                 y += bias.to(rows.dtype)
         ctx.save_for_backward(rows, weight, A, B, gain, keep, low, unscaled)
-        ctx.scale, ctx.dropout = scale, dropout
+        ctx.scale, ctx.dropout, ctx.unpack = scale, dropout, unpack
         return y
 
     @staticmethod
@@ -106,12 +119,12 @@ class _LoraLinear(torch.autograd.Function):
         d_weight = (d_y.t() @ rows).to(weight.dtype) if need[1] else None
         d_x = None
         if need[0]:
-            d_x = d_y @ dense(weight, d_y.dtype)
+            d_x = d_y @ ctx.unpack(weight, d_y.dtype)
             if keep is None:
                 d_x.addmm_(d_low, A.to(d_low.dtype))
             else:
                 d_x += _dropped(d_low @ A.to(d_low.dtype), keep, ctx.dropout)
-        return d_x, d_weight, d_bias, d_A, d_B, d_gain, None, None, None
+        return d_x, d_weight, d_bias, d_A, d_B, d_gain, None, None, None, None
 
 
 def _wide(A: torch.Tensor, B: torch.Tensor, n: int) -> bool:

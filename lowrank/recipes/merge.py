@@ -5,28 +5,19 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowrank.errors import InputError
 from lowrank.paths import expanded
+from lowrank.quantisers.registry import schemes
 from lowrank.storage.folders import refuse_occupied
 from lowrank.weights import MergeReport, merge_checkpoint
 from lowrank.weights.files.dequantise import Onto
 from lowrank.weights.merging.merge_checkpoint import Verify
 from lowrank.weights.merging.rounding import Rounding
-
-Scheme = Literal["nf4", "nf4-double", "fp4", "int8", "none"]
-
-SCHEMES: dict[Scheme, dict[str, Any]] = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    "int8": {"load_in_8bit": True},
-    "none": {},
-}
 
 
 def merge_adapter(
@@ -37,7 +28,7 @@ def merge_adapter(
     dtype: str | None = None,
     rounding: Rounding = "nearest",
     onto: Onto = "dequantised",
-    quantization: Scheme | Mapping[str, Any] | None = None,
+    quantization: str | Mapping[str, Any] | None = None,
     verify: Verify = True,
     trust_remote_code: bool = False,
 ) -> MergeReport:
@@ -50,8 +41,8 @@ def merge_adapter(
         dtype: "float32", "bfloat16", "float16" ...; the base's by default.
         rounding: "nearest" or "stochastic".
         onto: For an adapter trained over a quantised base: "dequantised", as it was trained, or "original".
-        quantization: How the base was quantised in training, where the adapter's files do not say: BitsAndBytesConfig's
-            fields, or one of `SCHEMES`.
+        quantization: How the base was quantised in training, where the adapter's files do not say: a quantiser's
+            options, or the name of one of its schemes (nf4, int8 ...; none for not at all).
         verify: True tries each changed tensor on a random vector; "answers" compares answers with base and adapter
             besides (each is loaded); False does neither.
         trust_remote_code: Whether the base may run its own code.
@@ -61,9 +52,10 @@ def merge_adapter(
         JobError: The disk is full, or the result failed its check; nothing is left behind.
     """
     if isinstance(quantization, str):
-        if quantization not in SCHEMES:
-            raise InputError(f"there is no quantisation {quantization!r}; there are {', '.join(SCHEMES)}")
-        quantization = SCHEMES[quantization]
+        known = schemes()
+        if quantization not in known:
+            raise InputError(f"there is no quantisation {quantization!r}; there are {', '.join(known)}")
+        quantization = known[quantization]
     source = expanded(adapter)
     target = Path(expanded(out)) if out is not None else _beside(source)
     if out is None:

@@ -15,9 +15,9 @@ from weight_helpers import edit_json, logits, randomise, reload, save_base
 import lowrank
 from lowrank import LoraConfig
 from lowrank.errors import InputError
+from lowrank.quantisers import decoder
 from lowrank.storage.tensorfile import TensorFile
 from lowrank.weights import merge_checkpoint
-from lowrank.weights.files import quantized as quantized_module
 from lowrank.weights.merging import blocks
 
 pytest.importorskip("bitsandbytes")
@@ -171,9 +171,9 @@ def test_a_transposed_weight_is_worked_out_once(tmp_path: Path, monkeypatch: pyt
     base = save_base(wide_gpt2(), tmp_path / "gpt2")
     adapter, wanted = trained(base, "nf4", tmp_path / "adapter")
     made: list[torch.Size] = []
-    transposed = quantized_module._transposed
-    monkeypatch.setattr(quantized_module, "_transposed", lambda given: made.append(given.shape) or transposed(given))
-    monkeypatch.setattr(quantized_module, "_AT_ONCE", 640)
+    transposed = decoder._transposed
+    monkeypatch.setattr(decoder, "_transposed", lambda given: made.append(given.shape) or transposed(given))
+    monkeypatch.setattr(decoder, "_AT_ONCE", 640)
     monkeypatch.setattr(blocks, "BLOCK", 100)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     merge_checkpoint(base, adapter, tmp_path / "merged")

@@ -9,6 +9,7 @@ import torch
 from lowrank.adapters.initialisations.pissa import rank_within
 from lowrank.adapters.kinds.kind import HostModule, Kind
 from lowrank.errors import InputError
+from lowrank.quantisers.registry import quantiser_of
 
 if TYPE_CHECKING:
     from lowrank.adapters.methods.lora import LoraLayer
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 def loftq(layer: LoraLayer, module: HostModule, kind: Kind) -> None:
     """Refuses every base that has no quantisation error; the factors come from `correct_quantisation`."""
-    if getattr(module.weight, "quant_state", None) is None:
+    quantiser = quantiser_of(module)
+    if quantiser is None or quantiser.bits(module) != 4:
         raise InputError(
             f"init_lora_weights: loftq corrects a 4-bit base, and this {type(module).__name__} is not one",
             fix="Load the base with load_in_4bit, or take another initialisation.",

@@ -1,4 +1,4 @@
-"""Linear layers: torch's, bitsandbytes' 4-bit and 8-bit ones, and transformers' Conv1D (GPT-2)."""
+"""Linear layers: torch's, those that a quantiser holds, and transformers' Conv1D (GPT-2)."""
 
 from __future__ import annotations
 
@@ -9,31 +9,15 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.kinds.forwards import acts_as, features_in
 from lowrank.adapters.kinds.kind import HostModule, holds_weight, in_place_of_own
-from lowrank.ops.dense import dense
 from lowrank.ops.lora_linear import lora_linear
 from lowrank.ops.low_rank import LowRank
+from lowrank.quantisers.registry import quantiser_of
 
 
 def low_rank_output(x: torch.Tensor, term: LowRank) -> torch.Tensor:
     """s · drop(x)·Aᵀ·Bᵀ, (..., in) -> (..., out), in x's dtype."""
     dropped = F.dropout(x, term.dropout) if term.dropout else x
     return F.linear(F.linear(dropped, term.A.to(x.dtype)), term.B.to(x.dtype)) * term.scale
-
-
-def stored_weight(module: HostModule) -> torch.Tensor:
-    """The module's weight. One that was gathered from its shards has lost its 4-bit state: its module kept it."""
-    weight = module.weight
-    state = getattr(module, "quant_state", None)
-    if state is not None and getattr(weight, "quant_state", None) is None:
-        weight.quant_state = state
-    return weight
-
-
-def dense_int8(module: HostModule) -> torch.Tensor:
-    """The matrix that bitsandbytes' 8-bit layer stands for; its first call moves the weight into `state`."""
-    stored = module.weight if module.state.CB is None else module.state.CB
-    scale = module.weight.SCB if module.state.SCB is None else module.state.SCB
-    return stored.data.float() * (scale.float() / 127.0)[:, None]
 
 
 def combine(y: torch.Tensor, added: torch.Tensor, gain: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
@@ -46,7 +30,7 @@ def combine(y: torch.Tensor, added: torch.Tensor, gain: torch.Tensor | None, bia
 
 
 class LinearKind:
-    """`torch.nn.Linear` and its subclasses, bitsandbytes' among them. W is `weight`."""
+    """`torch.nn.Linear` and its subclasses, those that a quantiser holds among them. W is `weight`."""
 
     linear = True
     looked_up = False
@@ -55,8 +39,7 @@ class LinearKind:
         """A linear layer by what its forward computes."""
         if not isinstance(module, nn.Linear) or not holds_weight(module):
             return False
-        quantised = type(module).__name__ in ("Linear4bit", "Linear8bitLt")
-        return quantised or acts_as(module, nn.Linear.forward, features_in, _product)
+        return quantiser_of(module) is not None or acts_as(module, nn.Linear.forward, features_in, _product)
 
     def shape(self, module: HostModule) -> tuple[int, int]:
         """(out_features, in_features): a quantised weight's own shape says nothing."""
@@ -64,18 +47,21 @@ class LinearKind:
 
     def weight(self, module: HostModule) -> torch.Tensor:
         """W, dequantised where it is quantised."""
-        if type(module).__name__ == "Linear8bitLt":
-            return dense_int8(module)
-        return dense(stored_weight(module))
+        quantiser = quantiser_of(module)
+        return module.weight if quantiser is None else quantiser.weight(module)
 
     def write(self, module: HostModule, weight: torch.Tensor) -> None:
-        """A dense weight replaces the old one. Quantised modules are made dense first (see `merging`)."""
+        """A dense weight replaces the old one. Quantised modules are made dense first (`dense_base`)."""
         module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
 
     def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
         """One autograd function, where the module's forward is the plain product."""
-        if type(module).forward is nn.Linear.forward or type(module).__name__ == "Linear4bit":
-            return lora_linear(x, stored_weight(module), bias, term)
+        quantiser = quantiser_of(module)
+        if quantiser is not None and (found := quantiser.product(module)) is not None:
+            weight, unpack = found
+            return lora_linear(x, weight, bias, term, unpack)
+        if quantiser is None and type(module).forward is nn.Linear.forward:
+            return lora_linear(x, module.weight, bias, term)
         y = type(module).forward(module, x)
         if bias is not None and bias is not module.bias:
             y = y + in_place_of_own(module, bias).to(y.dtype)

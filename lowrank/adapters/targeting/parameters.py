@@ -1,7 +1,6 @@
-"""Which parameters of a model `target_parameters` names, and how a module holds them: plain, or in 4 bits.
+"""Which parameters of a model `target_parameters` names, and how a module holds them: plain, or quantised.
 
-bitsandbytes keeps a parameter that is no linear layer's in 4 bits by a parametrisation: reading the attribute
-dequantises it.
+A quantiser holds a parameter that is no linear layer's by a parametrisation: reading the attribute dequantises it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from lowrank.adapters.modules import base_modules
 from lowrank.adapters.targeting.patterns import matches_end
 from lowrank.adapters.targeting.targets import fused_experts, is_kept
 from lowrank.errors import InputError
+from lowrank.quantisers.registry import offers, parametrises
 
 _DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -67,9 +67,9 @@ def parametrised_names(module: HostModule) -> list[str]:
 
 
 def quantised_names(module: HostModule) -> list[str]:
-    """Those that bitsandbytes keeps in 4 bits."""
+    """Those that a quantiser holds."""
     steps = {name: module.parametrizations[name] for name in parametrised_names(module)}
-    return [name for name, first in steps.items() if type(first[0]).__name__.startswith("Bnb4bit")]
+    return [name for name, first in steps.items() if parametrises(first[0])]
 
 
 @torch.no_grad()
@@ -121,11 +121,11 @@ def _check_module(path: str, module: nn.Module, names: list[str], config: LoraCo
         )
     quantised = quantised_names(module)
     if 0 < len(set(names) & set(quantised)) < len(names):
-        raise InputError(f"{path} keeps only some of {', '.join(names)} in 4 bits; their order in a file is not known")
+        raise InputError(f"{path} keeps only some of {', '.join(names)} quantised; their order in a file is not known")
     for name in names:
         weight = getattr(module, name)
         if weight.ndim not in (2, 3) or weight.dtype not in _DENSE:
             raise InputError(
                 f"{path}.{name} is {tuple(weight.shape)} of {weight.dtype}, and no adapter fits that",
-                fix="An adapter fits (experts, ., .) or (out, in) in 16 bits or more, or in bitsandbytes' 4 bits.",
+                fix=f"An adapter fits (experts, ., .) or (out, in) in 16 bits or more, or quantised {offers()}.",
             )

@@ -13,10 +13,8 @@ from lowrank.models import load_model, load_tokenizer
 from lowrank.paths import expanded
 from lowrank.storage.hub import local_folder
 from lowrank.weights import load as load_onto
-from lowrank.weights.files.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
+from lowrank.weights.files.adapter_file import CONFIG_NAME, QUANTISED_FROM, AdapterFile, open_adapter
 from lowrank.weights.files.notes import noted_ends, stop_at
-
-_QUANTIZATION = ("load_in_", "bnb_4bit_")
 
 
 def load(
@@ -95,9 +93,14 @@ def open_model(
 
 def base_of(file: AdapterFile, base: str | None, trust_remote_code: bool) -> Any:
     """The base that an adapter was trained on, quantised as it was then; `base`: where it lies now."""
-    trained_over = {key: value for key, value in (file.quantization or {}).items() if key.startswith(_QUANTIZATION)}
-    options = {"revision": file.revision_of(base), "trust_remote_code": trust_remote_code}
-    return load_model(base_name(file, base), quantization=trained_over or None, **options)
+    trained_over = file.quantization or {}
+    return load_model(
+        base_name(file, base),
+        dtype=trained_over.get(QUANTISED_FROM, "auto"),
+        quantization=trained_over or None,
+        revision=file.revision_of(base),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def tokenizer_of(file: AdapterFile, base: str | None, trust_remote_code: bool) -> Any:

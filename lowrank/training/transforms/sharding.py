@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowrank.adapters.install import AdapterSet
 from lowrank.errors import InputError
+from lowrank.quantisers.registry import quantiser_of
 from lowrank.training.machine.ranks import Ranks
 from lowrank.training.transforms.layers import layers_of
 
@@ -38,9 +39,8 @@ def shard(model: PreTrainedModel, ranks: Ranks, device: torch.device) -> None:
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:  # shards are plain tensors
-            module.quant_state = state
+        if (quantiser := quantiser_of(module)) is not None:
+            quantiser.shard(module)
     mesh = init_device_mesh(device.type, (ranks.count,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)

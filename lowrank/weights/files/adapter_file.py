@@ -30,6 +30,8 @@ PEFT_VERSION = "0.21.2"
 TOKENS = ".token_adapter.trainable_tokens_delta"
 FACTOR = re.compile(r"(?P<path>.+)\.(?P<name>lora_(embedding_)?[AB]|lora_E|lora_magnitude_vector)(\.weight)?")
 BASE_KEY, QUANTIZATION_KEY, CONFIG_KEY = "lowrank.base", "lowrank.quantization", "adapter_config"
+QUANTISED_FROM = "dtype"
+"""Beside a quantisation's own fields: what the base's weights were loaded in, and quantised from."""
 HEAD_KEY = "lowrank.head"
 
 _KINDS: dict[str, type[LoraConfig | AdaLoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}

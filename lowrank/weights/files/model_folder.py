@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lowrank.errors import InputError
 from lowrank.paths import hub_commit
+from lowrank.quantisers.registry import quantiser_named
 from lowrank.storage.hub import local_folder
 from lowrank.storage.tensorfile import TensorFile, open_tensors
 from lowrank.weights.files.adapter_file import read_json, shorten
@@ -73,9 +74,7 @@ class ModelFolder:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """How the files are quantised; a whole model's config may say it of a part. None for a dense model."""
-        parts = [self.config, *(getattr(self.config, name, None) for name in self.config.sub_configs)]
-        found = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
-        return found if found is None or isinstance(found, dict) else found.to_dict()
+        return _quantization(self.config)
 
     @property
     def size(self) -> int:
@@ -112,6 +111,9 @@ def open_base(
     folder = local_folder(name_or_path, revision=revision)
     files, sharded = _open_files(folder)
     config = load_config(folder, trust_remote_code)
+    quantiser = quantiser_named((_quantization(config) or {}).get("quant_method"))
+    if quantiser is not None:
+        files = {name: quantiser.named(file) for name, file in files.items()}
     _check_depth(config.to_dict(), sum(len(file.entries) for file in files.values()), folder)
     _resize(config, sizes)
     skeleton = _skeleton(folder, config, _named_class(model_class, config), task_type, trust_remote_code)
@@ -120,6 +122,12 @@ def open_base(
     if len(shapes) < len(names):
         raise InputError("a tensor's name occurs in two of the model's files", where=str(folder))
     return ModelFolder(folder, config, skeleton, files, sharded, find_pieces(skeleton, shapes), sizes)
+
+
+def _quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    found = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def _resize(config: PretrainedConfig, sizes: Sizes) -> None:

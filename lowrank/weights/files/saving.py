@@ -21,7 +21,8 @@ from lowrank.adapters.modules import bare, base_modules
 from lowrank.adapters.record import find_record
 from lowrank.adapters.wrapping import for_this_model
 from lowrank.errors import InputError
-from lowrank.weights.files.adapter_file import FACTOR, AdapterFile, open_adapter, shorten
+from lowrank.quantisers.registry import quantiser_of
+from lowrank.weights.files.adapter_file import FACTOR, QUANTISED_FROM, AdapterFile, open_adapter, shorten
 from lowrank.weights.files.expert_layout import turned_experts
 from lowrank.weights.files.fingerprint import Fingerprint, commit_of, text_config
 from lowrank.weights.files.notes import stop_as_noted
@@ -207,11 +208,13 @@ def _other_base(model: nn.Module, file: AdapterFile) -> list[str]:
     return [f"another base: {text}{hint if resized else ''}" for text in different]
 
 
-def _quantization(model: PreTrainedModel) -> dict[str, Any]:
+def _quantization(model: PreTrainedModel) -> dict[str, Any] | None:
+    """None for a base whose layers are quantised and whose config does not say how."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:
-        return {}
-    return config if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
+        return None if any(quantiser_of(module) is not None for module in model.modules()) else {}
+    fields = config if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=False))
+    return fields | {QUANTISED_FROM: str(model.dtype).removeprefix("torch.")}
 
 
 def _class_of(model: PreTrainedModel) -> dict[str, str]:

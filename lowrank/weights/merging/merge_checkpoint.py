@@ -57,7 +57,7 @@ def merge_checkpoint(
         rounding: "nearest", or "stochastic" to keep on average what is too small for the dtype.
         onto: For an adapter trained over a quantised base. "dequantised": onto the weights that the quantised ones
             stand for, as in training. "original": onto the weights before quantisation, which it was not trained on.
-        quantization: How the base was quantised in training (BitsAndBytesConfig's fields), for adapters whose files do
+        quantization: How the base was quantised in training (a quantiser's options), for adapters whose files do
             not say; lowrank's do.
         verify: True tries each changed tensor while it is made, on a random vector, against base and adapter: for any
             size, for little more time. "answers" loads base and adapter, then the merged model, and compares what they

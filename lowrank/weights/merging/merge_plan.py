@@ -10,12 +10,12 @@ import torch
 
 from lowrank.adapters.ties import Parting, Ties
 from lowrank.errors import InputError
+from lowrank.quantisers.decoder import Decoder
 from lowrank.storage.tensorfile import CODES, TORCH_DTYPES, Entry
 from lowrank.weights.files.adapter_file import shorten
 from lowrank.weights.files.dequantise import Decoding
 from lowrank.weights.files.model_folder import ModelFolder
 from lowrank.weights.files.names import Placement
-from lowrank.weights.files.quantized import Decoder
 from lowrank.weights.merging.updates import Resized, Then, Update
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
 
 from lowrank.adapters import disabled
 from lowrank.errors import InputError
-from lowrank.weights.files.adapter_file import AdapterFile
+from lowrank.quantisers.registry import loading_config, quantiser_of, settle
+from lowrank.weights.files.adapter_file import QUANTISED_FROM, AdapterFile
 from lowrank.weights.files.model_folder import ModelFolder
 from lowrank.weights.files.saving import load
 
@@ -76,7 +78,7 @@ def verify_merge(
         base: The base.
         adapter: The adapter.
         merged: The merged folder.
-        quantization: How the base is quantised while the adapter acts (BitsAndBytesConfig's fields), None for not.
+        quantization: How the base is quantised while the adapter acts (a quantiser's options), None for not.
         prompts: Texts and answers; the tokenizer's chat template is put around them where it has one.
 
     Raises:
@@ -112,15 +114,26 @@ def refuse_unanswering(base: ModelFolder) -> None:
 
 
 def _model(folder: Path, base: ModelFolder, quantization: dict[str, Any] | None) -> PreTrainedModel:
+    """In float32, where it is quantised from the dtype that it was quantised from in training."""
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
     if quantization:
-        options["quantization_config"] = BitsAndBytesConfig.from_dict(quantization)
+        options["dtype"] = getattr(torch, quantization.get(QUANTISED_FROM, "float32"))
+        options["quantization_config"] = loading_config(quantization)
     model = type(base.skeleton).from_pretrained(folder, **options)
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # the first pass would repack the weights and spoil them
-            module.support_avx512bf16_for_cpu = False
+    settle(model)
+    for module in model.modules():
+        _widen(module)
     return model.eval()
+
+
+def _widen(module: nn.Module) -> None:
+    """To float32, aside of a weight that is quantised."""
+    quantiser = quantiser_of(module)
+    if quantiser is not None:
+        quantiser.widen(module)
+    for name, tensor in {**module._parameters, **module._buffers}.items():
+        if tensor is not None and tensor.is_floating_point() and not (quantiser is not None and name == "weight"):
+            tensor.data = tensor.data.float()
 
 
 def _in_size(model: PreTrainedModel, base: ModelFolder) -> PreTrainedModel:
