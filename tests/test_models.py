@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from lowrank import models
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer, positions_of, usable_device, vocabulary_of
+from lowrank.quantisers import bitsandbytes
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_folder_without_a_tokenizer(folder):
 
 
 def test_a_quantised_base_without_bitsandbytes(folder, monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(bitsandbytes, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs bitsandbytes"):
         load_model(str(folder), quantization={"load_in_4bit": True})
 

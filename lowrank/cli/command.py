@@ -7,6 +7,7 @@ import sys
 
 from lowrank.cli.app import app
 from lowrank.cli.failure import told
+from lowrank.quantisers.registry import quieten
 from lowrank.recipes.parts.streams import unfailing_output
 
 
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     with unfailing_output():
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would fill a log file
+        quieten()
         try:
             app([argument for argument in given if argument != "--debug"], prog_name="lowrank")
         except KeyboardInterrupt:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.config.run_sections import RunSections
+from lowrank.config.sections import QuantizationSection
+from lowrank.quantisers.registry import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
             "adalora, or leave the section quantization out",
         )
     starts_from = getattr(config.adapter, "init_lora_weights", None)
-    if starts_from == "loftq" and not (config.quantization and config.quantization.load_in_4bit):
+    if starts_from == "loftq" and not (config.quantization and config.quantization.width == 4):
         yield Contradiction(
             ("adapter.init_lora_weights", "quantization"),
             "loftq begins with the error of a 4-bit base; set quantization.load_in_4bit: true",
@@ -165,8 +167,20 @@ def without_effect(config: RunSections) -> Iterator[Contradiction]:
         yield Contradiction(("data.max_eval_rows", "data.eval"), "there are no rows to limit: data.eval is not set")
     if config.adapter.method == "adalora":
         yield Contradiction(("adapter.total_step", "adapter.method"), "a run counts its own steps; leave it out")
-    if config.quantization is not None and config.quantization.load_in_8bit:
-        for name in type(config.quantization).model_fields:
-            if name.startswith("bnb_4bit"):
-                keys = (f"quantization.{name}", "quantization.load_in_8bit")
-                yield Contradiction(keys, "is about 4 bits, and load_in_8bit is true")
+    if config.quantization is not None:
+        yield from _idle_quantization(config.quantization)
+
+
+def _idle_quantization(section: QuantizationSection) -> Iterator[Contradiction]:
+    """bitsandbytes has fields of its own; other quantisers have `bits`."""
+    own = section.quant_method == DEFAULT
+    if own:
+        keys = ("quantization.bits", "quantization.quant_method")
+        yield Contradiction(keys, f"{DEFAULT} is told by load_in_4bit or load_in_8bit how many to take; leave it out")
+    for name in type(section).model_fields:
+        if name.startswith(("bnb_", "load_in_")) and not own:
+            keys = (f"quantization.{name}", "quantization.quant_method")
+            yield Contradiction(keys, f"is about {DEFAULT}, and quant_method is {section.quant_method}; leave it out")
+        elif name.startswith("bnb_4bit") and section.load_in_8bit:
+            keys = (f"quantization.{name}", "quantization.load_in_8bit")
+            yield Contradiction(keys, "is about 4 bits, and load_in_8bit is true")

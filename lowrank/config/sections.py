@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from datetime import date
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
 from lowrank.adapters.config import AdaLoraConfig, LoraConfig
 from lowrank.errors import InputError
 from lowrank.paths import as_written, expanded
+from lowrank.quantisers.registry import DEFAULT, QUANTISERS
 
 
 def _path(written: str) -> str:
@@ -43,6 +44,12 @@ Tokens = Annotated[int, Field(ge=2), AfterValidator(_countable)]
 MAX_SEED = 2**32 - 1
 
 
+if TYPE_CHECKING:  # to type checkers it is a text: they do not read tables
+    QuantMethod: TypeAlias = str
+else:
+    QuantMethod = Literal[tuple(QUANTISERS)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -70,7 +77,13 @@ class ModelSection(_Section):
 
 
 class QuantizationSection(_Section):
-    """bitsandbytes: the base is held in 4 or 8 bits, and the adapter is trained over it (QLoRA)."""
+    """The base is held in few bits, and the adapter is trained over it (QLoRA)."""
+
+    quant_method: QuantMethod = DEFAULT
+    """The library that quantises. What begins with load_in or bnb is about bitsandbytes."""
+
+    bits: int | None = None
+    """How many bits a weight has, for other libraries: torchao 8."""
 
     load_in_4bit: bool = False
     """Four bits a weight."""
@@ -90,9 +103,16 @@ class QuantizationSection(_Section):
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     """What packed weights are stored as; sharding needs the model's own dtype."""
 
+    @property
+    def width(self) -> int:
+        """How many bits a weight has."""
+        return self.bits or (4 if self.load_in_4bit else 8)
+
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if self.load_in_4bit == self.load_in_8bit:
+        if self.quant_method != DEFAULT and self.bits is None:
+            raise ValueError(f"bits is not set, and {self.quant_method} is told by it how many to take")
+        if self.quant_method == DEFAULT and self.load_in_4bit == self.load_in_8bit:
             given = str(self.load_in_4bit).lower()
             raise ValueError(
                 f"load_in_4bit is {given}, and so is load_in_8bit; set one to true, or leave the section out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 
 QUANTISERS = {
     "bitsandbytes": "BitsAndBytes",
+    "torchao": "TorchAo",
 }
 """A file of this room, named as the library is (`quant_method`), and the class in it."""
+
+_CHATTY = ("torchao", "torch.utils._pytree")  # kernels for other machines; enums that torchao registers
 
 DEFAULT = next(iter(QUANTISERS))
 
@@ -79,6 +83,19 @@ def schemes() -> dict[str, Mapping[str, Any]]:
         for name, options in quantiser.schemes.items()
     }
     return {**found, "none": {}}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many values a model's parameters stand for: 4-bit weights lie several in an element."""
+    modules: list[Any] = [module for module in model.modules() if quantiser_of(module) is not None]
+    held = {id(module.weight): module.in_features * module.out_features for module in modules}
+    return sum(held.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+
+
+def quieten() -> None:
+    """Has libraries keep to themselves what they lack, when transformers imports them: few runs use one."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def offers() -> str:

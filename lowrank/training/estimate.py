@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from lowrank.data import Batch, BatchPlan, BatchStream
+from lowrank.ops.parts import parts_of
 from lowrank.training.loop import fit
 from lowrank.training.losses.supervised import Loss
 from lowrank.training.machine.memory import SETTLING_STEPS, freed_blocks_kept, peak_bytes
@@ -63,9 +64,13 @@ def measured_memory(run: Run, program: int) -> MemoryEstimate:
     return MemoryEstimate(
         total=peak if device.type == "cuda" else int(peak * GROWTH),
         program=0 if device.type == "cuda" else program,
-        weights=sum(p.numel() * p.element_size() for p in run.model.parameters()),
-        training=sum(t.numel() * t.element_size() for t in [*trained, *state] if isinstance(t, torch.Tensor)),
+        weights=sum(map(_bytes, run.model.parameters())),
+        training=sum(_bytes(t) for t in [*trained, *state] if isinstance(t, torch.Tensor)),
     )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return sum(part.numel() * part.element_size() for part in parts_of(tensor))
 
 
 def take_trial_steps(

@@ -42,7 +42,7 @@ def test_what_does_not_go_is_refused_by_name_and_leaves_the_model_alone(case: st
 def test_experts_of_which_only_some_are_in_four_bits_are_refused():
     model = model_of("qwen3_moe")
     replace_parameter_4bit(model.model.layers[1].mlp.experts, "down_proj")
-    with pytest.raises(InputError, match="keeps only some of gate_up_proj, down_proj in 4 bits"):
+    with pytest.raises(InputError, match="keeps only some of gate_up_proj, down_proj quantised"):
         lowrank.wrap(model, config_of(TARGETS))
 
 

@@ -1,4 +1,4 @@
-"""QLoRA: adapters over bitsandbytes bases, through the sequence that corrupts them elsewhere (eval, train, merge)."""
+"""QLoRA: adapters over quantised bases, through the sequence that corrupts them elsewhere (eval, train, merge)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lowrank import AdaLoraConfig, LoraConfig
 from lowrank.adapters.kinds.kind import kind_of
 from lowrank.errors import InputError
 from lowrank.models import load_model
+from lowrank.quantisers.registry import quantiser_of
 
 IDS = torch.arange(3, 23)[None]
 
@@ -20,6 +21,7 @@ BASES = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "nf4-stored-as-bf16": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
     "int8": {"load_in_8bit": True},
+    "torchao-int8": {"quant_method": "torchao", "bits": 8},
 }
 METHODS = {
     "lora": LoraConfig(r=4, init_lora_weights=False),
@@ -48,7 +50,7 @@ def dense_twin(model, folder):
     """A dense model with the weights that the quantised one stands for."""
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for path, module in model.named_modules():
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+        if quantiser_of(module) is not None:
             twin.get_submodule(path).weight.data.copy_(kind_of(module).weight(module))
     return twin.eval()
 
@@ -69,7 +71,7 @@ def test_evaluate_train_merge(folder, base, config):
     assert torch.nn.functional.cosine_similarity(before, expected, dim=0) > 0.99
     assert 0.9 < before.norm() / expected.norm() < 1.1
     merged = lowrank.merge(model)
-    assert not any("bit" in type(module).__name__ for module in merged.modules())
+    assert not any(quantiser_of(module) for module in merged.modules())
     with torch.no_grad():
         difference = (merged(IDS).logits.float() - logits).norm() / logits.norm()
     assert difference < 0.03  # bf16 rounding, and 8-bit activations

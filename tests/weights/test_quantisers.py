@@ -14,7 +14,7 @@ from lowrank import LoraConfig
 from lowrank.errors import InputError
 from lowrank.weights import merge_checkpoint
 
-QUANTISERS = ("fp8", "fbgemm_fp8", "gptq", "awq", "compressed-tensors", "mxfp4", "hqq", "torchao", None)
+QUANTISERS = ("fp8", "fbgemm_fp8", "gptq", "awq", "compressed-tensors", "mxfp4", "hqq", "quanto", None)
 
 
 @pytest.mark.parametrize("place", ["config", "text_config"])

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from lowrank.ops.parts import parts_of
+
 _LOOKED_AT = 4096
 
 
@@ -25,14 +27,20 @@ class Kept:
 
     def __init__(self, value: torch.Tensor, parts: Sequence[torch.Tensor], scale: float = 1.0) -> None:
         self.value = value
+        parts = _ordinary(parts)
         self._made_of = (scale, [_identity(part) for part in parts])
         self._numbers = [_some(part).clone() for part in parts]
 
     def of(self, parts: Sequence[torch.Tensor], scale: float = 1.0) -> bool:
         """Whether it was made of these."""
+        parts = _ordinary(parts)
         if self._made_of != (scale, [_identity(part) for part in parts]):
             return False
         return all(torch.equal(kept, _some(part)) for kept, part in zip(self._numbers, parts, strict=True))
+
+
+def _ordinary(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [part for tensor in tensors for part in parts_of(tensor)]
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:

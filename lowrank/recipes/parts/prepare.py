@@ -54,11 +54,12 @@ def base_model(
 
 
 def quantization_options(section: QuantizationSection | None) -> Mapping[str, Any] | None:
-    """bitsandbytes' own options."""
+    """The quantiser's own options."""
     if section is None:
         return None
-    options = section.model_dump()
-    return {"load_in_8bit": True} if section.load_in_8bit else options
+    if section.bits is not None:
+        return {"quant_method": section.quant_method, "bits": section.bits}
+    return {"load_in_8bit": True} if section.load_in_8bit else section.model_dump(exclude={"quant_method", "bits"})
 
 
 def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, plan: BatchPlan | BatchStream) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from lowrank.adapters import describe
 from lowrank.config import RunConfig
 from lowrank.data import BatchPlan, BatchStream
+from lowrank.quantisers.registry import parameter_count
 from lowrank.recipes.parts.optimisation import remarks
 from lowrank.recipes.parts.setup import Setup
 from lowrank.recipes.parts.streams import unfailing
@@ -40,11 +41,10 @@ def show_line(console: Console, text: str) -> None:
 def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
     """What the run will do, line by line."""
     model, plan, length = setup.model, setup.plan, setup.length
-    total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = total - sum(info.parameters for info in describe(model).values())
+    base = parameter_count(model) - sum(info.parameters for info in describe(model).values())
     section = config.quantization
-    held = "" if section is None else f", base in {'4' if section.load_in_4bit else '8'} bits"
+    held = "" if section is None else f", base in {section.width} bits by {section.quant_method}"
     training = config.training
     epoch = "" if length.per_epoch is None else f" ({length.per_epoch:,} an epoch)"
     contradicted = remarks(training, length.steps)
