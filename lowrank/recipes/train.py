@@ -16,7 +16,7 @@ from lowrank.config import RunConfig, dump_config, load_config
 from lowrank.config.loading import CONFIG
 from lowrank.config.sections import TrainingSection
 from lowrank.recipes.parts.beginning import joined_accelerator, new_run, try_the_longest
-from lowrank.recipes.parts.followers import Crew, crew_of, trackers_of
+from lowrank.recipes.parts.followers import Followers, followers_of, trackers_of
 from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
 from lowrank.recipes.parts.result import RunResult, farewell, save_result, try_to_write_card
 from lowrank.recipes.parts.resume import (
@@ -92,19 +92,19 @@ def train(
 
         # Who is told of the run; the base as it is; the loop; what has come of it.
         trackers = trackers_of(accelerator, output, flat(config.model_dump(mode="json")), console)
-        crew = crew_of(training, setup, run, console, plan, ranks, [*trackers, *callbacks])
-        run.callbacks = crew.callbacks
+        followers = followers_of(training, setup, run, console, plan, ranks, [*trackers, *callbacks])
+        run.callbacks = followers.callbacks
         _begin(run, config if setup.writes_date else given, checkpoint, ranks)
         with run.underway(), told_when_short(device, "training", less_to_train(config)):
             if training.eval_on_start and run.step == 0:
-                _evaluate_the_base(run, crew)
-            _learn(run, training, setup, crew, accelerator, ranks)
-            _save(run, setup, crew, config.data.format, ranks)
-            after = _evaluate_the_result(run, crew)
+                _evaluate_the_base(run, followers)
+            _learn(run, training, setup, followers, accelerator, ranks)
+            _save(run, setup, followers, config.data.format, ranks)
+            after = _evaluate_the_result(run, followers)
         if ranks.main and (remark := try_to_write_card(config, plan, setup, run, after)):
             show_line(console, remark)
         show_outcome(console, run.before, after)
-        show_line(console, farewell(run, crew.best, setup.plan))
+        show_line(console, farewell(run, followers.best, setup.plan))
         return RunResult(output, run.step, run.interrupted, run.before, after)
 
 
@@ -124,16 +124,16 @@ def _begin(run: Run, config: RunConfig, checkpoint: Path | None, ranks: Ranks) -
     ranks.wait()
 
 
-def _evaluate_the_base(run: Run, crew: Crew) -> None:
+def _evaluate_the_base(run: Run, followers: Followers) -> None:
     """What the result is compared with."""
-    if crew.evaluate is not None:
+    if followers.evaluate is not None:
         with disabled(run.model) if describe(run.model) else nullcontext():
-            run.before = crew.evaluate()
+            run.before = followers.evaluate()
         run.tell(Callback.on_eval, run.before)
 
 
 def _learn(
-    run: Run, training: TrainingSection, setup: Setup, crew: Crew, accelerator: Accelerator, ranks: Ranks
+    run: Run, training: TrainingSection, setup: Setup, followers: Followers, accelerator: Accelerator, ranks: Ranks
 ) -> None:
     """The loop, and which weights come out of it. A signal once ends it after the current step."""
     alpha = training.neftune_noise_alpha
@@ -148,10 +148,10 @@ def _learn(
             size=setup.size,
             max_grad_norm=training.max_grad_norm,
             max_skips=training.max_skipped_steps,
-            penalty=crew.penalty,
+            penalty=followers.penalty,
         )
-    if crew.best is not None and not run.interrupted:
-        _take_the_best(run, crew.best)
+    if followers.best is not None and not run.interrupted:
+        _take_the_best(run, followers.best)
     run.model.eval()
 
 
@@ -163,20 +163,20 @@ def _take_the_best(run: Run, best: Best) -> None:
     load_model_state(run.model, read_state(path)["model"])
 
 
-def _save(run: Run, setup: Setup, crew: Crew, format: str | None, ranks: Ranks) -> None:
+def _save(run: Run, setup: Setup, followers: Followers, format: str | None, ranks: Ranks) -> None:
     """What was learned; of a run that was interrupted also a checkpoint to go on from."""
     with saving(run):
         if run.interrupted:
-            crew.checkpoints.write(run)
+            followers.checkpoints.write(run)
         if ranks.main:
             save_result(run, setup, format)
         run.tell(Callback.on_save, run.output_dir)
 
 
-def _evaluate_the_result(run: Run, crew: Crew) -> Evaluation | None:
+def _evaluate_the_result(run: Run, followers: Followers) -> Evaluation | None:
     """None where the config names nothing to evaluate on, or the run was interrupted."""
-    if crew.evaluate is None or run.interrupted:
+    if followers.evaluate is None or run.interrupted:
         return None
-    after = crew.evaluate()
+    after = followers.evaluate()
     run.tell(Callback.on_eval, after)
     return after

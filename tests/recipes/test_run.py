@@ -223,6 +223,14 @@ class TestRefusals:
             lowrank.train(path)
         assert not (tmp_path / "out").exists()
 
+    def test_an_answer_that_is_not_json_where_json_is_compared(self, write_config, tmp_path):
+        path = write_config(training={"predict_with_generate": True, "exact_match": "json"})
+        rows = [{"messages": [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "one"}]}]
+        (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(InputError, match="the answer of example 1 is not JSON: 'one'"):
+            lowrank.train(path)
+        assert not (tmp_path / "out").exists()
+
 
 def test_check_does_everything_but_train(write_config, tmp_path, capsys):
     path = write_config()

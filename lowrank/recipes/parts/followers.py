@@ -40,7 +40,7 @@ Told = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Crew:
+class Followers:
     """What a run goes with.
 
     Attributes:
@@ -58,7 +58,7 @@ class Crew:
     penalty: Callable[[], torch.Tensor] | None
 
 
-def crew_of(
+def followers_of(
     training: TrainingSection,
     setup: Setup,
     run: Run,
@@ -66,7 +66,7 @@ def crew_of(
     summary: Mapping[str, str],
     ranks: Ranks,
     more: Sequence[Callback],
-) -> Crew:
+) -> Followers:
     """The callbacks that a config asks for, and `more`. One process writes and shows; all evaluate and gather."""
     output = run.output_dir
     screen = Screen(console, training.logging_steps)
@@ -87,7 +87,7 @@ def crew_of(
         *more,
         checkpoints,
     ]
-    return Crew(callbacks, evaluate, checkpoints, best, budget[0].penalty if budget else None)
+    return Followers(callbacks, evaluate, checkpoints, best, budget[0].penalty if budget else None)
 
 
 def trackers_of(
