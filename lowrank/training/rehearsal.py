@@ -34,12 +34,12 @@ def rehearse(
     batch = plan.largest().to(model.get_input_embeddings().weight.device)
     try:
         model.train()
-        with segments(model, batch.segments):
+        with segments(model, batch.segments, batch.parents):
             value = _backward(model, batch, loss, accelerator)
             remark = None if torch.isfinite(value) else _why(model, base, float(value), lambda: loss(model, batch))
         if unreached(model):
             model.eval()
-            with segments(model, batch.segments):
+            with segments(model, batch.segments, batch.parents):
                 _backward(model, batch, loss, accelerator)
         missed = unreached(model)
     finally:
@@ -70,6 +70,6 @@ def rehearse_evaluation(model: Any, plan: BatchPlan, loss: Loss) -> None:
     was_training = model.training
     model.eval()
     batch = plan.largest().to(model.get_input_embeddings().weight.device)
-    with segments(model, batch.segments):
+    with segments(model, batch.segments, batch.parents):
         loss(model, batch)
     model.train(was_training)

@@ -124,28 +124,53 @@ class TestBatches:
         batch = packed_batch([examples.arrays(at) for at in (0, 2, 1)])
         assert batch.input_ids.tolist() == [[10, 10, 10, 12, 12, 12, 12, 11, 11]]
         assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1]]
-        assert batch.labels.tolist() == [[-100, 10, 10, -100, -100, 12, 12, -100, 11]]
+        assert batch.targets.places.tolist() == [0, 1, 4, 5, 7]
+        assert batch.targets.tokens.tolist() == [10, 10, 12, 12, 11]
+        assert batch.targets.weights is None
+        assert batch.holders.examples.tolist() == [0, 0, 1, 1, 2]
+        assert batch.holders.targets.tolist() == [0, 1, 2, 3, 4]
         assert batch.attention_mask is None
-        assert batch.segments == [3, 4, 2]
-        assert (batch.tokens, batch.supervised) == (9, 5)
-        assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
+        assert (batch.segments, batch.parents) == ([3, 4, 2], None)
+        assert (batch.tokens, batch.computed, batch.supervised) == (9, 9, 5)
+        tensors = (batch.input_ids, batch.position_ids, batch.targets.places, batch.targets.tokens)
+        assert {tensor.dtype for tensor in tensors} == {torch.int64}
 
-    def test_the_first_token_of_a_segment_is_never_a_label(self):
+    def test_a_pack_whose_examples_begin_alike(self):
+        """Where a beginning ends there is a next token for each example; one that carries loss counts for all."""
+        rows = [[5, 6, 7, 8, 9], [5, 6, 7, 4], [5, 6, 3]]
+        masks = [[False, True, False, True, True], [False, True, False, True], [False, False, True]]
+        parts = [(np.array(row), np.array(mask)) for row, mask in zip(rows, masks, strict=True)]
+        batch = packed_batch(parts, shared=[0, 3, 2])
+        assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3]]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 2]]
+        assert batch.segments == [2, 1, 2, 1, 1]
+        assert batch.parents == [-1, 0, 1, 1, 0]
+        assert batch.targets.places.tolist() == [0, 2, 3, 2, 1]
+        assert batch.targets.tokens.tolist() == [6, 8, 9, 4, 3]
+        assert batch.targets.weights.tolist() == [2, 1, 1, 1, 1]
+        assert batch.holders.examples.tolist() == [0, 0, 0, 1, 1, 2]
+        assert batch.holders.targets.tolist() == [0, 1, 2, 0, 3, 4]
+        assert (batch.tokens, batch.computed, batch.supervised) == (12, 7, 6)
+
+    def test_the_first_token_of_a_segment_is_never_a_target(self):
         examples = Examples.of([Example([5, 6], [True, True]), Example([7], [True])])
         batch = packed_batch([examples.arrays(at) for at in range(2)])
-        assert batch.labels.tolist() == [[-100, 6, -100]]
+        assert batch.targets.places.tolist() == [0]
+        assert batch.targets.tokens.tolist() == [6]
 
     def test_padded_rows(self):
         examples = examples_of([3, 2])
         batch = padded_batch([examples.arrays(at) for at in (0, 1)], pad_token_id=11)
         assert batch.input_ids.tolist() == [[10, 10, 10], [11, 11, 11]]
-        assert batch.labels.tolist() == [[-100, 10, 10], [-100, 11, -100]]
+        assert batch.targets.places.tolist() == [0, 1, 3]
+        assert batch.targets.tokens.tolist() == [10, 10, 11]
+        assert batch.holders.examples.tolist() == [0, 0, 1]
         assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
         assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
         assert batch.segments is None
-        assert (batch.tokens, batch.supervised) == (5, 3)
+        assert (batch.tokens, batch.computed, batch.supervised) == (5, 6, 3)
 
     def test_to_a_device(self):
         batch = packed_batch([examples_of([3]).arrays(0)]).to("meta")
-        assert batch.labels.device.type == "meta"
+        assert batch.targets.places.device.type == "meta"
         assert (batch.tokens, batch.segments) == (3, [3])

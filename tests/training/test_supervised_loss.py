@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from tiny import VOCAB, build, tiny_gemma2, tiny_gpt2, tiny_llama, tiny_mistral, tiny_qwen2
 
 import lowrank
-from lowrank import LoraConfig
+from lowrank import LoraConfig, data
 from lowrank.data import Batch
 from lowrank.ops.cross_entropy import LossOptions
 from lowrank.training.losses.supervised import HiddenLoss, LogitsLoss, supervised_loss
@@ -38,15 +39,16 @@ MODELS = [tiny_llama, tiny_mistral, tiny_qwen2, tiny_gpt2, tiny_gemma2, tiny_coh
 
 
 def padded_batch() -> Batch:
-    torch.manual_seed(0)
-    ids = torch.randint(3, VOCAB, (3, 12))
-    mask = torch.ones_like(ids)
-    mask[1, 9:] = 0
-    mask[2, 5:] = 0
-    labels = torch.where((torch.rand(ids.shape) < 0.5) & mask.bool(), ids, -100)
-    labels[:, 0] = -100
-    positions = torch.arange(12).expand(3, 12).contiguous()
-    return Batch(ids, positions, labels, mask, None, int(mask.sum()), int((labels != -100).sum()))
+    rng = np.random.default_rng(0)
+    rows = [(rng.integers(3, VOCAB, n), (rng.random(n) < 0.5) & (np.arange(n) > 0)) for n in (12, 9, 5)]
+    return data.padded_batch(rows, pad_token_id=0)
+
+
+def next_tokens(batch: Batch) -> torch.Tensor:
+    """For each place of a batch in which no place has several next tokens the one that carries loss, (b·n,); -100."""
+    tokens = torch.full_like(batch.input_ids, -100).flatten()
+    tokens[batch.targets.places] = batch.targets.tokens
+    return tokens
 
 
 def reference(model, batch: Batch) -> torch.Tensor:
@@ -55,7 +57,7 @@ def reference(model, batch: Batch) -> torch.Tensor:
         input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.attention_mask, use_cache=False
     )
     return torch.nn.functional.cross_entropy(
-        out.logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        out.logits.flatten(0, 1).float(), next_tokens(batch), ignore_index=-100, reduction="sum"
     )
 
 
@@ -104,11 +106,8 @@ def test_smoothing_and_z_loss():
     model, batch = tiny_qwen2(), padded_batch()
     value = supervised_loss(model, LossOptions(label_smoothing=0.1, z_loss=0.01))(model, batch)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    kept = batch.labels[:, 1:].flatten() != -100
-    rows = logits[:, :-1].flatten(0, 1)[kept].float()
-    expected = torch.nn.functional.cross_entropy(
-        rows, batch.labels[:, 1:].flatten()[kept], reduction="sum", label_smoothing=0.1
-    )
+    rows = logits.flatten(0, 1)[batch.targets.places].float()
+    expected = torch.nn.functional.cross_entropy(rows, batch.targets.tokens, reduction="sum", label_smoothing=0.1)
     torch.testing.assert_close(value, expected + 0.01 * torch.logsumexp(rows, -1).square().sum(), rtol=1e-5, atol=1e-5)
 
 

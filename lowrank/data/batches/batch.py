@@ -8,9 +8,45 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from lowrank.data.batches.forest import forest_of
 from lowrank.data.examples.example import IdsAndMask
 
-IGNORED = -100
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What is predicted where: m tokens, each from a place before it. One place may have several next tokens.
+
+    Attributes:
+        places: Among the batch's b·n tokens, (m,) int64.
+        tokens: What comes next there, (m,) int64.
+        weights: How many examples hold it, (m,) float32; None where each is of one.
+    """
+
+    places: torch.Tensor
+    tokens: torch.Tensor
+    weights: torch.Tensor | None
+
+    def to(self, device: torch.device | str) -> Targets:
+        """The same on a device."""
+        weights = self.weights
+        return Targets(
+            self.places.to(device, non_blocking=True),
+            self.tokens.to(device, non_blocking=True),
+            weights if weights is None else weights.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """Which examples hold which targets: s pairs, one for each token of an example that carries loss.
+
+    Attributes:
+        examples: The batch's example, (s,) int64.
+        targets: The target, (s,) int64.
+    """
+
+    examples: np.ndarray
+    targets: np.ndarray
 
 
 @dataclass(slots=True)
@@ -19,21 +55,32 @@ class Batch:
 
     Attributes:
         input_ids: (b, n) int64.
-        position_ids: (b, n) int64; in a pack they restart at 0 with every segment.
-        labels: (b, n) int64, -100 where no loss is carried; not shifted. The first token of a segment is always -100.
+        position_ids: (b, n) int64; in a pack they restart at 0 with every segment that has no parent, and go on from
+            the parent's where it has one.
+        targets: What carries loss.
+        holders: Whose targets they are.
         attention_mask: (b, n) int64, 1 for tokens and 0 for padding; None for a pack.
         segments: Tokens in each segment of a pack; None for padded rows.
-        tokens: Tokens without padding.
-        supervised: Labels that are not -100.
+        parents: For each segment of a pack the number of the one that it goes on from, -1 for none; None where no
+            segment has one.
+        tokens: Of the examples, each with all of its own.
+        supervised: Those that carry loss.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    labels: torch.Tensor
+    targets: Targets
+    holders: Holders
     attention_mask: torch.Tensor | None
     segments: list[int] | None
+    parents: list[int] | None
     tokens: int
     supervised: int
+
+    @property
+    def computed(self) -> int:
+        """Tokens that go through the model: padding too, and what examples share once."""
+        return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on a device."""
@@ -42,23 +89,37 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            targets=self.targets.to(device),
             attention_mask=mask if mask is None else mask.to(device, non_blocking=True),
         )
 
 
-def packed_batch(parts: Sequence[IdsAndMask]) -> Batch:
-    """One pack of examples, as segments in their order.
+def packed_batch(parts: Sequence[IdsAndMask], shared: Sequence[int] | None = None) -> Batch:
+    """One pack of examples, in their order.
 
     Args:
         parts: For each example its token ids (n,) and which of them carry loss (n,), the first never.
+        shared: How many tokens each begins with in common with the one before it, which then lie in the pack once; 0
+            for the first. None: each example is a segment of its own.
     """
-    lengths = [len(ids) for ids, _ in parts]
-    ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
-    labels = np.where(np.concatenate([mask for _, mask in parts]), ids, IGNORED)
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    ids_n, labels_n, positions_n = (torch.from_numpy(array)[None] for array in (ids, labels, positions))
-    return Batch(ids_n, positions_n, labels_n, None, lengths, len(ids), int((labels != IGNORED).sum()))
+    forest = forest_of([len(ids) for ids, _ in parts], [0] * len(parts) if shared is None else shared)
+    ids = np.empty(sum(forest.segments), dtype=np.int64)
+    positions = np.empty_like(ids)
+    for (tokens, _), places in zip(parts, forest.rows, strict=True):
+        ids[places], positions[places] = tokens, np.arange(len(tokens))
+    assert all((ids[places] == tokens).all() for (tokens, _), places in zip(parts, forest.rows, strict=True))
+    targets, holders = _targets(ids, [mask for _, mask in parts], forest.rows)
+    return Batch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        targets=targets,
+        holders=holders,
+        attention_mask=None,
+        segments=forest.segments,
+        parents=forest.parents if max(forest.parents, default=-1) >= 0 else None,
+        tokens=sum(len(tokens) for tokens, _ in parts),
+        supervised=len(holders.examples),
+    )
 
 
 def padded_batch(parts: Sequence[IdsAndMask], pad_token_id: int) -> Batch:
@@ -66,16 +127,36 @@ def padded_batch(parts: Sequence[IdsAndMask], pad_token_id: int) -> Batch:
 
     Args:
         parts: For each example its token ids (n,) and which of them carry loss (n,), the first never.
-        pad_token_id: What rows are filled with; labels never depend on it.
+        pad_token_id: What rows are filled with; what carries loss never depends on it.
     """
     longest = max(len(ids) for ids, _ in parts)
     ids = np.full((len(parts), longest), pad_token_id, dtype=np.int64)
-    labels = np.full((len(parts), longest), IGNORED, dtype=np.int64)
     real = np.zeros((len(parts), longest), dtype=np.int64)
-    for row, (tokens, mask) in enumerate(parts):
+    for row, (tokens, _) in enumerate(parts):
         ids[row, : len(tokens)] = tokens
-        labels[row, : len(tokens)] = np.where(mask, tokens, IGNORED)
         real[row, : len(tokens)] = 1
-    positions = torch.arange(longest).expand(len(parts), longest).contiguous()
-    ids_bn, labels_bn, real_bn = (torch.from_numpy(array) for array in (ids, labels, real))
-    return Batch(ids_bn, positions, labels_bn, real_bn, None, int(real.sum()), int((labels != IGNORED).sum()))
+    rows = [row * longest + np.arange(len(tokens)) for row, (tokens, _) in enumerate(parts)]
+    targets, holders = _targets(ids.reshape(-1), [mask for _, mask in parts], rows)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.arange(longest).expand(len(parts), longest).contiguous(),
+        targets=targets,
+        holders=holders,
+        attention_mask=torch.from_numpy(real),
+        segments=None,
+        parents=None,
+        tokens=int(real.sum()),
+        supervised=len(holders.examples),
+    )
+
+
+def _targets(ids: np.ndarray, masks: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> tuple[Targets, Holders]:
+    """What carries loss in a batch of tokens (n,), from where each example's tokens lie in it."""
+    held = [places[1:][mask[1:]] for places, mask in zip(rows, masks, strict=True)]
+    before = [places[:-1][mask[1:]] for places, mask in zip(rows, masks, strict=True)]
+    lies, first, target, counts = np.unique(
+        np.concatenate(held), return_index=True, return_inverse=True, return_counts=True
+    )
+    weights = torch.from_numpy(counts.astype(np.float32)) if (counts > 1).any() else None
+    targets = Targets(torch.from_numpy(np.concatenate(before)[first]), torch.from_numpy(ids[lies]), weights)
+    return targets, Holders(np.repeat(np.arange(len(held)), [len(one) for one in held]), target)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lowrank.attention import segments
-from lowrank.data import Batch, BatchPlan
-from lowrank.training.losses.supervised import Loss, supervised_places
+from lowrank.data import BatchPlan
+from lowrank.training.losses.supervised import Loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 
 
@@ -143,22 +143,14 @@ def losses_of(
         mine = ranks.index < len(group)
         examples = group[ranks.index if mine else 0]  # all go through the model equally often
         batch = plan.batch(examples)
-        with segments(model, batch.segments):
+        with segments(model, batch.segments, batch.parents):
             losses = loss.each(model, batch.to(device))
         if mine:
-            which = examples[_examples_in(batch)]
-            np.add.at(sums, which, losses.double().cpu().numpy())
+            which = examples[batch.holders.examples]
+            np.add.at(sums, which, losses.double().cpu().numpy()[batch.holders.targets])
             np.add.at(supervised, which, 1)
         if on_batch is not None:
             on_batch(len(group))
     model.train(was_training)
     shares, counts = zip(*ranks.all((sums, supervised)), strict=True)
     return ExampleLosses(np.sum(shares, axis=0), np.sum(counts, axis=0))
-
-
-def _examples_in(batch: Batch) -> np.ndarray:
-    """For each supervised token of a batch, in their order, which of its examples it is of."""
-    places = supervised_places(batch)[0].numpy()
-    if batch.segments is None:
-        return places // batch.labels.shape[1]
-    return np.searchsorted(np.cumsum(batch.segments), places, side="right")

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
-from lowrank.data import Batch
+from lowrank.data import Batch, packed_batch
 from lowrank.ops.cross_entropy import (
     LossOptions,
     cross_entropy,
@@ -30,7 +31,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
 class Loss(Protocol):
-    """Sum of the cross-entropy over a batch's supervised tokens."""
+    """Sum of the cross-entropy over the supervised tokens of a batch's examples."""
 
     why: str
 
@@ -39,7 +40,8 @@ class Loss(Protocol):
         ...
 
     def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The summands, (supervised,), in the order of `supervised_places`; no gradient flows from them."""
+        """The cross-entropy of each of the batch's targets, (m,), however many examples hold it; no gradient flows from
+        it."""
         ...
 
 
@@ -76,26 +78,28 @@ class HiddenLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """A scalar; the head is not run for tokens without loss."""
-        hidden, labels = self._met(model, batch)
-        head = self.head
+        hidden, targets, head = self._met(model, batch), batch.targets, self.head
         if type(head) is nn.Linear and "forward" not in head.__dict__:
-            return linear_cross_entropy(hidden, head.weight, labels, head.bias, self.options)
-        return cross_entropy_through(head, hidden, labels, head.out_features, self.options)
+            return linear_cross_entropy(
+                hidden, head.weight, targets.tokens, head.bias, self.options, row_weights=targets.weights
+            )
+        return cross_entropy_through(
+            head, hidden, targets.tokens, head.out_features, self.options, row_weights=targets.weights
+        )
 
     @torch.no_grad()
     def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """(supervised,)."""
-        hidden, labels = self._met(model, batch)
-        return each_cross_entropy(self.head, hidden, labels, self.head.out_features, self.options)
+        """(m,)."""
+        hidden, tokens = self._met(model, batch), batch.targets.tokens
+        return each_cross_entropy(self.head, hidden, tokens, self.head.out_features, self.options)
 
-    def _met(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the head is given at the positions that carry loss (supervised, d), and the tokens there."""
-        places, labels = supervised_places(batch)
+    def _met(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """What the head is given at the targets' places, (m, d)."""
         with _tapped(self.head) as given:
             _forward(model, batch)
         if len(given) != 1:
             raise RuntimeError(f"the head ran {len(given)} times in one forward pass")
-        return given[0].flatten(0, -2).index_select(0, places), labels
+        return given[0].flatten(0, -2).index_select(0, batch.targets.places)
 
 
 class LogitsLoss:
@@ -108,23 +112,23 @@ class LogitsLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """A scalar, from as few logits as the model's forward pass can be asked for."""
-        return self._of(model, batch, "sum")
+        return self._of(model, batch, batch.targets.weights, "sum")
 
     @torch.no_grad()
     def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """(supervised,)."""
-        return self._of(model, batch, "none")
+        """(m,)."""
+        return self._of(model, batch, None, "none")
 
-    def _of(self, model: nn.Module, batch: Batch, reduction: str) -> torch.Tensor:
-        rows, labels = supervised_places(batch)
-        length = batch.labels.shape[1]
+    def _of(self, model: nn.Module, batch: Batch, weights: torch.Tensor | None, reduction: str) -> torch.Tensor:
+        places, length = batch.targets.places, batch.input_ids.shape[1]
         if self._keeps:  # the same positions of every row: those that any row needs
-            kept = torch.unique(rows % length)
+            kept = torch.unique(places % length)
             logits = _forward(model, batch, kept).logits
-            rows = rows // length * len(kept) + torch.searchsorted(kept, rows % length)
+            places = places // length * len(kept) + torch.searchsorted(kept, places % length)
         else:
             logits = _forward(model, batch).logits
-        return cross_entropy(logits.flatten(0, -2).index_select(0, rows), labels, self.options, reduction=reduction)
+        met = logits.flatten(0, -2).index_select(0, places)
+        return cross_entropy(met, batch.targets.tokens, self.options, weights, reduction)
 
 
 class Autocast:
@@ -140,18 +144,9 @@ class Autocast:
             return self.loss(model, batch)
 
     def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """(supervised,), in float32."""
+        """(m,), in float32."""
         with torch.autocast(batch.input_ids.device.type, self.dtype):
             return self.loss.each(model, batch)
-
-
-def supervised_places(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions (supervised,) of a batch whose next token carries loss, ascending, and those tokens."""
-    shifted = torch.full_like(batch.labels, -100)
-    shifted[:, :-1] = batch.labels[:, 1:]
-    flat = shifted.flatten()
-    rows = torch.nonzero_static(flat != -100, size=batch.supervised)[:, 0]  # the size is known: no waiting for a device
-    return rows, flat.index_select(0, rows)
 
 
 def _forward(model: nn.Module, batch: Batch, logits_to_keep: torch.Tensor | None = None) -> Any:
@@ -201,9 +196,5 @@ def _disagreement(model: Any, loss: HiddenLoss, reference: LogitsLoss) -> str | 
 
 def _probe(model: Any) -> Batch:
     """A few tokens, the same at every run, without touching the random state."""
-    device = model.get_input_embeddings().weight.device
-    length = 8
-    ids = (torch.arange(1, length + 1, device=device) * 7919 % model.config.get_text_config().vocab_size)[None]
-    labels = ids.clone()
-    labels[:, :3] = -100
-    return Batch(ids, torch.arange(length, device=device)[None], labels, None, [length], length, length - 3)
+    ids = np.arange(1, 9) * 7919 % model.config.get_text_config().vocab_size
+    return packed_batch([(ids, np.arange(8) > 2)]).to(model.get_input_embeddings().weight.device)
