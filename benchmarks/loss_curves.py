@@ -26,7 +26,7 @@ from accelerate import Accelerator
 
 import lowrank
 from lowrank.attention import set_attention
-from lowrank.data import BatchPlan, Example, Examples
+from lowrank.data import BatchPlan, Example, Examples, Members
 from lowrank.models import load_model
 from lowrank.training.loop import fit
 from lowrank.training.losses.supervised import supervised_loss
@@ -46,8 +46,9 @@ MAX_NORM = 1.0
 class InOrder(BatchPlan):
     """`batch_size` rows after another make a pack."""
 
-    def _planned(self, epoch: int) -> list[np.ndarray]:
-        return np.split(np.arange(len(self.examples)), range(self.batch_size, len(self.examples), self.batch_size))
+    def _planned(self, epoch: int) -> list[Members]:
+        borders = range(self.batch_size, len(self.examples), self.batch_size)
+        return [Members(rows) for rows in np.split(np.arange(len(self.examples)), borders)]
 
 
 class Losses(Callback):

@@ -3,6 +3,7 @@
 from lowrank.data.batches.batch import Batch, packed_batch, padded_batch
 from lowrank.data.batches.batch_plan import BatchPlan, plan_batches
 from lowrank.data.batches.batch_stream import BatchStream, stream_batches
+from lowrank.data.batches.grouping import Members
 from lowrank.data.batches.prefetch import Prefetched
 from lowrank.data.examples.example import Example, Examples
 from lowrank.data.examples.figures import DataReport
@@ -25,6 +26,7 @@ __all__ = [
     "DataReport",
     "Example",
     "Examples",
+    "Members",
     "Prefetched",
     "Preview",
     "Question",

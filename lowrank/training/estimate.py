@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from lowrank.data import Batch, BatchPlan, BatchStream
+from lowrank.data import Batch, BatchPlan, BatchStream, Members
 from lowrank.ops.parts import parts_of
 from lowrank.training.loop import fit
 from lowrank.training.losses.supervised import Loss
@@ -112,17 +112,20 @@ class _Trial:
 
     of: list[Batch]
 
-    def epoch(self, epoch: int) -> list[np.ndarray]:
-        return [np.array([at]) for at in range(len(self.of))]
+    def epoch(self, epoch: int) -> list[Members]:
+        return [Members(np.array([at])) for at in range(len(self.of))]
 
-    def batch(self, indices: np.ndarray) -> Batch:
-        return self.of[indices[0]]
+    def batch(self, members: Members) -> Batch:
+        return self.of[members.rows[0]]
 
-    def tokens(self, indices: np.ndarray) -> int:
-        return self.batch(indices).tokens
+    def tokens(self, members: Members) -> int:
+        return self.batch(members).tokens
 
-    def supervised(self, indices: np.ndarray) -> int:
-        return self.batch(indices).supervised
+    def computed(self, members: Members) -> int:
+        return self.batch(members).computed
+
+    def supervised(self, members: Members) -> int:
+        return self.batch(members).supervised
 
 
 class _Ends(Callback):
@@ -137,16 +140,15 @@ def _demanding(plan: BatchPlan) -> list[Batch]:
     """Of the first epoch: the batch of the most tokens, of the longest example, of the most loss, and any others."""
     batches, lengths = plan.epoch(0), plan.examples.lengths
 
-    def tokens(at: int) -> int:
-        batch = batches[at]
-        return int(lengths[batch].sum() if plan.packing else len(batch) * lengths[batch].max())
+    def computed(at: int) -> int:
+        return plan.computed(batches[at])
 
     def longest(at: int) -> int:
-        return int(lengths[batches[at]].max())
+        return int(lengths[batches[at].rows].max())
 
     def supervised(at: int) -> int:
         return plan.supervised(batches[at])
 
-    first = [max(range(len(batches)), key=measure) for measure in (tokens, longest, supervised)]
+    first = [max(range(len(batches)), key=measure) for measure in (computed, longest, supervised)]
     order = list(dict.fromkeys([*first, *range(len(batches))]))
     return [plan.batch(batches[at]) for at in order[: SETTLING_STEPS * ACCUMULATED]]

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from lowrank.data import Batch, BatchPlan, BatchStream, Prefetched
+from lowrank.data import Batch, BatchPlan, BatchStream, Members, Prefetched
 from lowrank.errors import JobError
 from lowrank.training.machine.ranks import ALONE, Ranks, share
 
@@ -28,7 +27,7 @@ class Group:
 
     Attributes:
         batches: Those that this process computes; at least one.
-        tokens: Tokens of the whole step, over all processes, without padding.
+        tokens: Tokens of the whole step's examples, over all processes, each with all of its own.
         supervised: Those that carry loss.
         after: The position once they are done.
         epochs: The epochs done by then, with the part of the current one.
@@ -53,7 +52,7 @@ class StepSize:
 
     Attributes:
         batches: So many batches, where `tokens` is None.
-        tokens: As many batches as hold no more than so many tokens; one at least.
+        tokens: As many batches as hold no more than so many tokens, each example with all of its own; one at least.
     """
 
     batches: int = 1
@@ -160,7 +159,7 @@ def _streamed(stream: BatchStream, size: StepSize, start: Position, ranks: Ranks
 
 
 def _shared(held: list[Batch], after: Position, epochs: float, ranks: Ranks) -> Group:
-    mine = [held[at] for at in share([batch.tokens for batch in held], ranks)]
+    mine = [held[at] for at in share([batch.computed for batch in held], ranks)]
     idle = -(-len(held) // ranks.count) - len(mine)
     return Group(
         [*mine, *[held[0]] * idle],
@@ -172,14 +171,14 @@ def _shared(held: list[Batch], after: Position, epochs: float, ranks: Ranks) -> 
     )
 
 
-def _group(plan: BatchPlan, parts: list[np.ndarray], after: Position, epochs: float, ranks: Ranks) -> Group:
-    sizes = [plan.tokens(part) for part in parts]
+def _group(plan: BatchPlan, parts: list[Members], after: Position, epochs: float, ranks: Ranks) -> Group:
+    sizes = [plan.computed(part) for part in parts]
     mine = [parts[at] for at in share(sizes, ranks)]
     idle = -(-len(parts) // ranks.count) - len(mine)  # all must go through the model equally often: layers are gathered
     smallest = parts[min(range(len(parts)), key=sizes.__getitem__)]
     return Group(
         [plan.batch(part) for part in [*mine, *[smallest] * idle]],
-        tokens=sum(sizes),
+        tokens=sum(map(plan.tokens, parts)),
         supervised=sum(map(plan.supervised, parts)),
         after=after,
         epochs=epochs,

@@ -75,11 +75,13 @@ def test_a_place_that_is_too_near_gives_way_to_the_one_before_it():
 def test_every_row_is_packed_once_and_packs_have_room(rows, room):
     alike, lengths = beginnings_of(rows), np.array([len(row) for row in rows])
     packs = pack_forests(np.random.default_rng(2).permutation(len(rows)), lengths, alike, room, window=10)
-    assert sorted(np.concatenate(packs)) == list(range(len(rows)))
+    assert sorted(np.concatenate([members.rows for members in packs])) == list(range(len(rows)))
     for members in packs:
-        found, shared = alike.among(members)
-        assert found.tolist() == members.tolist()
-        assert room.holds(lengths[members].sum() - shared.sum(), lengths[members].sum())
+        found, shared = alike.among(members.rows)
+        assert found.tolist() == members.rows.tolist()
+        assert shared.tolist() == members.shared.tolist()
+        real = lengths[members.rows].sum()
+        assert room.holds(real - shared.sum(), real)
 
 
 def test_rows_that_share_nothing_are_packed_as_ever():
@@ -88,7 +90,7 @@ def test_rows_that_share_nothing_are_packed_as_ever():
     rows = [np.concatenate([[number], rng.integers(0, 9, n - 1)]).astype(np.int32) for number, n in enumerate(lengths)]
     order = rng.permutation(len(rows))
     found = pack_forests(order, lengths, beginnings_of(rows), Room(512, 512), window=128)
-    assert [sorted(one) for one in found] == [sorted(one) for one in pack(order, lengths, 512, window=128)]
+    assert [sorted(one.rows) for one in found] == [sorted(one) for one in pack(order, lengths, 512, window=128)]
 
 
 def documents(count: int, questions: int) -> list[np.ndarray]:
@@ -103,7 +105,7 @@ def test_the_questions_about_a_document_come_together():
     rows = documents(20, 8)
     alike, lengths = beginnings_of(rows), np.array([len(row) for row in rows])
     packs = pack_forests(np.random.default_rng(5).permutation(len(rows)), lengths, alike, Room(450))
-    assert max(len(set(members // 8)) for members in packs) == 1
+    assert max(len(set(members.rows // 8)) for members in packs) == 1
     assert len(packs) == 20
 
 
@@ -111,7 +113,7 @@ def test_who_shares_a_pack_changes_with_the_shuffle():
     rows = documents(1, 200)
     alike, lengths = beginnings_of(rows), np.array([len(row) for row in rows])
     first, second = (
-        {frozenset(one.tolist()) for one in pack_forests(rng.permutation(200), lengths, alike, Room(500))}
+        {frozenset(one.rows.tolist()) for one in pack_forests(rng.permutation(200), lengths, alike, Room(500))}
         for rng in map(np.random.default_rng, (0, 1))
     )
     assert not first & second
@@ -124,7 +126,7 @@ def test_rows_that_have_little_in_common_keep_the_shuffled_order():
     rows = [np.concatenate([greetings[at % 4], rng.integers(0, 1000, 380)]).astype(np.int32) for at in range(200)]
     alike, lengths, order = beginnings_of(rows), np.full(200, 400), rng.permutation(200)
     found = pack_forests(order, lengths, alike, Room(2000, 2000))
-    assert [sorted(one) for one in found] == [sorted(one) for one in pack(order, lengths, 2000)]
+    assert [sorted(one.rows) for one in found] == [sorted(one) for one in pack(order, lengths, 2000)]
 
 
 @settings(max_examples=200, deadline=None)

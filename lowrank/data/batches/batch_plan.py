@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lowrank.data.batches.batch import Batch, packed_batch, padded_batch
-from lowrank.data.batches.bin_packing import pack
+from lowrank.data.batches.beginnings import Beginnings, beginnings
+from lowrank.data.batches.bin_packing import WINDOW, pack
+from lowrank.data.batches.grouping import Members, Room, pack_forests, room_for
 from lowrank.data.examples.example import Examples
 from lowrank.errors import InputError
 
 # Batches of padded rows are cut from so many batches' worth of rows sorted by length.
 BUCKET_BATCHES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What examples begin with in common is computed once in a pack.
+
+    Attributes:
+        alike: What they begin with in common.
+        room: Of a pack.
+    """
+
+    alike: Beginnings
+    room: Room
 
 
 @dataclass
@@ -27,64 +42,76 @@ class BatchPlan:
     pad_token_id: int
     seed: int
     shuffle: bool
-    _epochs: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False)
+    sharing: Sharing | None = None
+    _epochs: dict[int, list[Members]] = field(default_factory=dict, repr=False)
 
-    def epoch(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch, each an array of indices into the examples."""
+    def epoch(self, epoch: int) -> list[Members]:
+        """The batches of an epoch, each as indices into the examples."""
         if epoch not in self._epochs:
             self._epochs = {epoch: self._planned(epoch)}
         return self._epochs[epoch]
 
-    def batch(self, indices: np.ndarray) -> Batch:
+    def batch(self, members: Members) -> Batch:
         """The tensors of one batch."""
-        parts = [self.examples.arrays(int(index)) for index in indices]
-        return packed_batch(parts) if self.packing else padded_batch(parts, self.pad_token_id)
+        parts = [self.examples.arrays(int(index)) for index in members.rows]
+        if not self.packing:
+            return padded_batch(parts, self.pad_token_id)
+        return packed_batch(parts, None if members.shared is None else members.shared.tolist())
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on."""
-        for indices in self.epoch(epoch)[start:]:
-            yield self.batch(indices)
+        for members in self.epoch(epoch)[start:]:
+            yield self.batch(members)
 
-    def tokens(self, indices: np.ndarray) -> int:
-        """Tokens of one batch, padding not counted."""
-        return int(self.examples.lengths[indices].sum())
+    def tokens(self, members: Members) -> int:
+        """Tokens of one batch's examples, each with all of its own."""
+        return int(self.examples.lengths[members.rows].sum())
 
-    def supervised(self, indices: np.ndarray) -> int:
-        """Those of them that carry loss."""
-        return sum(int(self.examples.arrays(int(index))[1].sum()) for index in indices)
+    def computed(self, members: Members) -> int:
+        """Tokens of one batch that go through the model: padding too, and what examples share once."""
+        if not self.packing:
+            return len(members) * int(self.examples.lengths[members.rows].max())
+        return self.tokens(members) - (0 if members.shared is None else int(members.shared.sum()))
+
+    def supervised(self, members: Members) -> int:
+        """Tokens of one batch's examples that carry loss."""
+        return sum(int(self.examples.arrays(int(index))[1].sum()) for index in members.rows)
 
     def largest(self) -> Batch:
-        """The batch of the first epoch with the most tokens, padding counted."""
-        lengths = self.examples.lengths
-
-        def size(indices: np.ndarray) -> int:
-            return int(lengths[indices].sum() if self.packing else len(indices) * lengths[indices].max())
-
-        return self.batch(max(self.epoch(0), key=size))
+        """The batch of the first epoch with the most tokens that go through the model."""
+        return self.batch(max(self.epoch(0), key=self.computed))
 
     @property
     def fingerprint(self) -> str:
         """Equal for the same examples in the same order."""
         return self.examples.fingerprint
 
+    def passing(self, epoch: int = 0) -> int:
+        """Tokens of an epoch that go through the model."""
+        return sum(map(self.computed, self.epoch(epoch)))
+
     def fill(self, epoch: int = 0) -> float:
         """The share of an epoch's batches that is tokens and not padding (in a pack: not left empty)."""
-        lengths = self.examples.lengths
-        batches = self.epoch(epoch)
         if self.packing:
             assert self.max_tokens is not None
-            return float(lengths.sum() / (len(batches) * self.max_tokens))
-        return float(lengths.sum() / sum(len(batch) * lengths[batch].max() for batch in batches))
+            return self.passing(epoch) / (len(self.epoch(epoch)) * self.max_tokens)
+        return float(self.examples.lengths.sum() / self.passing(epoch))
 
-    def _planned(self, epoch: int) -> list[np.ndarray]:
+    def without_sharing(self) -> BatchPlan:
+        """The same examples, each of them computed from its beginning."""
+        return replace(self, sharing=None, _epochs={})
+
+    def _planned(self, epoch: int) -> list[Members]:
         rng = np.random.default_rng([self.seed, epoch])
         lengths = self.examples.lengths
         order = rng.permutation(len(lengths)) if self.shuffle else np.arange(len(lengths))
-        if self.packing:
+        if self.sharing is not None:
+            batches = pack_forests(order, lengths, self.sharing.alike, self.sharing.room)
+        elif self.packing:
             assert self.max_tokens is not None
-            batches = pack(order, lengths, self.max_tokens)
+            batches = [Members(rows) for rows in pack(order, lengths, self.max_tokens)]
         else:
-            batches = _bucketed(order, lengths, self.batch_size)
+            batches = [Members(rows) for rows in _bucketed(order, lengths, self.batch_size)]
         return [batches[at] for at in rng.permutation(len(batches))] if self.shuffle else batches
 
 
@@ -107,6 +134,9 @@ def plan_batches(
     pad_token_id: int,
     seed: int,
     shuffle: bool = True,
+    share_prefixes: bool = False,
+    step_tokens: int | None = None,
+    ranks: int = 1,
 ) -> BatchPlan:
     """Plan the batches of a data set.
 
@@ -114,10 +144,16 @@ def plan_batches(
         examples: The data set.
         packing: Packs of several examples without padding, one pack a batch; otherwise padded rows, bucketed by length.
         batch_size: Rows in a padded batch. A pack holds as many examples as fit.
-        max_tokens: Tokens in a pack. Padded rows are as long as they are.
+        max_tokens: Tokens of a pack that go through the model. Padded rows are as long as they are.
         pad_token_id: What padded rows are filled with.
         seed: With the epoch's number it decides the order.
         shuffle: A new order each epoch; otherwise the examples stay in their order as far as packs and buckets allow.
+        share_prefixes: In packs, what examples begin with in common is computed once; those that begin alike come
+            together (`grouping`).
+        step_tokens: With that, the tokens of an optimiser step's examples, each with all of its own: a pack holds so
+            many at most, and where several packs make a step as many as divide it evenly, so that steps hold as much as
+            they do without. None: a pack holds as many as fit.
+        ranks: With that, the processes that a step's packs are shared between.
 
     Raises:
         InputError: an example is longer than a pack.
@@ -131,4 +167,12 @@ def plan_batches(
                 where="training.tokens_per_batch",
                 fix="Raise it to data.max_length at least.",
             )
-    return BatchPlan(examples, packing, batch_size, max_tokens, pad_token_id, seed, shuffle)
+    plan = BatchPlan(examples, packing, batch_size, max_tokens, pad_token_id, seed, shuffle)
+    if not (share_prefixes and packing and len(examples)):
+        return plan
+    assert max_tokens is not None
+    lengths = examples.lengths
+    alike = beginnings(examples.table.ids, examples.table.starts[examples.order], lengths)
+    first = np.random.default_rng([seed, 0]).permutation(len(lengths))[:WINDOW]
+    plan.sharing = Sharing(alike, room_for(first, lengths, alike, max_tokens, step_tokens, ranks))
+    return plan

@@ -10,7 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.batches.batch import Batch, packed_batch, padded_batch
+from lowrank.data.batches.beginnings import beginnings, beginnings_of
 from lowrank.data.batches.bin_packing import WINDOW, best_fit_decreasing
+from lowrank.data.batches.grouping import Members, Room, pack_forests, room_for
 from lowrank.data.batches.prefetch import Prefetched
 from lowrank.data.examples.example import Examples, IdsAndMask
 from lowrank.data.examples.figures import StreamCounts
@@ -36,6 +38,7 @@ EMPTY_ROWS_FORMAT = "text"
 class BatchStream:
     """Batches from a stream of rows; made by `stream_batches`. How many an epoch has is known only at its end.
 
+    With a `room`, packs hold what examples begin with in common once, as far as those in the buffer do (`grouping`).
     Every row's supervision is proved as it is read; `counts` says what has been read and what became of it.
     """
 
@@ -50,6 +53,7 @@ class BatchStream:
     seed: int
     buffer: int
     columns: Mapping[str, str] | None = None
+    room: Room | None = None
     limits: tuple[int, int | None] | None = None
     counts: StreamCounts = field(default_factory=StreamCounts, compare=False)
 
@@ -88,10 +92,22 @@ class BatchStream:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; what comes before is read and packed again, not built."""
-        for parts in islice(self._groups(epoch), start, None):
-            yield packed_batch(parts) if self.packing else padded_batch(parts, self.pad_token_id)
+        for parts, shared in islice(self._groups(epoch), start, None):
+            yield packed_batch(parts, shared) if self.packing else padded_batch(parts, self.pad_token_id)
 
-    def _groups(self, epoch: int) -> Iterator[list[IdsAndMask]]:
+    def sharing(self, sample: Examples, step_tokens: int, ranks: int) -> BatchStream:
+        """The stream with what examples begin with in common computed once; its first rows say how much packs hold.
+
+        Args:
+            sample: What `sample` gave.
+            step_tokens: As in `plan_batches`, like `ranks`.
+            ranks: See there.
+        """
+        alike = beginnings(sample.table.ids, sample.table.starts[sample.order], sample.lengths)
+        drawn = np.random.default_rng(self.seed).permutation(len(sample))
+        return replace(self, room=room_for(drawn, sample.lengths, alike, self.max_tokens, step_tokens, ranks))
+
+    def _groups(self, epoch: int) -> Iterator[tuple[list[IdsAndMask], list[int] | None]]:
         rng = np.random.default_rng([self.seed, epoch])
         waiting: list[IdsAndMask] = []
         # A buffer's worth is read ahead: the next is ready when the packs of this one are used up.
@@ -107,21 +123,36 @@ class BatchStream:
 
     def _grouped(
         self, waiting: Sequence[IdsAndMask], rng: np.random.Generator, *, last: bool
-    ) -> tuple[list[list[IdsAndMask]], list[IdsAndMask]]:
-        """The buffer as groups in a shuffled order, and what waits on for a fuller pack (at most half of it)."""
+    ) -> tuple[list[tuple[list[IdsAndMask], list[int] | None]], list[IdsAndMask]]:
+        """The buffer as groups in a shuffled order, each with what its examples share with the ones before them; and
+        what waits on for a fuller pack (at most half of it)."""
         shuffled = [waiting[at] for at in rng.permutation(len(waiting))]
-        lengths = np.array([len(ids) for ids, _ in shuffled], dtype=np.int64)
-        if self.packing:
-            bins = best_fit_decreasing(lengths, self.max_tokens)
-            bins.sort(key=lambda items: -int(lengths[items].sum()))
-            fills = [lengths[items].sum() / self.max_tokens for items in bins]
-        else:
-            order = np.argsort(lengths, kind="stable")
-            bins = [order[at : at + self.batch_size].tolist() for at in range(0, len(order), self.batch_size)]
-            fills = [1.0 if len(items) == self.batch_size else 0.0 for items in bins]
+        bins, fills = self._binned(shuffled)
         kept = len(bins) if last else max(sum(fill >= FULL_ENOUGH for fill in fills), (len(bins) + 1) // 2)
-        groups = [[shuffled[item] for item in sorted(items)] for items in bins]
-        return [groups[at] for at in rng.permutation(kept)], [part for group in groups[kept:] for part in group]
+        groups = [
+            ([shuffled[row] for row in members.rows], None if members.shared is None else members.shared.tolist())
+            for members in bins
+        ]
+        return [groups[at] for at in rng.permutation(kept)], [part for parts, _ in groups[kept:] for part in parts]
+
+    def _binned(self, examples: Sequence[IdsAndMask]) -> tuple[list[Members], list[float]]:
+        """Packs, the fullest first, or rows of like length; and how full each is."""
+        lengths = np.array([len(ids) for ids, _ in examples], dtype=np.int64)
+        if not self.packing:
+            order = np.argsort(lengths, kind="stable")
+            rows = [np.sort(order[at : at + self.batch_size]) for at in range(0, len(order), self.batch_size)]
+            return [Members(each) for each in rows], [float(len(each) == self.batch_size) for each in rows]
+        room = self.room or Room(self.max_tokens)
+        if self.room is not None:
+            alike = beginnings_of([ids for ids, _ in examples])
+            bins = pack_forests(np.arange(len(examples)), lengths, alike, room, window=max(len(examples), 1))
+        else:
+            bins = [Members(np.sort(items)) for items in best_fit_decreasing(lengths, self.max_tokens)]
+        real = [int(lengths[members.rows].sum()) for members in bins]
+        saved = [0 if members.shared is None else int(members.shared.sum()) for members in bins]
+        fills = [room.size(all_ - shared, all_) / room.computed for all_, shared in zip(real, saved, strict=True)]
+        fullest = sorted(range(len(bins)), key=lambda at: -fills[at])
+        return [bins[at] for at in fullest], [fills[at] for at in fullest]
 
     def _chunks(self, rng: np.random.Generator) -> Iterator[list[IdsAndMask]]:
         formats = [source.format or self.format for source in self.sources]

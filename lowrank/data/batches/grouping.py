@@ -9,7 +9,8 @@ order. So who shares a pack changes with the epoch, and the rows of a step of se
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ GROUPED = 0.1
 """Rows are moved together for a stretch that is so long, as a share of the rows' mean length."""
 LOOK_AHEAD = 32
 """Rows of a family that are tried for the room that is left in a pack."""
+UNFILLED = 0.25
+"""Packs that a step may lack to be a whole number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,50 @@ class Room:
         return computed if self.real is None else max(computed, -(-real * self.computed // self.real))
 
 
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Which rows a batch holds.
+
+    Attributes:
+        rows: Their indices, (m,).
+        shared: How many tokens each begins with in common with the one before it, which are computed once, (m,); None
+            where all are computed for each.
+    """
+
+    rows: np.ndarray
+    shared: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def room_for(
+    order: np.ndarray, lengths: np.ndarray, alike: Beginnings, computed: int, step: int | None, ranks: int
+) -> Room:
+    """The room of packs of which a step of so many real tokens takes a whole number.
+
+    Args:
+        order: Rows as they are drawn, (n,) indices into `lengths`; a window of them says how many fit into a pack.
+        lengths: Tokens of each row.
+        alike: What they begin with in common.
+        computed: Tokens of a pack that go through the model at most.
+        step: Tokens of a step's rows; None for no limit.
+        ranks: Processes that share a step.
+    """
+    if step is None:
+        return Room(computed)
+    share = max(step // ranks, computed)
+    packs = pack_forests(order, lengths, alike, Room(computed, share))
+    if len(packs) == 1:
+        return Room(computed, share)
+    typical = float(np.median([lengths[pack.rows].sum() for pack in packs]))
+    count = min(math.ceil(share / typical - UNFILLED), share // computed)  # packs are never quite full
+    return Room(computed, share // max(count, 1))
+
+
 def pack_forests(
     order: np.ndarray, lengths: np.ndarray, alike: Beginnings, room: Room, window: int = WINDOW
-) -> list[np.ndarray]:
+) -> list[Members]:
     """Packs rows, window by window, so that those with common beginnings share packs.
 
     Where no row begins as another one does, the packs are those of `packing.pack`.
@@ -60,15 +104,16 @@ def pack_forests(
         window: Rows that are packed together.
 
     Returns:
-        The packs, each an array of rows in the order of `alike`, in which neighbours share most.
+        The packs, each with its rows in the order of `alike`, in which neighbours share most.
     """
     packs = []
     for begin in range(0, len(order), window):
         part = order[begin : begin + window]
-        pieces = _pieces(part, lengths[part], alike, room)
+        drawn = _Window(part, lengths[part], alike)
+        pieces = _pieces(drawn, room)
         for items in best_fit_decreasing([room.size(piece.computed, piece.real) for piece in pieces], room.computed):
-            rows = part[[row for item in items for row in pieces[item].rows]]
-            packs.append(rows[np.argsort(alike.places[rows])])
+            rows, shared = drawn.alike.among(np.array([row for item in items for row in pieces[item].rows]))
+            packs.append(Members(part[rows], shared))
     return packs
 
 
@@ -77,35 +122,33 @@ class _Window:
 
     Attributes:
         lengths: Tokens of each.
-        places: Where each stands when they are sorted so that neighbours share most.
-        by_place: Which row stands there.
-        shared: What the row at each place has in common with the one before it, (n,).
+        alike: What they begin with in common.
+        places: Where each stands in `alike.order`.
     """
 
     def __init__(self, rows: np.ndarray, lengths: np.ndarray, alike: Beginnings) -> None:
-        by_place = np.argsort(alike.places[rows])
+        order = np.argsort(alike.places[rows])
+        self.alike = Beginnings(order, np.argsort(order), alike.among(rows)[1])
         self.lengths: list[int] = lengths.tolist()
-        self.places: list[int] = np.argsort(by_place).tolist()
-        self.by_place: list[int] = by_place.tolist()
-        self.shared = alike.among(rows)[1]
-        self._least = [self.shared.tolist()]  # of the 1, 2, 4, ... places from each on
+        self.places: list[int] = self.alike.places.tolist()
+        self._least = [self.alike.shared.tolist()]  # of the 1, 2, 4, ... places from each on
         while (half := 2 ** (len(self._least) - 1)) < len(rows) / 2:
             known = np.array(self._least[-1])
             self._least.append(np.minimum(known[:-half], known[half:]).tolist())
 
-    def common(self, place: int, later: int) -> int:
+    def new(self, row: int, taken: Sequence[int]) -> int:
+        """A row's tokens that are in none of the rows at the `taken` places, which ascend."""
+        place = self.places[row]
+        at = bisect_left(taken, place)
+        before = self._common(taken[at - 1], place) if at else 0
+        behind = self._common(place, taken[at]) if at < len(taken) else 0
+        return self.lengths[row] - max(before, behind)
+
+    def _common(self, place: int, later: int) -> int:
         """What the rows at two places have in common."""
         level = (later - place).bit_length() - 1
         least = self._least[level]
         return min(least[place + 1], least[later + 1 - 2**level])
-
-    def new(self, row: int, taken: Sequence[int]) -> int:
-        """A row's tokens that are in none of those at the `taken` places, which ascend."""
-        place = self.places[row]
-        at = bisect_left(taken, place)
-        before = self.common(taken[at - 1], place) if at else 0
-        behind = self.common(place, taken[at]) if at < len(taken) else 0
-        return self.lengths[row] - max(before, behind)
 
 
 @dataclass(slots=True)
@@ -117,12 +160,12 @@ class _Piece:
     real: int
 
 
-def _pieces(rows: np.ndarray, lengths: np.ndarray, alike: Beginnings, room: Room) -> list[_Piece]:
+def _pieces(window: _Window, room: Room) -> list[_Piece]:
     """A window's families, cut into pieces that fit, in the order of each piece's first row."""
-    window = _Window(rows, lengths, alike)
-    moving = worthwhile(window.shared, max(LEAST, int(GROUPED * lengths.mean())))
+    worth_moving = max(LEAST, int(GROUPED * sum(window.lengths) / len(window.lengths)))
+    moving = worthwhile(window.alike.shared, worth_moving)
     pieces = []
-    for family in _families(window.by_place, moving.tolist()):
+    for family in _families(window.alike.order.tolist(), moving.tolist()):
         if len(family) == 1:
             size = window.lengths[family[0]]
             pieces.append(_Piece(family, size, size))
@@ -142,7 +185,7 @@ def _cut(family: list[int], window: _Window, room: Room) -> tuple[_Piece, list[i
         if room.holds(computed, real):
             piece.rows.append(row)
             piece.computed, piece.real = computed, real
-            taken.insert(bisect_left(taken, window.places[row]), window.places[row])
+            insort(taken, window.places[row])
             continue
         left.append(row)
         if len(left) == LOOK_AHEAD:

@@ -79,7 +79,7 @@ def preview_of(
         InputError: there is no such row, or nothing of it is trained on.
     """
     examples = plan.examples
-    indices = plan.epoch(0)[0] if row is None else _of_row(examples, row)
+    indices = plan.epoch(0)[0].rows if row is None else _of_row(examples, row)
     packed = plan.packing and row is None
     heading = f"row {row}" if row is not None else ("the first pack" if packed else "the first batch")
     heading += " of the stream's first rows" if of_stream and row is None else ""

@@ -109,8 +109,9 @@ def _eva_batches(
     if section.init_lora_weights != "eva":
         return None
     assert isinstance(plan, BatchPlan), "the config has refused it"
-    indices = plan.epoch(0)[:EVA_BATCHES]
-    return [{"input_ids": batch.input_ids, "position_ids": batch.position_ids} for batch in map(plan.batch, indices)]
+    plan = plan.without_sharing()  # what examples share would count once, and the model is not told of segments
+    batches = map(plan.batch, plan.epoch(0)[:EVA_BATCHES])
+    return [{"input_ids": batch.input_ids, "position_ids": batch.position_ids} for batch in batches]
 
 
 def _originals(section: LoraConfig | AdaLoraConfig, base: ModelSection) -> Callable[[str], torch.Tensor] | None:

@@ -141,12 +141,12 @@ def losses_of(
     left = iter(plan.epoch(0))
     while group := list(islice(left, ranks.count)):
         mine = ranks.index < len(group)
-        examples = group[ranks.index if mine else 0]  # all go through the model equally often
-        batch = plan.batch(examples)
+        members = group[ranks.index if mine else 0]  # all go through the model equally often
+        batch = plan.batch(members)
         with segments(model, batch.segments, batch.parents):
             losses = loss.each(model, batch.to(device))
         if mine:
-            which = examples[batch.holders.examples]
+            which = members.rows[batch.holders.examples]
             np.add.at(sums, which, losses.double().cpu().numpy()[batch.holders.targets])
             np.add.at(supervised, which, 1)
         if on_batch is not None:
