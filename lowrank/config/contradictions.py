@@ -138,6 +138,10 @@ def without_effect(config: RunSections) -> Iterator[Contradiction]:
             ("training.tokens_per_batch", "data.packing"),
             "sizes packs, and data.packing is false; training.per_device_train_batch_size sizes padded batches",
         )
+        yield Contradiction(
+            ("data.share_prefixes", "data.packing"),
+            "is about packs, and data.packing is false",
+        )
     training = config.training
     if not training.load_best_model_at_end and training.early_stopping_patience is None:
         yield Contradiction(

@@ -234,6 +234,11 @@ class DataSection(_Section):
     packing: bool = True
     """Several examples in one row, without padding and without seeing one another."""
 
+    share_prefixes: Literal["auto"] | bool = "auto"
+    """What examples in a pack begin with in common (a system prompt, a document) is computed once: each learns what it
+    would alone. Auto does so where it saves 5 % of the tokens and the model allows it, but not with dropout or NEFTune,
+    which would draw once for all of them. A step holds as many tokens of examples as without."""
+
     train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
     """Which tokens carry loss."""
 

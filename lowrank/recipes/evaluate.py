@@ -13,9 +13,10 @@ from lowrank.errors import InputError
 from lowrank.models import positions_of, vocabulary_of
 from lowrank.paths import expanded
 from lowrank.recipes.parts.assess import assess
-from lowrank.recipes.parts.batches import batch_plan, read_examples
+from lowrank.recipes.parts.batches import evaluation_plan, read_examples
 from lowrank.recipes.parts.exam import exam_of
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, swap_attention
+from lowrank.recipes.parts.sharing import if_exact
 from lowrank.recipes.parts.show import open_console
 from lowrank.training.callbacks.progress import Screen
 from lowrank.training.diagnosis import refuse_broken_weights
@@ -63,7 +64,7 @@ def evaluate(
     noted = [] if file is None else noted_ends(file.path)
     stop_at(model, tokenizer, list(dict.fromkeys([*noted, *end_tokens(examples, tokenizer)])))
     swap_attention(model, config.model, packing=data.packing)
-    held_out = batch_plan(data, training, examples, tokenizer, shuffle=False)
+    held_out = if_exact(data.share_prefixes, model, evaluation_plan(data, training, examples, tokenizer))
     with Screen(console) as screen:
         result = assess(model, tokenizer, held_out, supervised_loss(model), screen.task, exam)
     if not math.isfinite(result.loss):

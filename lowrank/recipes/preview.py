@@ -13,9 +13,9 @@ from lowrank.data.preview.preview_html import preview_html
 from lowrank.data.preview.preview_text import preview_text
 from lowrank.errors import InputError
 from lowrank.paths import expanded
-from lowrank.recipes.parts.batches import batch_plan, first_examples, read_batches
+from lowrank.recipes.parts.batches import batch_plan, first_examples, read_batches, step_size
 from lowrank.recipes.parts.prepare import base_tokenizer
-from lowrank.recipes.parts.setup import step_size
+from lowrank.recipes.parts.sharing import drawing
 from lowrank.recipes.parts.show import open_console
 from lowrank.training.machine.ranks import Ranks
 from lowrank.training.steps import run_length
@@ -47,12 +47,13 @@ def preview(
     if html is not None and Path(html).exists():
         raise InputError(f"{html} exists already; nothing was written", where="--html", fix="Give another file.")
     tokenizer = base_tokenizer(config.model, config.data.chat_template)
-    plan, steps = read_batches(config.data, config.training, tokenizer)[0], None
+    ranks, drawn = Ranks(count=config.training.num_processes or 1), drawing(config.adapter, config.training)
+    plan, steps = read_batches(config.data, config.training, tokenizer, ranks, drawn)[0], None
     of_stream = isinstance(plan, BatchStream)
     if isinstance(plan, BatchStream):
-        plan = batch_plan(config.data, config.training, first_examples(plan), tokenizer, shuffle=True)
+        plan = batch_plan(config.data, config.training, first_examples(plan), tokenizer, ranks, drawn)
     else:
-        size = step_size(config.training, Ranks(count=config.training.num_processes or 1))
+        size = step_size(config.data, config.training, ranks, plan)
         steps = run_length(plan, size, epochs=1, max_steps=-1).per_epoch
     shown = preview_of(plan, tokenizer, row=row, steps_per_epoch=steps, of_stream=of_stream)
     console = open_console()

@@ -33,7 +33,11 @@ class Sharing:
 
 @dataclass
 class BatchPlan:
-    """Which examples go into which batch, epoch by epoch; made by `plan_batches`."""
+    """Which examples go into which batch, epoch by epoch; made by `plan_batches`.
+
+    Attributes:
+        unshared: Why what examples begin with in common is computed for each of them, where that is to be told.
+    """
 
     examples: Examples
     packing: bool
@@ -43,6 +47,7 @@ class BatchPlan:
     seed: int
     shuffle: bool
     sharing: Sharing | None = None
+    unshared: str | None = None
     _epochs: dict[int, list[Members]] = field(default_factory=dict, repr=False)
 
     def epoch(self, epoch: int) -> list[Members]:
@@ -97,9 +102,14 @@ class BatchPlan:
             return self.passing(epoch) / (len(self.epoch(epoch)) * self.max_tokens)
         return float(self.examples.lengths.sum() / self.passing(epoch))
 
-    def without_sharing(self) -> BatchPlan:
+    @property
+    def shares(self) -> bool:
+        """Whether what examples begin with in common is computed once."""
+        return self.sharing is not None
+
+    def without_sharing(self, why: str | None = None) -> BatchPlan:
         """The same examples, each of them computed from its beginning."""
-        return replace(self, sharing=None, _epochs={})
+        return replace(self, sharing=None, unshared=why, _epochs={})
 
     def _planned(self, epoch: int) -> list[Members]:
         rng = np.random.default_rng([self.seed, epoch])

@@ -10,9 +10,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.batches.batch import Batch, packed_batch, padded_batch
-from lowrank.data.batches.beginnings import beginnings, beginnings_of
+from lowrank.data.batches.batch_plan import BatchPlan
+from lowrank.data.batches.beginnings import beginnings_of
 from lowrank.data.batches.bin_packing import WINDOW, best_fit_decreasing
-from lowrank.data.batches.grouping import Members, Room, pack_forests, room_for
+from lowrank.data.batches.grouping import Members, Room, pack_forests
 from lowrank.data.batches.prefetch import Prefetched
 from lowrank.data.examples.example import Examples, IdsAndMask
 from lowrank.data.examples.figures import StreamCounts
@@ -54,6 +55,7 @@ class BatchStream:
     buffer: int
     columns: Mapping[str, str] | None = None
     room: Room | None = None
+    unshared: str | None = None
     limits: tuple[int, int | None] | None = None
     counts: StreamCounts = field(default_factory=StreamCounts, compare=False)
 
@@ -95,17 +97,19 @@ class BatchStream:
         for parts, shared in islice(self._groups(epoch), start, None):
             yield packed_batch(parts, shared) if self.packing else padded_batch(parts, self.pad_token_id)
 
-    def sharing(self, sample: Examples, step_tokens: int, ranks: int) -> BatchStream:
-        """The stream with what examples begin with in common computed once; its first rows say how much packs hold.
+    @property
+    def shares(self) -> bool:
+        """Whether what examples begin with in common is computed once."""
+        return self.room is not None
 
-        Args:
-            sample: What `sample` gave.
-            step_tokens: As in `plan_batches`, like `ranks`.
-            ranks: See there.
-        """
-        alike = beginnings(sample.table.ids, sample.table.starts[sample.order], sample.lengths)
-        drawn = np.random.default_rng(self.seed).permutation(len(sample))
-        return replace(self, room=room_for(drawn, sample.lengths, alike, self.max_tokens, step_tokens, ranks))
+    def as_sampled(self, plan: BatchPlan) -> BatchStream:
+        """The stream with packs as those of a plan for its first rows: shared beginnings once or not, and as large."""
+        room = None if plan.sharing is None else plan.sharing.room
+        return replace(self, room=room, unshared=plan.unshared)
+
+    def without_sharing(self, why: str | None = None) -> BatchStream:
+        """The same rows, each of them computed from its beginning."""
+        return replace(self, room=None, unshared=why)
 
     def _groups(self, epoch: int) -> Iterator[tuple[list[IdsAndMask], list[int] | None]]:
         rng = np.random.default_rng([self.seed, epoch])

@@ -19,22 +19,37 @@ from lowrank.data import (
     stream_batches,
 )
 from lowrank.models import positions_of, vocabulary_of
+from lowrank.recipes.parts.sharing import if_worth_it
+from lowrank.training.machine.ranks import ALONE, Ranks
+from lowrank.training.steps import StepSize
 
 SAMPLE_ROWS = 500
 
 
 def read_batches(
-    data: DataSection, training: TrainingSection, tokenizer: PreTrainedTokenizerBase
+    data: DataSection,
+    training: TrainingSection,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: Ranks = ALONE,
+    drawn: str | None = None,
 ) -> tuple[BatchPlan | BatchStream, BatchPlan | None]:
-    """The training batches, and those held out (None where the config names none); their supervision is proved."""
+    """The training batches, and those held out (None where the config names none); their supervision is proved.
+
+    Args:
+        data: What is read.
+        training: How large batches are.
+        tokenizer: Of the model.
+        ranks: The processes that share the batches of a step.
+        drawn: What draws at random for each example: with it no beginnings are shared unless that is asked for.
+    """
     if data.streaming:
-        plan, held_out = _stream(data, training, tokenizer), read_held_out(data, tokenizer)
+        plan, held_out = _stream(data, training, tokenizer, ranks, drawn), read_held_out(data, tokenizer)
     else:
         examples, held_out = read_examples(data, tokenizer)
-        plan = batch_plan(data, training, examples, tokenizer, shuffle=True)
+        plan = batch_plan(data, training, examples, tokenizer, ranks, drawn)
     if held_out is None:
         return plan, None
-    return plan, batch_plan(data, training, held_out, tokenizer, shuffle=False)
+    return plan, evaluation_plan(data, training, held_out, tokenizer)
 
 
 def read_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
@@ -79,7 +94,9 @@ def read_held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Exam
     return held_out
 
 
-def _stream(data: DataSection, training: TrainingSection, tokenizer: PreTrainedTokenizerBase) -> BatchStream:
+def _stream(
+    data: DataSection, training: TrainingSection, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, drawn: str | None
+) -> BatchStream:
     """The training batches as a stream, its first rows' supervision proved."""
     stream = stream_batches(
         _sources(data.train),
@@ -93,12 +110,13 @@ def _stream(data: DataSection, training: TrainingSection, tokenizer: PreTrainedT
         today=data.date,
         packing=data.packing,
         batch_size=training.per_device_train_batch_size,
-        max_tokens=training.tokens_per_batch or data.max_length,
+        max_tokens=_pack_tokens(data, training),
         pad_token_id=tokenizer.pad_token_id,
         seed=training.seed,
     )
-    check_supervision(stream.sample(SAMPLE_ROWS), tokenizer)
-    return stream
+    first = stream.sample(SAMPLE_ROWS)
+    check_supervision(first, tokenizer)
+    return stream.as_sampled(batch_plan(data, training, first, tokenizer, ranks, drawn))
 
 
 def batch_plan(
@@ -106,19 +124,60 @@ def batch_plan(
     training: TrainingSection,
     examples: Examples,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    shuffle: bool,
+    ranks: Ranks = ALONE,
+    drawn: str | None = None,
 ) -> BatchPlan:
-    """Examples in batches: shuffled for training, in their order for an evaluation."""
-    return plan_batches(
+    """Examples in batches, shuffled for training; arguments as `read_batches`'."""
+    undrawn = drawn is None or data.share_prefixes is True
+    plan = plan_batches(
         examples,
         packing=data.packing,
-        batch_size=training.per_device_train_batch_size if shuffle else training.per_device_eval_batch_size,
-        max_tokens=(training.tokens_per_batch or data.max_length) if data.packing else None,
+        batch_size=training.per_device_train_batch_size,
+        max_tokens=_pack_tokens(data, training) if data.packing else None,
         pad_token_id=tokenizer.pad_token_id,
         seed=training.seed,
-        shuffle=shuffle,
+        share_prefixes=data.share_prefixes is not False and undrawn,
+        step_tokens=step_tokens(data, training, ranks),
+        ranks=ranks.count,
     )
+    if data.packing and data.share_prefixes == "auto" and drawn is not None:
+        return plan.without_sharing(f"{drawn} draws for each")
+    return if_worth_it(data.share_prefixes, plan)
+
+
+def evaluation_plan(
+    data: DataSection, training: TrainingSection, examples: Examples, tokenizer: PreTrainedTokenizerBase
+) -> BatchPlan:
+    """Examples in batches, in their order as far as that goes."""
+    plan = plan_batches(
+        examples,
+        packing=data.packing,
+        batch_size=training.per_device_eval_batch_size,
+        max_tokens=_pack_tokens(data, training) if data.packing else None,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=training.seed,
+        shuffle=False,
+        share_prefixes=data.share_prefixes is not False,
+    )
+    return if_worth_it(data.share_prefixes, plan)
+
+
+def _pack_tokens(data: DataSection, training: TrainingSection) -> int:
+    return training.tokens_per_batch or data.max_length
+
+
+def step_tokens(data: DataSection, training: TrainingSection, ranks: Ranks) -> int:
+    """Tokens of the examples of an optimiser step of packs, over all processes."""
+    packs = training.gradient_accumulation_steps * ranks.count
+    return training.tokens_per_step or packs * _pack_tokens(data, training)
+
+
+def step_size(data: DataSection, training: TrainingSection, ranks: Ranks, plan: BatchPlan | BatchStream) -> StepSize:
+    """By tokens or by batches, over all processes. Where examples share beginnings a pack may hold more of them: a step
+    holds as many tokens of examples as it would without."""
+    if training.tokens_per_step is not None or plan.shares:
+        return StepSize(tokens=step_tokens(data, training, ranks))
+    return StepSize(training.gradient_accumulation_steps * ranks.count)
 
 
 def first_examples(plan: BatchPlan | BatchStream) -> Examples:

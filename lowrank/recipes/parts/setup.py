@@ -10,15 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
-from lowrank.config.sections import TrainingSection
 from lowrank.data import BatchPlan, BatchStream, end_tokens
 from lowrank.data.supervision.choose_template import added_prompt, missing_prompt
 from lowrank.data.supervision.template import writes_date
 from lowrank.models import positions_of, usable_device
 from lowrank.ops.cross_entropy import LossOptions
-from lowrank.recipes.parts.batches import first_examples, fitting, read_batches
+from lowrank.recipes.parts.batches import first_examples, fitting, read_batches, step_size
 from lowrank.recipes.parts.exam import Exam, exam_of
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
+from lowrank.recipes.parts.sharing import drawing, if_exact, unless_it_drops_out
 from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import Length, StepSize, run_length
@@ -96,9 +96,7 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     """
     data, training = config.data, config.training
     tokenizer = base_tokenizer(config.model, data.chat_template)
-    plan, held_out = read_batches(data, training, tokenizer)
-    size = step_size(training, ranks)
-    length = run_length(plan, size, epochs=training.num_train_epochs, max_steps=training.max_steps)
+    plan, held_out = read_batches(data, training, tokenizer, ranks, drawing(config.adapter, training))
 
     model = base_model(config.model, config.quantization, device="cpu" if training.fsdp else None)
     dtype = model.dtype
@@ -109,6 +107,10 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     if training.fsdp:
         shard(model, ranks, own_device(config.model.device))
     attention = swap_attention(model, config.model, packing=data.packing)
+    plan = if_exact(data.share_prefixes, model, unless_it_drops_out(data.share_prefixes, model, plan))
+    held_out = None if held_out is None else if_exact(data.share_prefixes, model, held_out)
+    size = step_size(data, training, ranks, plan)
+    length = run_length(plan, size, epochs=training.num_train_epochs, max_steps=training.max_steps)
     if training.gradient_checkpointing:
         recompute_activations(model, training.gradient_checkpointing)
     if training.use_liger_kernel:
@@ -124,13 +126,6 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     if training.predict_with_generate and held_out is not None:
         exam = exam_of(held_out.examples, tokenizer, data, training, positions_of(model))
     return Setup(tokenizer, plan, size, length, held_out, exam, model, dtype, attention, loss, plain, data.date, ends)
-
-
-def step_size(training: TrainingSection, ranks: Ranks) -> StepSize:
-    """By tokens or by batches, over all processes."""
-    if training.tokens_per_step is not None:
-        return StepSize(tokens=training.tokens_per_step)
-    return StepSize(training.gradient_accumulation_steps * ranks.count)
 
 
 def own_device(named: str | None) -> torch.device:

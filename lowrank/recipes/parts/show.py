@@ -16,6 +16,7 @@ from lowrank.data import BatchPlan, BatchStream
 from lowrank.quantisers.registry import parameter_count
 from lowrank.recipes.parts.optimisation import remarks
 from lowrank.recipes.parts.setup import Setup
+from lowrank.recipes.parts.sharing import drawing
 from lowrank.recipes.parts.streams import unfailing
 from lowrank.training.callbacks.run_report import comparison
 from lowrank.training.evaluation.evaluation import Evaluation
@@ -57,7 +58,7 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
         "data": _data(plan),
         **setup.asking,
-        "batches": f"{_batches(plan)}; {setup.size}",
+        "batches": f"{_batches(plan, drawing(config.adapter, training))}; {setup.size}",
         "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
         "output": training.output_dir,
         **_left_out(plan),
@@ -92,11 +93,23 @@ def _left_out(plan: BatchPlan | BatchStream) -> dict[str, str]:
     return {"left out": "\n".join(reasons)} if reasons else {}
 
 
-def _batches(plan: BatchPlan | BatchStream) -> str:
+def _batches(plan: BatchPlan | BatchStream, drawn: str | None) -> str:
     fill = None if isinstance(plan, BatchStream) else plan.fill()
-    if plan.packing:
-        return f"packs of up to {plan.max_tokens} tokens" + ("" if fill is None else f", {fill:.1%} full")
-    return f"{plan.batch_size} rows a batch" + ("" if fill is None else f", padding {1 - fill:.1%}")
+    if not plan.packing:
+        return f"{plan.batch_size} rows a batch" + ("" if fill is None else f", padding {1 - fill:.1%}")
+    packs = f"packs of up to {plan.max_tokens} tokens"
+    if plan.shares:
+        return f"{packs}: {_shared(plan)}" + ("" if drawn is None else f", for which {drawn} draws once")
+    told = packs if fill is None else f"{packs}, {fill:.1%} full"
+    return told if plan.unshared is None else f"{told}, what examples share computed for each: {plan.unshared}"
+
+
+def _shared(plan: BatchPlan | BatchStream) -> str:
+    """What sharing the beginnings of examples saves; of a stream there is no telling how much."""
+    if isinstance(plan, BatchStream):
+        return "what examples begin with in common is computed once"
+    tokens, passing = int(plan.examples.lengths.sum()), plan.passing()
+    return f"{tokens:,} tokens as {passing:,}; {tokens / passing:.2f} times"
 
 
 def _adapter(method: str, model: Any) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from lowrank.attention.packing import announced_segments
+from lowrank.attention.announced import ANNOUNCED, Announced
+from lowrank.attention.forest import starts_of
 
 
 @contextmanager
@@ -16,7 +17,8 @@ def noisy_embeddings(model: Any, alpha: float) -> Iterator[None]:
     """While it lasts, and in training mode only, uniform noise of ±alpha / √(L · d) is added to the input embeddings.
 
     L is the length of the example that a token belongs to, not of the pack that the example lies in: packed and apart
-    get noise of the same size. In a padded batch it is the batch's length, as in the paper's code.
+    get noise of the same size. What examples share gets noise once, of the size for the longest of them. In a padded
+    batch L is the batch's length, as in the paper's code.
 
     Args:
         model: A causal language model.
@@ -26,7 +28,7 @@ def noisy_embeddings(model: Any, alpha: float) -> Iterator[None]:
     def add_noise(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return output
-        lengths = _lengths_of(output, announced_segments(model))
+        lengths = _lengths_of(output, ANNOUNCED.get(id(model.config)))
         bound = alpha / (lengths * output.shape[-1]).sqrt().to(output)
         return output + (2.0 * torch.rand_like(output) - 1.0) * bound[:, None]
 
@@ -37,7 +39,12 @@ def noisy_embeddings(model: Any, alpha: float) -> Iterator[None]:
         handle.remove()
 
 
-def _lengths_of(output: torch.Tensor, segments: Sequence[int] | None) -> torch.Tensor:
-    """For each position of (b, n, d) embeddings the length of its example, (n,) float."""
-    lengths = torch.tensor(segments or [output.shape[1]])
-    return lengths.repeat_interleave(lengths).float()
+def _lengths_of(output: torch.Tensor, pack: Announced | None) -> torch.Tensor:
+    """For each position of (b, n, d) embeddings the length of the longest example that it belongs to, (n,) float."""
+    segments = [output.shape[1]] if pack is None else pack.lengths
+    parents = None if pack is None else pack.parents
+    lengths = [start + length for start, length in zip(starts_of(segments, parents), segments, strict=True)]
+    for segment in reversed(range(len(segments))):
+        if parents is not None and parents[segment] >= 0:
+            lengths[parents[segment]] = max(lengths[parents[segment]], lengths[segment])
+    return torch.tensor(lengths).repeat_interleave(torch.tensor(segments)).float()
