@@ -136,7 +136,7 @@ class TestStreams:
             path, self.tokenizer, max_length=512, packing=True, batch_size=1, max_tokens=1024, pad_token_id=0, seed=3,
             buffer=64,
         )  # fmt: skip
-        return stream, stream.sharing(stream.sample(100), step_tokens, 1)
+        return stream, stream.as_sampled(plan(stream.sample(100), max_tokens=1024, step_tokens=step_tokens))
 
     def test_every_example_comes_once_in_fewer_tokens(self, path):
         plain, shared = self.stream(path)
