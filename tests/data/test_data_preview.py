@@ -20,10 +20,12 @@ def row(number, answer="Hello 日本 😀 <b>"):
     return {"messages": [{"role": "user", "content": f"Hi {number}"}, {"role": "assistant", "content": answer}]}
 
 
-def planned(rows, packing=True, tokenizer=None):
+def planned(rows, packing=True, tokenizer=None, share=False):
     tokenizer = tokenizer or tiny_tokenizer()
     examples = load_examples(rows, tokenizer, max_length=200, too_long="drop")
-    plan = plan_batches(examples, packing=packing, batch_size=4, max_tokens=400, pad_token_id=0, seed=0)
+    plan = plan_batches(
+        examples, packing=packing, batch_size=4, max_tokens=400, pad_token_id=0, seed=0, share_prefixes=share
+    )
     return plan, tokenizer
 
 
@@ -63,6 +65,22 @@ def test_a_pack_is_shown_with_the_borders_of_its_segments():
     assert "segment 2" in text
     assert f"... and {len(plan.epoch(0)[0]) - 2} more" in text
     assert '<div class="pack">' in preview_html(shown)
+
+
+def test_a_pack_whose_examples_begin_alike_is_drawn_as_a_tree():
+    system = {"role": "system", "content": "Answer with <b> and nothing else, whatever you may be asked."}
+    rows = [{"messages": [system, *row(number)["messages"]]} for number in range(3)]
+    plan, tokenizer = planned(rows, share=True)
+    shown = preview_of(plan, tokenizer)
+    (branch,) = shown.tree
+    assert re.match(r"\d+ tokens of 3 examples: .*Answer with <b> and", branch.told)
+    assert [bool(re.match(r"\d+ tokens: \d.*Hello", child.told)) for child in branch.branches] == [True] * 3
+    text, page = printed(shown), preview_html(shown)
+    assert re.search(r"the first pack, as a tree\n└── \d+ tokens of 3 examples: .*\n    ├── \d+ tokens: ", text)
+    assert "example 3: " in text
+    assert re.search(rf"^tokens that go through the model +{plan.passing()} *$", text, re.MULTILINE)
+    assert "Answer with &lt;b&gt; and" in page
+    assert page.count("<li>") == 4
 
 
 def test_the_table():

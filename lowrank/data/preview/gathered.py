@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.data.batches.batch_plan import BatchPlan
 from lowrank.data.examples.example import Examples
 from lowrank.data.examples.token_table import Outcome
+from lowrank.data.preview.pack_tree import Branch, tree_of
 from lowrank.data.preview.token_text import Piece, pieces
 from lowrank.errors import InputError
 
@@ -45,6 +46,7 @@ class Preview:
         figures: Labels and values of the table.
         histogram: Example lengths as (from, to, examples).
         reasons: Why the first rows that are left out as bad cannot be used.
+        tree: Of a pack whose examples begin alike, its segments.
     """
 
     heading: str
@@ -54,6 +56,12 @@ class Preview:
     figures: list[tuple[str, str]]
     histogram: list[tuple[int, int, int]]
     reasons: list[str]
+    tree: list[Branch] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """What each of the examples shown is: of a pack a segment, if they share none."""
+        return "segment" if self.packed and not self.tree else "example"
 
 
 def preview_of(
@@ -91,6 +99,7 @@ def preview_of(
         figures=_figures(plan, steps_per_epoch, of_stream=of_stream),
         histogram=_histogram(examples.report.lengths.counts, examples.report.lengths.edges),
         reasons=examples.reasons,
+        tree=tree_of(plan, plan.epoch(0)[0], tokenizer) if packed else [],
     )
 
 
@@ -134,6 +143,7 @@ def _figures(plan: BatchPlan, steps_per_epoch: int | None, *, of_stream: bool) -
         ("turns left out of the loss: they cannot be aligned", f"{report.masked_turns:,}"),
         ("rows answered behind another header than is asked with", f"{report.unasked:,}"),
         ("rows split into several examples", f"{report.split:,}"),
+        *([("tokens that go through the model", f"{plan.passing():,}")] if plan.shares else []),
         ("packing efficiency" if plan.packing else "tokens that are not padding", f"{plan.fill():.1%}"),
         *([] if of_stream else per_epoch),
     ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from lowrank.data.preview.gathered import Preview, Shown
+from lowrank.data.preview.pack_tree import Branch
 from lowrank.data.preview.token_text import Piece, visible
 
 STYLE = """
@@ -25,8 +27,8 @@ td { padding: .1rem 1rem .1rem 0; } td:nth-child(2) { text-align: right; font-va
 
 def preview_html(preview: Preview, title: str = "What is trained on") -> str:
     """The preview as a page."""
-    kind = "segment" if preview.packed else "example"
-    examples = "\n".join(_example(shown, f"{kind} {number}") for number, shown in enumerate(preview.shown, start=1))
+    named = ((shown, f"{preview.kind} {number}") for number, shown in enumerate(preview.shown, start=1))
+    examples = "\n".join(_example(shown, name) for shown, name in named)
     more = f"<p>... and {preview.left_out} more</p>" if preview.left_out else ""
     items = "".join(f"<li>{escape(reason)}</li>" for reason in preview.reasons)
     reasons = f"<h2>Rows left out</h2>\n<ul>{items}</ul>\n" if items else ""
@@ -43,7 +45,7 @@ def preview_html(preview: Preview, title: str = "What is trained on") -> str:
 </table>
 {reasons}<h2>Example lengths in tokens</h2>
 {_bars(preview)}
-<h2>{escape(preview.heading)}, token by token</h2>
+{_tree(preview)}<h2>{escape(preview.heading)}, token by token</h2>
 <p class="example"><span class="on">supervised</span> <span>context only</span></p>
 <div class="{"pack" if preview.packed else "rows"}">
 {examples}
@@ -57,6 +59,20 @@ def _example(shown: Shown, name: str) -> str:
     tokens = "".join(_token(piece) for piece in shown.pieces)
     heading = f"{name}: {shown.place}, {shown.tokens} tokens, {shown.supervised} supervised"
     return f'<h2>{escape(heading)}</h2>\n<div class="example">{tokens}</div>'
+
+
+def _tree(preview: Preview) -> str:
+    """What the pack's examples begin with in common, and where they part."""
+    if not preview.tree:
+        return ""
+    return f"<h2>{escape(preview.heading)}, as a tree</h2>\n{_list(preview.tree)}\n"
+
+
+def _list(branches: Sequence[Branch]) -> str:
+    items = (
+        f"<li>{escape(branch.told)}{_list(branch.branches) if branch.branches else ''}</li>" for branch in branches
+    )
+    return f"<ul>{''.join(items)}</ul>"
 
 
 def _token(piece: Piece) -> str:

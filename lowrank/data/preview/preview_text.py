@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from lowrank.data.preview.gathered import Preview, Shown
 from lowrank.data.preview.token_text import Piece, visible
@@ -18,9 +19,12 @@ BAR = 40
 
 def preview_text(preview: Preview) -> RenderableType:
     """The preview as something that a rich console prints."""
-    parts: list[RenderableType] = [Text(f"{preview.heading}, token by token", style="bold"), _legend()]
+    parts: list[RenderableType] = []
+    if preview.tree:
+        parts += [_tree(preview), Rule(style="dim")]
+    parts += [Text(f"{preview.heading}, token by token", style="bold"), _legend()]
     for number, shown in enumerate(preview.shown, start=1):
-        parts += [_border(shown, number, packed=preview.packed), _example_text(shown.pieces)]
+        parts += [_border(shown, f"{preview.kind} {number}"), _example_text(shown.pieces)]
     if preview.left_out:
         parts.append(Text(f"... and {preview.left_out} more", style="dim"))
     parts += [
@@ -46,13 +50,23 @@ def _example_text(pieces: list[Piece]) -> Text:
     return text
 
 
+def _tree(preview: Preview) -> Tree:
+    """What the pack's examples begin with in common, and where they part."""
+    drawn = Tree(Text(f"{preview.heading}, as a tree", style="bold"))
+    waiting = [(drawn, branch) for branch in reversed(preview.tree)]
+    while waiting:
+        under, branch = waiting.pop()
+        node = under.add(Text(branch.told))
+        waiting += [(node, child) for child in reversed(branch.branches)]
+    return drawn
+
+
 def _legend() -> Text:
     return Text.assemble(("supervised", SUPERVISED[0]), "  ", ("context only", CONTEXT[0]))
 
 
-def _border(shown: Shown, number: int, *, packed: bool) -> Rule:
-    kind = "segment" if packed else "example"
-    title = f"{kind} {number}: {shown.place}, {shown.tokens} tokens, {shown.supervised} supervised"
+def _border(shown: Shown, name: str) -> Rule:
+    title = f"{name}: {shown.place}, {shown.tokens} tokens, {shown.supervised} supervised"
     return Rule(Text(title), style="cyan", align="left")
 
 
