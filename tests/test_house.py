@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parent.parent / "lowrank"
 FILES = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 
 MOST_LINES, MOST_OF_A_FUNCTION = 400, 60
-TOO_LONG = {"config/sections.py", "adapters/wrapping.py:wrap", "cli/chat.py:chat"}
+TOO_LONG = {"config/sections.py", "adapters/wrapping.py:wrap"}
 """What is too long still: whoever shortens one takes it off, and none is put on."""
 
 VERBS = {place.removeprefix("recipes/") for place in FILES if place.startswith("recipes/") and place.count("/") == 1}
+SHARED = {"__init__.py", "registry.py"}
 SECTIONS = {"model", "quantization", "adapter", "data", "training"}
 
 
@@ -35,12 +36,12 @@ def test_files_and_functions_fit_on_a_screen():
 
 
 def test_no_two_files_are_called_the_same():
-    """But a verb's job and its command, in recipes/ and cli/."""
+    """But a verb's job and its command, in recipes/ and cli/, and the lists of what a room has a file each of."""
     called = defaultdict(list)
     for place in FILES:
         if place.removeprefix("cli/") not in VERBS:
             called[Path(place).name].append(place)
-    assert {name: places for name, places in called.items() if len(places) > 1 and name != "__init__.py"} == {}
+    assert {name: places for name, places in called.items() if len(places) > 1 and name not in SHARED} == {}
 
 
 def sees_too_much(source: str) -> list[str]:

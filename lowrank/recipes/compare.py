@@ -15,10 +15,10 @@ from rich.text import Text
 from lowrank.errors import InputError
 from lowrank.recipes.chat import answer, converse, found_answers, refuse_broken, remembered, system_of
 from lowrank.recipes.parts.interrupt import Ended, ended_by_interrupt
+from lowrank.recipes.parts.one_pass import MixedRowsError, answers_together, why_apart
 from lowrank.recipes.parts.sampling import GREEDY, Sampling
 from lowrank.recipes.parts.show import open_console
 from lowrank.recipes.parts.talk import Messages, Talk
-from lowrank.recipes.parts.together import MixedRowsError, answers_together, why_apart
 from lowrank.recipes.parts.voices import Voice, open_voices
 from lowrank.training.callbacks.progress import Screen
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lowrank.attention.forest import positions_of
 from lowrank.data.batches.beginnings import LEAST, beginnings_of, worthwhile
 from lowrank.data.batches.bin_packing import pack
-from lowrank.data.batches.forest import forest_of
 from lowrank.data.batches.grouping import Room, pack_forests
+from lowrank.data.batches.pack_forest import forest_of
 
 PARTS = np.random.default_rng(0).integers(0, 9, (4, 50)).astype(np.int32)
 

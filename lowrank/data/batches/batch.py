@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from lowrank.data.batches.forest import forest_of
+from lowrank.data.batches.pack_forest import forest_of
 from lowrank.data.examples.example import IdsAndMask
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.batches.batch_plan import BatchPlan
-from lowrank.data.batches.forest import forest_of
 from lowrank.data.batches.grouping import Members
+from lowrank.data.batches.pack_forest import forest_of
 from lowrank.data.preview.token_text import visible
 
 SHOWN = 48
