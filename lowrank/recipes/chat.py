@@ -71,7 +71,7 @@ def chat(
     asked: list[Messages] = [[*begun, {"role": "user", "content": prompt}] for prompt in prompts]
     refuse_broken(model, tokenizer, asked[0] if asked else [*begun, {"role": "user", "content": "Hi"}], path)
     if len(asked) > 1:
-        return answers(model, tokenizer, asked, max_new_tokens, sampling)
+        return _answers(model, tokenizer, asked, max_new_tokens, sampling)
     if asked:
         return [answer(model, tokenizer, asked[0], max_new_tokens, sampling)]
 
@@ -157,7 +157,7 @@ def answer(
         return answer_text(tokenizer, up_to_end(output[0, ids.shape[1] :].tolist(), config.eos_token_id))
 
 
-def answers(
+def _answers(
     model: Any, tokenizer: Any, asked: Sequence[Messages], max_new_tokens: int, sampling: Sampling = GREEDY
 ) -> list[str]:
     """The answers to several conversations at once, each printed beneath its question when all are there."""

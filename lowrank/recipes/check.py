@@ -70,8 +70,8 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     tokenizer = len(setup.tokenizer.backend_tokenizer.to_str(pretty=True).encode())
     with_adapter = bool(describe(model))
-    written = written_bytes(config.training, trained, setup.length.steps, tokenizer, with_adapter=with_adapter)
-    free = refuse_a_full_disk(output, written + SPARE_DISK)
+    written = _written_bytes(config.training, trained, setup.length.steps, tokenizer, with_adapter=with_adapter)
+    free = _refuse_a_full_disk(output, written + SPARE_DISK)
     plan = plan_of(config, setup)
     with _refused_when_short(device, "trying the longest batch", less_to_train(config)):
         memory = estimate_memory(whole.model, whole.training, setup, program)
@@ -104,7 +104,7 @@ def _refused_when_short(device: torch.device, doing: str, less: Sequence[str]) -
         raise InputError(error.what, where=error.where, fix=error.fix) from error
 
 
-def written_bytes(training: TrainingSection, trained: int, steps: int, tokenizer: int, *, with_adapter: bool) -> int:
+def _written_bytes(training: TrainingSection, trained: int, steps: int, tokenizer: int, *, with_adapter: bool) -> int:
     """The most that result and checkpoints take at one time.
 
     Args:
@@ -124,7 +124,7 @@ def written_bytes(training: TrainingSection, trained: int, steps: int, tokenizer
     return adapters + trained * most * (1 + ADAM_BYTES)
 
 
-def refuse_a_full_disk(output: Path, needed: int) -> int:
+def _refuse_a_full_disk(output: Path, needed: int) -> int:
     """The free bytes where the output goes. Raises InputError where they are fewer than needed."""
     place = next(folder for folder in [output.absolute(), *output.absolute().parents] if folder.is_dir())
     free = shutil.disk_usage(place).free

@@ -50,7 +50,7 @@ def evaluate(
         raise InputError("there is nothing to evaluate on", where="data.eval", fix="Name the evaluation data.")
     console = open_console()
     file = None if adapter is None else open_adapter(adapter)
-    config = config if file is None else at_its_revision(config, file)
+    config = config if file is None else _at_its_revision(config, file)
     data, training = config.data, config.training
     tokenizer = base_tokenizer(config.model, data.chat_template, None if file is None else file.path)
     _, examples = read_examples(data, tokenizer)
@@ -73,7 +73,7 @@ def evaluate(
     return result
 
 
-def at_its_revision(config: RunConfig, adapter: AdapterFile) -> RunConfig:
+def _at_its_revision(config: RunConfig, adapter: AdapterFile) -> RunConfig:
     """The config with the revision of the base that an adapter was trained on.
 
     Raises:

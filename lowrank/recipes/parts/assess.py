@@ -40,7 +40,7 @@ def assess(
         losses = losses_of(model, held_out, loss, advance, ranks)
     if exam is None:
         return Evaluation(losses.mean, losses.count)
-    answers = answers_to(exam, model, tokenizer, task, ranks)
+    answers = _answers_to(exam, model, tokenizer, task, ranks)
     same = MATCHES[exam.comparison]
     examples = held_out.examples
     of_row = losses.by_row(examples.table.example_rows[examples.order])
@@ -58,7 +58,7 @@ def assess(
     return Evaluation(losses.mean, losses.count, sum(sample.correct for sample in samples) / len(samples), samples)
 
 
-def answers_to(exam: Exam, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, ranks: Ranks) -> list[str]:
+def _answers_to(exam: Exam, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, ranks: Ranks) -> list[str]:
     """The model's answer to each question, on all processes."""
     sharers, prompts = ranks if exam.shared else ALONE, exam.prompts
     mine = prompts[sharers.index :: sharers.count]

@@ -43,7 +43,7 @@ def read_batches(
         drawn: What draws at random for each example: with it no beginnings are shared unless that is asked for.
     """
     if data.streaming:
-        plan, held_out = _stream(data, training, tokenizer, ranks, drawn), read_held_out(data, tokenizer)
+        plan, held_out = _stream(data, training, tokenizer, ranks, drawn), _read_held_out(data, tokenizer)
     else:
         examples, held_out = read_examples(data, tokenizer)
         plan = batch_plan(data, training, examples, tokenizer, ranks, drawn)
@@ -74,7 +74,7 @@ def read_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> tupl
     return train, held_out
 
 
-def read_held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
+def _read_held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
     """The examples held out from a stream, which has them in files of their own."""
     if data.eval is None:
         return None

@@ -76,14 +76,14 @@ def followers_of(
         screen,
         ReportWriter(output / REPORT, output.name, summary, output / METRICS, told=told),
     ]
-    evaluate = evaluation_of(setup, screen, ranks)
+    evaluate = _evaluation_of(setup, screen, ranks)
     budget = rank_budget(setup.model, run.total_steps)
     best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
-    checkpoints = checkpoints_of(training, run, setup.tokenizer, told, best, ranks)
+    checkpoints = _checkpoints_of(training, run, setup.tokenizer, told, best, ranks)
     callbacks = [
         *(writers if ranks.main else []),
         *budget,
-        *periodic_evaluation(training, evaluate),
+        *_periodic_evaluation(training, evaluate),
         *more,
         checkpoints,
     ]
@@ -99,7 +99,7 @@ def trackers_of(
     return [Trackers(accelerator, output.resolve().name, settings, partial(show_line, console))]
 
 
-def evaluation_of(setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:
+def _evaluation_of(setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:
     """Evaluates the model as it is; None where the config names nothing to evaluate on."""
     if setup.held_out is None:
         return None
@@ -107,7 +107,7 @@ def evaluation_of(setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None
     return partial(assess, *given)
 
 
-def periodic_evaluation(training: TrainingSection, evaluate: Evaluate | None) -> list[Callback]:
+def _periodic_evaluation(training: TrainingSection, evaluate: Evaluate | None) -> list[Callback]:
     """Evaluations between the steps, where the config asks for them."""
     every = training.eval_steps
     if evaluate is None or every is None:
@@ -124,7 +124,7 @@ def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -
     save(model, folder, overwrite=True)
 
 
-def checkpoints_of(
+def _checkpoints_of(
     training: TrainingSection,
     run: Run,
     tokenizer: PreTrainedTokenizerBase,

@@ -46,14 +46,14 @@ def base_model(
     return load_model(
         section.name_or_path,
         dtype=section.dtype,
-        quantization=quantization_options(quantization),
+        quantization=_quantization_options(quantization),
         device=device or section.device,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
 
 
-def quantization_options(section: QuantizationSection | None) -> Mapping[str, Any] | None:
+def _quantization_options(section: QuantizationSection | None) -> Mapping[str, Any] | None:
     """The quantiser's own options."""
     if section is None:
         return None
@@ -82,7 +82,7 @@ def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, 
         for bias in biases:
             bias.requires_grad_(True)
     else:
-        wrap(model, adapter_config(adapter), batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
+        wrap(model, _adapter_config(adapter), batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
 
 
 def swap_attention(model: PreTrainedModel, section: ModelSection, *, packing: bool) -> AttentionChoice:
@@ -97,7 +97,7 @@ def swap_attention(model: PreTrainedModel, section: ModelSection, *, packing: bo
     return choice
 
 
-def adapter_config(section: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraConfig:
+def _adapter_config(section: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraConfig:
     """The section without `method`: what the adapter layer and peft's files know."""
     kind = AdaLoraConfig if isinstance(section, AdaLoraConfig) else LoraConfig
     return kind.model_validate(section.model_dump(exclude={"method"}))

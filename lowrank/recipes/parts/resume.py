@@ -43,7 +43,7 @@ HOW_JUDGED = frozenset(
 def refuse_a_run_in(output: Path) -> None:
     """Raises InputError where a run, or anything else, is in the output folder already."""
     left = {unfinished(output / CONFIG), output / LOCK}  # by a run that died as it began
-    if os.path.exists(output) and (not output.is_dir() or any(path not in left for path in contents(output))):
+    if os.path.exists(output) and (not output.is_dir() or any(path not in left for path in _contents(output))):
         going_on = (output / CONFIG).exists()
         raise InputError(
             f"{output} holds {'a run' if going_on else 'something'} already; nothing in it was changed",
@@ -53,7 +53,7 @@ def refuse_a_run_in(output: Path) -> None:
         )
 
 
-def contents(output: Path) -> list[Path]:
+def _contents(output: Path) -> list[Path]:
     """What is in the output folder."""
     try:
         return list(output.iterdir())
@@ -79,7 +79,7 @@ def own_folder(config: RunConfig, output: Path, ranks: Ranks, *, resume: bool) -
     """
 
     def look() -> Path | None:
-        return checkpoint_to_resume(config, output) if resume else refuse_a_run_in(output)
+        return _checkpoint_to_resume(config, output) if resume else refuse_a_run_in(output)
 
     at_work = holder(output) is not None  # then that is what is told
     if not at_work:
@@ -99,7 +99,7 @@ def own_folder(config: RunConfig, output: Path, ranks: Ranks, *, resume: bool) -
         yield found
 
 
-def checkpoint_to_resume(config: RunConfig, output: Path) -> Path | None:
+def _checkpoint_to_resume(config: RunConfig, output: Path) -> Path | None:
     """The newest checkpoint of the run in `output`; None where it was stopped before its first.
 
     Raises:
@@ -141,7 +141,7 @@ def refuse_another_config(earlier: RunConfig, now: RunConfig, output: Path) -> N
     free = FREE
     if any(getattr(now.training, name, None) for name in JUDGED):
         free = FREE - {f"training.{name}" for name in HOW_JUDGED}
-    changed = [line for key, line in differences(earlier, now).items() if key not in free]
+    changed = [line for key, line in _differences(earlier, now).items() if key not in free]
     if changed:
         raise InputError(
             "the config is not the one that the run was started with:\n  " + "\n  ".join(changed),
@@ -161,7 +161,7 @@ def refuse_another_schedule(
             where="adapter.method",
             fix="Keep the number of steps, or start anew.",
         )
-    before, now = (factors(training, total, step) for total in (was_total, is_total))
+    before, now = (_factors(training, total, step) for total in (was_total, is_total))
     if before != now:
         raise InputError(
             f"the run was planned for {was_total} steps and is now to take {is_total}; with the "
@@ -171,14 +171,14 @@ def refuse_another_schedule(
         )
 
 
-def factors(training: TrainingSection, total_steps: int, count: int) -> list[float]:
+def _factors(training: TrainingSection, total_steps: int, count: int) -> list[float]:
     """The first learning rates of a run of so many steps, the highest counted as 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     factor = schedule_for(training, optimizer, total_steps).lr_lambdas[0]
     return [float(factor(step)) for step in range(count)]
 
 
-def differences(earlier: RunConfig, now: RunConfig) -> dict[str, str]:
+def _differences(earlier: RunConfig, now: RunConfig) -> dict[str, str]:
     """What differs, key by key: "training.seed: 42, now 7"."""
     before, after = flat(earlier.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     keys = [*before, *(key for key in after if key not in before)]

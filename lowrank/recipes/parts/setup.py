@@ -119,8 +119,8 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
         compile_layers(model)
 
     options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
-    loss = exact_loss(model, dtype, options)
-    plain = loss if options == LossOptions() else exact_loss(model, dtype)
+    loss = _exact_loss(model, dtype, options)
+    plain = loss if options == LossOptions() else _exact_loss(model, dtype)
     ends = stop_at(model, tokenizer, end_tokens(first_examples(plan), tokenizer))
     exam = None
     if training.predict_with_generate and held_out is not None:
@@ -135,7 +135,7 @@ def own_device(named: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def exact_loss(model: PreTrainedModel, dtype: torch.dtype, options: LossOptions | None = None) -> Loss:
+def _exact_loss(model: PreTrainedModel, dtype: torch.dtype, options: LossOptions | None = None) -> Loss:
     """The loss; where weights train in more digits than the base was asked to have, products stay in the base's."""
     loss = supervised_loss(model, options)
     return loss if model.dtype == dtype else Autocast(loss, dtype)
