@@ -172,6 +172,8 @@ def names_taken(source: str) -> set[tuple[str, str]]:
             taken.add((modules.get(whole, whole), node.attr))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("lowrank."):
             taken.add(tuple(node.value.rsplit(".", 1)))
+        elif isinstance(node, ast.Dict):  # a registry of files and what each of them gives
+            taken.update(("", value.value) for value in node.values if isinstance(value, ast.Constant))
     return taken
 
 
@@ -214,7 +216,7 @@ def breaches_of_privacy(module: str, source: str, users: dict[tuple[str, str], s
     for node in tree.body:
         if not isinstance(node, Definition):
             continue
-        others = {user for user in users.get((module, node.name), set()) if user not in (f"{mine}.py",)}
+        others = (users.get((module, node.name), set()) | users.get(("", node.name), set())) - {f"{mine}.py"}
         if node.name.startswith("_"):
             if any(user.startswith("lowrank/") for user in others) and not node.name.startswith("__"):
                 found.append(f"{node.lineno}: {node.name} is private, and another module takes it: {sorted(others)}")
@@ -345,12 +347,14 @@ import lowrank.models as base
 names.placements()
 base.load_model()
 monkeypatch.setattr("lowrank.paths.expanded", None)
+FILES = {"torchao": "TorchAo"}
 """
     assert {
         ("lowrank.weights.files.names", "placements"),
         ("lowrank.data", "load_examples"),
         ("lowrank.models", "load_model"),
         ("lowrank.paths", "expanded"),
+        ("", "TorchAo"),
     } <= names_taken(source)
 
 
