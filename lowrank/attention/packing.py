@@ -64,12 +64,6 @@ def segments(
             hook.remove()
 
 
-def announced_segments(model: PreTrainedModel) -> tuple[int, ...] | None:
-    """The lengths that `segments` has announced for the pack under way; None outside of one."""
-    told = ANNOUNCED.get(id(model.config))
-    return None if told is None else told.lengths
-
-
 def _parents(model: PreTrainedModel, lengths: Sequence[int], parents: Sequence[int] | None) -> tuple[int, ...] | None:
     """The parents, if any segment has one and the model's attention can share beginnings."""
     starts_of(lengths, parents)

@@ -137,7 +137,7 @@ def batch_plan(
         pad_token_id=tokenizer.pad_token_id,
         seed=training.seed,
         share_prefixes=data.share_prefixes is not False and undrawn,
-        step_tokens=step_tokens(data, training, ranks),
+        step_tokens=_step_tokens(data, training, ranks),
         ranks=ranks.count,
     )
     if data.packing and data.share_prefixes == "auto" and drawn is not None:
@@ -166,7 +166,7 @@ def _pack_tokens(data: DataSection, training: TrainingSection) -> int:
     return training.tokens_per_batch or data.max_length
 
 
-def step_tokens(data: DataSection, training: TrainingSection, ranks: Ranks) -> int:
+def _step_tokens(data: DataSection, training: TrainingSection, ranks: Ranks) -> int:
     """Tokens of the examples of an optimiser step of packs, over all processes."""
     packs = training.gradient_accumulation_steps * ranks.count
     return training.tokens_per_step or packs * _pack_tokens(data, training)
@@ -176,7 +176,7 @@ def step_size(data: DataSection, training: TrainingSection, ranks: Ranks, plan: 
     """By tokens or by batches, over all processes. Where examples share beginnings a pack may hold more of them: a step
     holds as many tokens of examples as it would without."""
     if training.tokens_per_step is not None or plan.shares:
-        return StepSize(tokens=step_tokens(data, training, ranks))
+        return StepSize(tokens=_step_tokens(data, training, ranks))
     return StepSize(training.gradient_accumulation_steps * ranks.count)
 
 
