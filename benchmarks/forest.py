@@ -28,7 +28,7 @@ import transformers
 from meter import machine
 
 from lowrank.attention import positions_of, segments, set_attention
-from lowrank.attention.segments import attend_spans
+from lowrank.attention.segmentwise import attend_spans
 from lowrank.attention.spans import from_lengths
 from lowrank.attention.strips import Rule
 from lowrank.models import load_tokenizer

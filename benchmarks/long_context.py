@@ -28,8 +28,9 @@ import lowrank
 from lowrank.data import Example, Examples, plan_batches
 from lowrank.training.loop import fit
 from lowrank.training.losses.supervised import supervised_loss
-from lowrank.training.optimisers.build import OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.build import build_optimizer
 from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.optimisers.settings import OptimizerSettings
 from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.transforms.recompute import recompute_activations
 

@@ -30,8 +30,9 @@ from lowrank.data import BatchPlan, Example, Examples, Members
 from lowrank.models import load_model
 from lowrank.training.loop import fit
 from lowrank.training.losses.supervised import supervised_loss
-from lowrank.training.optimisers.build import OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.build import build_optimizer
 from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.optimisers.settings import OptimizerSettings
 from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.transforms.norms import lean_norms
 

@@ -18,7 +18,8 @@ import lowrank
 from lowrank.attention import set_attention
 from lowrank.config import load_config
 from lowrank.models import load_model, load_tokenizer
-from lowrank.training.evaluation.answers import answer_all, same_json
+from lowrank.training.evaluation.answers import answer_all
+from lowrank.training.evaluation.comparisons import same_json
 from lowrank.training.machine.memory import freed_blocks_kept
 
 

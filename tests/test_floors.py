@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lowrank"
 FLOORS = {
     "errors": 0,
     "paths": 0,
+    "lazily": 0,
     "ops": 0,
     "storage": 1,
     "quantisers": 2,

@@ -16,8 +16,9 @@ from lowrank.models import load_model
 from lowrank.training.loop import fit
 from lowrank.training.losses.supervised import supervised_loss
 from lowrank.training.machine.memory import few_kernels_kept, freed_blocks_kept
-from lowrank.training.optimisers.build import OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.build import build_optimizer
 from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.optimisers.settings import OptimizerSettings
 from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.steps import StepSize
 from lowrank.training.transforms.layers import compile_layers

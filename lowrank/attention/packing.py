@@ -14,7 +14,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from lowrank.attention.announced import ANNOUNCED, SHARING, Announced, share_masks
 from lowrank.attention.flash import flash_attention, packing_arguments
 from lowrank.attention.forest import positions_of, starts_of
-from lowrank.attention.segments import IMPLEMENTATION
+from lowrank.attention.segmentwise import IMPLEMENTATION
 from lowrank.attention.spans import from_lengths
 from lowrank.errors import InputError
 

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lowrank.weights.arithmetic.compose_methods import ComposeMethod, MajoritySign
+
 EXAMPLE = "Example: lowrank compose runs/a runs/b --out runs/both --method ties --weight 0.7 --weight 0.3 --density 0.5"
 RESIZE_EXAMPLE = "Example: lowrank resize runs/a runs/a-r4 --rank 4"
-
-
-class Method(StrEnum):
-    """How adapters become one."""
-
-    cat = "cat"
-    svd = "svd"
-    linear = "linear"
-    ties = "ties"
-    ties_svd = "ties_svd"
-    dare_linear = "dare_linear"
-    dare_linear_svd = "dare_linear_svd"
-    dare_ties = "dare_ties"
-    dare_ties_svd = "dare_ties_svd"
-    magnitude_prune = "magnitude_prune"
-    magnitude_prune_svd = "magnitude_prune_svd"
-
-
-class MajoritySign(StrEnum):
-    """How ties elects a sign."""
-
-    total = "total"
-    frequency = "frequency"
 
 
 Energy = Annotated[
@@ -44,7 +22,7 @@ Energy = Annotated[
 def compose(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapters' folders.")],
     out: Annotated[Path, typer.Option(help="The new adapter's folder.")],
-    method: Annotated[Method, typer.Option(help="cat is exact: ranks add.")] = Method.cat,
+    method: Annotated[ComposeMethod, typer.Option(help="cat is exact: ranks add.")] = "cat",
     weight: Annotated[
         list[float], typer.Option(help="One for each adapter, 1 by default; below 0 takes it away.")
     ] = [],  # noqa: B006
@@ -57,7 +35,7 @@ def compose(
     ] = None,
     majority_sign: Annotated[
         MajoritySign, typer.Option(help="Whose sign wins in ties: by the sum of the values, or by their number.")
-    ] = MajoritySign.total,
+    ] = "total",
     seed: Annotated[int, typer.Option(help="Of dare's random pruning.")] = 0,
 ) -> None:
     """Make one adapter of several; of one, with a weight: scale or negate it."""
@@ -67,11 +45,11 @@ def compose(
         adapters,
         out,
         weights=weight or None,
-        method=method.value,
+        method=method,
         rank=rank,
         energy=energy,
         density=density,
-        majority_sign=majority_sign.value,
+        majority_sign=majority_sign,
         seed=seed,
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from lowrank.weights.export_targets import Target
 
 EXAMPLE = (
     "Example: lowrank export runs/quickstart served --to vllm; from mlx-lm: "
@@ -15,21 +16,10 @@ EXAMPLE = (
 )
 
 
-class Target(StrEnum):
-    """What can be exported to."""
-
-    vllm = "vllm"
-    llama_cpp = "llama.cpp"
-    mlx = "mlx"
-    peft = "peft"
-    safetensors = "safetensors"
-    hub = "hub"
-
-
 def export(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter's folder: peft's, or mlx-lm's.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where it goes; for hub a repository's name, user/name.")],
-    to: Annotated[Target, typer.Option(help="Who will read it.")],
+    to: Annotated[Literal[Target, "hub"], typer.Option(help="Who will read it.")],
     base: Annotated[str | None, typer.Option(help="The base; by default the one that the adapter names.")] = None,
     private: Annotated[bool, typer.Option("--private", help="hub: a repository that is made is private.")] = False,
     dry_run: Annotated[
@@ -40,11 +30,11 @@ def export(
     from lowrank.errors import InputError
     from lowrank.recipes.export import export_adapter, upload_adapter
 
-    if to is Target.hub:
+    if to == "hub":
         if base is not None:
             raise InputError("--base says nothing to the hub", fix="Leave it out.")
         upload_adapter(adapter, out.as_posix(), private=private, dry_run=dry_run)
         return
     if private or dry_run:
         raise InputError(f"--{'private' if private else 'dry-run'} is for --to hub", fix="Leave it out.")
-    export_adapter(adapter, out, to=to.value, base=base)
+    export_adapter(adapter, out, to=to, base=base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,16 +10,9 @@ import typer
 
 from lowrank.cli.options import Overrides
 from lowrank.errors import InputError
+from lowrank.recipes.proposal.goals import Goal
 
 EXAMPLE = "Example: lowrank init data.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-class Goal(StrEnum):
-    """What comes first where two things cannot both be had."""
-
-    quality = "quality"
-    memory = "memory"
-    speed = "speed"
 
 
 def init(
@@ -35,7 +27,7 @@ def init(
     held_out: Annotated[
         str | None, typer.Option("--eval", metavar="DATA", help="Rows to evaluate on; by default a share of DATA.")
     ] = None,
-    goal: Annotated[Goal, typer.Option(help="What comes first where two things cannot both be had.")] = Goal.quality,
+    goal: Annotated[Goal, typer.Option(help="What comes first where two things cannot both be had.")] = "quality",
     overrides: Overrides = [],  # noqa: B006  (typer reads it)
     checked: Annotated[bool, typer.Option("--check/--no-check", help="Try the config at the end.")] = True,
 ) -> None:
@@ -45,7 +37,7 @@ def init(
 
     from lowrank.recipes.init import init as run
 
-    run(data, model, path, held_out=held_out, goal=goal.value, overrides=overrides, checked=checked)
+    run(data, model, path, held_out=held_out, goal=goal, overrides=overrides, checked=checked)
 
 
 def _asked(name: str, what: str) -> str:

@@ -9,23 +9,9 @@ from typing import Annotated, cast
 import typer
 
 from lowrank.cli.options import TrustRemoteCode
+from lowrank.weights.merging.merge_choices import MergedDtype, Rounding
 
 EXAMPLE = "Example: lowrank merge runs/quickstart"
-
-
-class DType(StrEnum):
-    """What merged weights are stored in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Rounding(StrEnum):
-    """How sums become the weights' dtype."""
-
-    nearest = "nearest"
-    stochastic = "stochastic"
 
 
 class Verify(StrEnum):
@@ -46,8 +32,8 @@ def merge(
         ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base; by default the one that the adapter names.")] = None,
-    dtype: Annotated[DType | None, typer.Option(help="Of the merged weights; the base's by default.")] = None,
-    rounding: Annotated[Rounding, typer.Option(help="stochastic keeps small changes on average.")] = Rounding.nearest,
+    dtype: Annotated[MergedDtype | None, typer.Option(help="Of the merged weights; the base's by default.")] = None,
+    rounding: Annotated[Rounding, typer.Option(help="stochastic keeps small changes on average.")] = "nearest",
     onto: Annotated[
         str,
         typer.Option(
@@ -81,8 +67,8 @@ def merge(
         adapter,
         out,
         base,
-        dtype=dtype and dtype.value,
-        rounding=rounding.value,
+        dtype=dtype,
+        rounding=rounding,
         onto=cast("Onto", onto),  # checked there, with a reason that a list of choices could not give
         quantization=trained_over,
         verify=False if no_verify else "answers" if verify is Verify.answers else True,

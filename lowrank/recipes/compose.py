@@ -9,8 +9,7 @@ from pathlib import Path
 
 from lowrank.paths import expanded
 from lowrank.weights import ComposeReport, compose, resize
-from lowrank.weights.arithmetic.combine import MajoritySign
-from lowrank.weights.arithmetic.composition import ComposeMethod
+from lowrank.weights.arithmetic.compose_methods import ComposeMethod, MajoritySign
 
 
 def compose_adapters(

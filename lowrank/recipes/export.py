@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowrank.paths import expanded
 from lowrank.weights import ExportReport, export
-from lowrank.weights.exporting import Target
+from lowrank.weights.export_targets import Target
 from lowrank.weights.upload import base_elsewhere, files_for_hub, refuse_no_name, upload
 
 

@@ -17,7 +17,7 @@ from lowrank.storage.folders import refuse_occupied
 from lowrank.weights import MergeReport, merge_checkpoint
 from lowrank.weights.files.dequantise import Onto
 from lowrank.weights.merging.merge_checkpoint import Verify
-from lowrank.weights.merging.rounding import Rounding
+from lowrank.weights.merging.merge_choices import Rounding
 
 
 def merge_adapter(

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -22,6 +21,7 @@ from lowrank.storage.folders import new_file, new_folder, refuse_inside
 from lowrank.storage.hub import local_folder
 from lowrank.storage.tensorfile import save_tensors
 from lowrank.weights.arithmetic.module_factors import Factors, read_factors
+from lowrank.weights.export_targets import Target
 from lowrank.weights.files.adapter_file import (
     CONFIG_KEY,
     CONFIG_NAME,
@@ -41,7 +41,6 @@ from lowrank.weights.files.sidecars import copy_model_notes
 from lowrank.weights.files.target_names import targets_of
 from lowrank.weights.files.writing import config_to_json, write_adapter
 
-Target = Literal["vllm", "llama.cpp", "mlx", "peft", "safetensors"]
 _NORM = re.compile(r".*(_layernorm|\.norm).*")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -78,18 +77,11 @@ def export(adapter: str | Path, out: str | Path, *, to: Target, base: str | Path
     Raises:
         InputError: The adapter cannot be read, `out` is there already, or the target cannot express something.
     """
-    targets: dict[str, Callable[[AdapterFile, Path, str | Path | None], ExportReport]] = {
-        "vllm": _for_vllm,
-        "llama.cpp": _for_llama_cpp,
-        "mlx": _for_mlx,
-        "peft": _as_peft,
-        "safetensors": _as_one_file,
-    }
-    if to not in targets:
-        raise InputError(f"there is no target {to!r}; there are {', '.join(targets)}")
+    if to not in _WRITERS:
+        raise InputError(f"there is no target {to!r}; there are {', '.join(_WRITERS)}")
     source = open_adapter(adapter)
     refuse_inside(Path(out), source.path)
-    return targets[to](_as_served(source, base) if to == "vllm" else source, Path(out), base)
+    return _WRITERS[to](_as_served(source, base) if to == "vllm" else source, Path(out), base)
 
 
 def _as_served(adapter: AdapterFile, base: str | Path | None) -> AdapterFile:
@@ -272,3 +264,12 @@ def _plain_config(adapter: AdapterFile, rank: int, factors: dict[str, Factors]) 
         fan_in_fan_out=adapter.config.fan_in_fan_out,
         task_type=adapter.config.task_type,
     )
+
+
+_WRITERS: dict[Target, Callable[[AdapterFile, Path, str | Path | None], ExportReport]] = {
+    "vllm": _for_vllm,
+    "llama.cpp": _for_llama_cpp,
+    "mlx": _for_mlx,
+    "peft": _as_peft,
+    "safetensors": _as_one_file,
+}

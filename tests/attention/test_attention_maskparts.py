@@ -11,7 +11,7 @@ from lowrank.attention.announced import ANNOUNCED, Announced
 from lowrank.attention.flash import flash_mask
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.maskparts import CAUSAL, WINDOW, parts_of
-from lowrank.attention.segments import segments_mask
+from lowrank.attention.segmentwise import segments_mask
 from lowrank.errors import InputError
 
 CAUSAL_MASK = masking_utils.causal_mask_function

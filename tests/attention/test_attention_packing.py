@@ -13,7 +13,7 @@ import zoo
 from lowrank.attention import flash, packing, segments, set_attention, strips
 from lowrank.attention.announced import ANNOUNCED
 from lowrank.attention.mask import SpansMask
-from lowrank.attention.segments import segments_attention
+from lowrank.attention.segmentwise import segments_attention
 from lowrank.attention.spans import Spans, from_lengths
 from lowrank.errors import InputError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank.attention import varlen
-from lowrank.attention.segments import attend_spans
+from lowrank.attention.segmentwise import attend_spans
 from lowrank.attention.spans import Spans, from_lengths
 from lowrank.attention.strips import Rule
 

@@ -2,34 +2,82 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import fields
+from importlib.resources import files
 from typing import get_args
 
 import pytest
-from pydantic.fields import FieldInfo
+import torch
 
 from lowrank.attention import BACKENDS
 from lowrank.config.document import Document
 from lowrank.config.keys import METHODS, SECTIONS, field_at
-from lowrank.config.sections import DataSection, ModelSection
 from lowrank.config.synonyms import ABSENT, SYNONYMS
 from lowrank.config.type_words import allowed, options
 from lowrank.data.reading.formats import FORMATS
-from lowrank.data.supervision.tokenise import TOO_LONG
-from lowrank.data.supervision.turns import TRAIN_ON
+from lowrank.data.supervision.choose_template import TEMPLATES
+from lowrank.data.supervision.options import BadRows, TooLong, TrainOn
+from lowrank.ops.dtypes import Dtype
+from lowrank.training.evaluation.best import GREATER_IS_BETTER
+from lowrank.training.evaluation.comparisons import COMPARISONS
+from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.optimisers.schedule import SCHEDULES
+from lowrank.training.optimisers.table import OPTIMIZERS
+from lowrank.training.transforms.recompute_modes import RecomputeMode
 
 MODELS = {**SECTIONS, **{f"adapter.{method}": model for method, model in METHODS.items()}}
 KEYS = {f"{section.partition('.')[0]}.{key}" for section, model in MODELS.items() for key in model.model_fields}
 
 
-def words_of(field: FieldInfo) -> set[str]:
-    return set(options(field.annotation))
+TABLES = {
+    "model.attention": ["auto", *BACKENDS],
+    "data.format": FORMATS,
+    "data.too_long": get_args(TooLong),
+    "data.train_on": get_args(TrainOn),
+    "data.bad_rows": get_args(BadRows),
+    "training.optim": OPTIMIZERS,
+    "training.lr_scheduler_type": SCHEDULES,
+    "training.exact_match": COMPARISONS,
+    "training.metric_for_best_model": GREATER_IS_BETTER,
+    "training.gradient_checkpointing": get_args(RecomputeMode),
+}
 
 
-def test_the_words_are_those_of_the_rooms():
-    assert words_of(ModelSection.model_fields["attention"]) == {"auto", *BACKENDS}
-    assert words_of(DataSection.model_fields["format"]) == set(FORMATS)
-    assert words_of(DataSection.model_fields["too_long"]) == set(TOO_LONG)
-    assert words_of(DataSection.model_fields["train_on"]) == set(TRAIN_ON)
+@pytest.mark.parametrize("key", TABLES)
+def test_the_words_are_those_of_the_rooms_in_their_order(key):
+    section, name = key.split(".")
+    assert options(SECTIONS[section].model_fields[name].annotation) == list(TABLES[key])
+
+
+def test_dtypes_are_torchs():
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in get_args(Dtype))
+
+
+def test_the_chat_templates_that_are_told_are_those_that_come_with_the_package():
+    told = SECTIONS["data"].model_fields["chat_template"].description.partition(";")[0]
+    assert told.replace(" or ", ", ").split(", ") == list(TEMPLATES)
+    folder = files("lowrank.data.supervision") / "templates"
+    assert {path.name for path in folder.iterdir()} == {f"{name}.jinja" for name in TEMPLATES}
+
+
+def test_what_an_evaluation_can_be_judged_by_is_measured():
+    assert set(GREATER_IS_BETTER) <= {field.name for field in fields(Evaluation)}
+
+
+def test_a_new_line_in_a_table_is_a_name_in_the_config():
+    """In a process of its own, in which the table has one more line before the config is read."""
+    code = (
+        "from lowrank.training.optimisers.table import OPTIMIZERS; OPTIMIZERS['mine'] = OPTIMIZERS['sgd']\n"
+        "from lowrank.config.schema import json_schema; from lowrank.config import load_config\n"
+        "assert '\"mine\"' in json_schema()\n"
+        "sections = dict(model={'name_or_path': 'm'}, adapter={'r': 4}, data={'train': 'x'})\n"
+        "load_config({**sections, 'training': {'output_dir': 'o', 'optim': 'mine'}})\n"
+        "try: load_config({**sections, 'training': {'output_dir': 'o', 'optim': 'mien'}})\n"
+        "except ValueError as error: raise SystemExit('did you mean mine?' not in str(error))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("section", MODELS)

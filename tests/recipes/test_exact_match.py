@@ -20,7 +20,7 @@ from lowrank.errors import InputError
 from lowrank.recipes.parts.assess import assess
 from lowrank.recipes.parts.batches import batch_plan
 from lowrank.recipes.parts.exam import exam_of
-from lowrank.training.evaluation.answers import same_json
+from lowrank.training.evaluation.comparisons import same_json
 from lowrank.training.losses.supervised import supervised_loss
 from lowrank.weights.files.notes import stop_at
 

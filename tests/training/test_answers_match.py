@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank.training.evaluation.answers import same_json, same_text
+from lowrank.training.evaluation.comparisons import same_json, same_text
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from lowrank.training.checkpoints.state import read_state
 from lowrank.training.checkpoints.writer import Checkpoints, checkpoints_in
 from lowrank.training.evaluation.best import Best
 from lowrank.training.evaluation.evaluation import Evaluation
-from lowrank.training.optimisers.build import OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.build import build_optimizer
 from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.optimisers.settings import OptimizerSettings
 from lowrank.training.run import Callback, Run, StepMetrics
 
 METRICS = StepMetrics(1, 0.1, 1.0, 1e-3, 1.0, 8, 4, 0.1, 0.0, 1)

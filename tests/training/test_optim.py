@@ -12,14 +12,10 @@ import lowrank
 from lowrank.errors import InputError
 from lowrank.training.checkpoints.snapshot import load_optimizer_state, optimizer_state
 from lowrank.training.checkpoints.state import read_state, write_state
-from lowrank.training.optimisers.build import (
-    OPTIMIZERS,
-    GroupRule,
-    OptimizerSettings,
-    build_optimizer,
-    parameter_groups,
-)
+from lowrank.training.optimisers.build import build_optimizer, parameter_groups
 from lowrank.training.optimisers.muon import for_muon
+from lowrank.training.optimisers.settings import GroupRule, OptimizerSettings
+from lowrank.training.optimisers.table import OPTIMIZERS
 
 ON_CPU = [name for name in OPTIMIZERS if not name.startswith("paged")]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from lowrank.training.optimisers.schedule import SHAPES, build_schedule
+from lowrank.training.optimisers.schedule import SCHEDULES, build_schedule
 
 WARMUP, TOTAL = 7, 50
 THEIRS = {
@@ -32,7 +32,7 @@ def rates(schedule, steps: int) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_after_the_warm_up_it_is_transformers(name):
     theirs, options = THEIRS[name]
     mine = build_schedule(optimizer(), name, warmup_steps=WARMUP, total_steps=TOTAL, min_lr_ratio=0.1, decay_steps=12)
@@ -51,6 +51,6 @@ def test_the_warm_up_rises_evenly_and_wastes_no_step():
     assert found == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_runs_of_one_step_and_without_warm_up(name):
     assert rates(build_schedule(optimizer(), name, warmup_steps=0, total_steps=1), 1)[0] == pytest.approx(0.5)

@@ -17,7 +17,8 @@ from lowrank.data.loading.store import TableWriter, cache_key, cache_root, forge
 from lowrank.data.loading.workers import tables
 from lowrank.data.reading.columns import check_columns
 from lowrank.data.reading.sources import Joined, Sources, open_sources
-from lowrank.data.supervision.tokenise import Options, Tokeniser, concatenated
+from lowrank.data.supervision.options import Options
+from lowrank.data.supervision.tokenise import Tokeniser, concatenated
 from lowrank.errors import InputError
 
 # Fewer rows are tokenised again at every start, which takes less than a second.

@@ -23,8 +23,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.examples.token_table import TokenTable
+from lowrank.data.supervision.options import Options
 from lowrank.data.supervision.template import writes_date
-from lowrank.data.supervision.tokenise import Options
 from lowrank.paths import expanded
 
 # Raised whenever the same rows give other tokens than before, or the files another layout.

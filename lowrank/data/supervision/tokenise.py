@@ -20,37 +20,10 @@ from lowrank.data.reading.rows import Row, as_json
 from lowrank.data.reading.sources import Joined
 from lowrank.data.supervision.align import Encoder
 from lowrank.data.supervision.choose_template import fitting_templates
+from lowrank.data.supervision.options import Options
 from lowrank.data.supervision.template import ChatTemplate, special_pattern
-from lowrank.data.supervision.turns import TRAIN_ON, Rendered, RenderedRow, plain_text, render_turns
+from lowrank.data.supervision.turns import Rendered, RenderedRow, plain_text, render_turns
 from lowrank.errors import InputError
-
-BAD_ROWS = ("error", "skip")
-TOO_LONG = ("error", "drop", "truncate", "split")
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How rows become tokens.
-
-    Attributes:
-        train_on: `assistant`, `last_assistant`, `completion` or `all`.
-        max_length: The most tokens in an example.
-        too_long: `error` (the caller raises), `drop`, `truncate`, or `split`, which cuts plain text into pieces.
-        bad_rows: `error` (the caller raises) or `skip`.
-        today: The date (2026-11-26) for chat templates that write the day's; None: the day it is.
-    """
-
-    train_on: str
-    max_length: int
-    too_long: str
-    bad_rows: str = "error"
-    today: str | None = None
-
-    def __post_init__(self) -> None:
-        assert self.train_on in TRAIN_ON, f"train_on is {self.train_on!r}, not one of {', '.join(TRAIN_ON)}"
-        assert self.bad_rows in BAD_ROWS, f"bad_rows is {self.bad_rows!r}, not one of {', '.join(BAD_ROWS)}"
-        assert self.too_long in TOO_LONG, f"too_long is {self.too_long!r}, not one of {', '.join(TOO_LONG)}"
-        assert self.max_length > 1, f"max_length is {self.max_length}"
 
 
 @dataclass(slots=True)

@@ -20,8 +20,6 @@ from lowrank.data.reading.row_error import RowError
 from lowrank.data.supervision.template import ChatTemplate
 from lowrank.data.supervision.turn import Turn, check_complete, closer_of, shortened, turn_of
 
-TRAIN_ON = ("assistant", "last_assistant", "completion", "all")
-
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.data import BatchPlan
 from lowrank.recipes.parts.exam import Exam
 from lowrank.training.callbacks.progress import Task
-from lowrank.training.evaluation.answers import MATCHES, answer_all
+from lowrank.training.evaluation.answers import answer_all
+from lowrank.training.evaluation.comparisons import COMPARISONS
 from lowrank.training.evaluation.evaluation import Evaluation, Sample, losses_of
 from lowrank.training.losses.supervised import Loss
 from lowrank.training.machine.memory import freed_blocks_kept
@@ -41,7 +42,7 @@ def assess(
     if exam is None:
         return Evaluation(losses.mean, losses.count)
     answers = _answers_to(exam, model, tokenizer, task, ranks)
-    same = MATCHES[exam.comparison]
+    same = COMPARISONS[exam.comparison]
     examples = held_out.examples
     of_row = losses.by_row(examples.table.example_rows[examples.order])
     samples = tuple(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.config.sections import DataSection, TrainingSection
 from lowrank.data import Examples, Question, questions_of
 from lowrank.errors import InputError
-from lowrank.training.evaluation.answers import answer_text, is_json
+from lowrank.training.evaluation.answers import answer_text
+from lowrank.training.evaluation.comparisons import is_json
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Exam:
 
     questions: list[Question]
     expected: list[str]
-    comparison: Literal["text", "json"]
+    comparison: str
     max_new_tokens: int
     batch_size: int
     shared: bool

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from lowrank.config.sections import TrainingSection
-from lowrank.training.optimisers.build import GroupRule, OptimizerSettings, build_optimizer
+from lowrank.training.optimisers.build import build_optimizer
 from lowrank.training.optimisers.schedule import build_schedule
+from lowrank.training.optimisers.settings import GroupRule, OptimizerSettings
 
 
 def optimizer_for(training: TrainingSection, model: nn.Module) -> torch.optim.Optimizer:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lowrank.errors import InputError
 from lowrank.recipes.proposal.base import Base
 from lowrank.recipes.proposal.footprint import Way, fits, needed, weights
+from lowrank.recipes.proposal.goals import Goal
 from lowrank.recipes.proposal.machine import GiB, Machine
 from lowrank.recipes.proposal.row_figures import RowFacts
-
-Goal = Literal["quality", "memory", "speed"]
 
 SHORT_ANSWER = 160  # tokens: up to here answers are compared, not only their loss
 WORTH_COMPARING = 200  # answers in an evaluation

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowrank.errors import InputError
-from lowrank.training.evaluation.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from lowrank.training.evaluation.evaluation import Evaluation
 
 GREATER_IS_BETTER = {"loss": False, "exact_match": True}
-"""The metrics that a run can be judged by."""
+"""The metrics that a run can be judged by; the config reads their names here, so nothing loads torch."""
 
 
 class Best:

@@ -1,12 +1,15 @@
-"""Learning-rate schedules, as a factor of the step."""
+"""Learning-rate schedules, as a factor of the step. The config reads their names here, so nothing loads torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def _warmup_stable_decay(step: int, span: Span) -> float:
     return 1.0 if step < begins else span.falling((step - begins) / max(1, span.total - begins))
 
 
-SHAPES: dict[str, Callable[[int, Span], float]] = {
+SCHEDULES: dict[str, Callable[[int, Span], float]] = {
     "cosine": lambda step, span: 0.5 * (1.0 + math.cos(math.pi * span.done(step))),
     "cosine_with_min_lr": lambda step, span: span.falling(span.done(step)),
     "linear": lambda step, span: 1.0 - span.done(step),
@@ -57,19 +60,21 @@ SHAPES: dict[str, Callable[[int, Span], float]] = {
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     name: str,
     *,
     warmup_steps: int,
     total_steps: int,
     min_lr_ratio: float = 0.0,
     decay_steps: int = 0,
-) -> torch.optim.lr_scheduler.LambdaLR:
+) -> LambdaLR:
     """A linear warm-up over `warmup_steps`, whose first step is not lost to a learning rate of 0; then the shape."""
-    shape = SHAPES[name]
+    from torch.optim.lr_scheduler import LambdaLR
+
+    shape = SCHEDULES[name]
     span = Span(warmup_steps, total_steps, min_lr_ratio, decay_steps)
 
     def factor(step: int) -> float:
         return (step + 1) / (warmup_steps + 1) if step < warmup_steps else shape(step, span)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor)

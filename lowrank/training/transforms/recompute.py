@@ -6,10 +6,11 @@ import inspect
 from typing import Any, Literal
 
 from lowrank.errors import InputError
+from lowrank.training.transforms.recompute_modes import RecomputeMode
 from lowrank.training.transforms.selective import selective_contexts
 
 
-def recompute_activations(model: Any, mode: Literal[True, "selective", "offload"]) -> None:
+def recompute_activations(model: Any, mode: Literal[True] | RecomputeMode) -> None:
     """Keeps each layer's input alone; with "selective" what its products and its attention give as well, with "offload"
     the input in the host's memory, pinned, instead of the accelerator's.
 

@@ -7,11 +7,11 @@ singular value decomposition give the weighted sum of the adapters' ΔW; these a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
-MajoritySign = Literal["total", "frequency"]
+from lowrank.weights.arithmetic.compose_methods import MajoritySign
+
 Combine = Callable[[torch.Tensor, torch.Tensor, float, MajoritySign, torch.Generator], torch.Tensor]
 """Makes one tensor (...) of tensors (adapters, ...) and weights (adapters,); then what some ways need: the share of
 values that pruning keeps, how TIES elects a sign (by the sum of the values, or by the number of tensors), and the

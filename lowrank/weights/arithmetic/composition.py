@@ -7,14 +7,15 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from lowrank.adapters.config import LoraConfig
 from lowrank.errors import InputError
 from lowrank.storage.folders import refuse_inside
-from lowrank.weights.arithmetic.combine import FACTOR_METHODS, MajoritySign
+from lowrank.weights.arithmetic.combine import FACTOR_METHODS
+from lowrank.weights.arithmetic.compose_methods import ComposeMethod, MajoritySign
 from lowrank.weights.arithmetic.composition_rest import Rest, compose_rest, rest_of
 from lowrank.weights.arithmetic.factors import Product, distance, norm, total, truncated
 from lowrank.weights.arithmetic.module_factors import Factors, read_factors
@@ -22,21 +23,7 @@ from lowrank.weights.files.adapter_file import AdapterFile, open_adapter, shorte
 from lowrank.weights.files.target_names import targets_of
 from lowrank.weights.files.writing import write_adapter
 
-ComposeMethod = Literal[
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-]
-_ON_FACTORS = {"linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"}
-_ON_PRODUCTS = {f"{method}_svd": method for method in _ON_FACTORS - {"linear"}}
+_ON_PRODUCTS = {f"{method}_svd": method for method in FACTOR_METHODS if method != "linear"}
 _PRUNING = {*_ON_PRODUCTS, *_ON_PRODUCTS.values()}
 
 
@@ -157,9 +144,9 @@ class _Way:
         if self.method == "svd":
             return truncated(exact, self.rank, self.energy)
         generator = torch.Generator().manual_seed(self.seed + zlib.crc32(path.encode()))
-        combine = _on_factors if self.method in _ON_FACTORS else _on_products
+        combine = _on_factors if self.method in FACTOR_METHODS else _on_products
         product = combine(self.method.removesuffix("_svd"), present, self.density, self.sign, generator)
-        return product if self.method in _ON_FACTORS else truncated(product, self.rank, self.energy)
+        return product if self.method in FACTOR_METHODS else truncated(product, self.rank, self.energy)
 
 
 def _report(

@@ -13,9 +13,10 @@ import torch
 from lowrank.errors import InputError
 from lowrank.storage.tensorfile import TORCH_DTYPES, Entry, read_bytes, write_bytes
 from lowrank.weights.merging.buffers import BUFFERS
+from lowrank.weights.merging.merge_choices import Rounding
 from lowrank.weights.merging.merge_plan import Planned
 from lowrank.weights.merging.proof import Trial
-from lowrank.weights.merging.rounding import Rounding, RoundingLoss, round_into
+from lowrank.weights.merging.rounding import RoundingLoss, round_into
 from lowrank.weights.merging.updates import Update
 
 # Values: their float32 sum fits a core's cache, and what Python does for a block costs little beside it.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,16 +19,16 @@ from lowrank.weights.files.model_folder import INDEX, ModelFolder, open_base
 from lowrank.weights.files.sidecars import copy_sidecars, write_config
 from lowrank.weights.merging.match import find_updates
 from lowrank.weights.merging.matching_base import open_for
+from lowrank.weights.merging.merge_choices import MergedDtype, Rounding
 from lowrank.weights.merging.merge_plan import Plan, make_plan
 from lowrank.weights.merging.merge_report import MergeReport, make_report, total_loss
 from lowrank.weights.merging.merged_config import changed_config, text_key
 from lowrank.weights.merging.proof import Trial
-from lowrank.weights.merging.rounding import Rounding, RoundingLoss, check_rounding
+from lowrank.weights.merging.rounding import RoundingLoss, check_rounding
 from lowrank.weights.merging.shard_writer import Progress, write_shard
 from lowrank.weights.merging.verify import Verification, check_verify, refuse_unanswering, verify_merge
 
 Verify = bool | Literal["answers"]
-MERGED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def merge_checkpoint(
@@ -106,11 +106,10 @@ def _opened(
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in MERGED_DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in MERGED_DTYPES)
-        raise InputError(f"the dtype {dtype!r} is not one of {names}")
-    return found
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in get_args(MergedDtype):
+        raise InputError(f"the dtype {dtype!r} is not one of {', '.join(get_args(MergedDtype))}")
+    return None if dtype is None else getattr(torch, name)
 
 
 def _write(

@@ -23,9 +23,9 @@ from lowrank.storage.tensorfile import TensorFile, open_tensors, read_bytes
 from lowrank.weights.files.adapter_file import FACTOR, AdapterFile, shorten
 from lowrank.weights.files.model_folder import ModelFolder
 from lowrank.weights.merging.buffers import BUFFERS
+from lowrank.weights.merging.merge_choices import Rounding
 from lowrank.weights.merging.merge_plan import Planned
 from lowrank.weights.merging.promises import Promise, magnitudes, promised, thin
-from lowrank.weights.merging.rounding import Rounding
 from lowrank.weights.merging.updates import LowRankUpdate, Update
 
 _PERIOD = 65_521  # signs; longer vectors repeat them

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from lowrank.errors import InputError
-
-Rounding = Literal["nearest", "stochastic"]
+from lowrank.weights.merging.merge_choices import Rounding
 
 
 @dataclass(slots=True)

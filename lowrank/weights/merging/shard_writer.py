@@ -14,9 +14,10 @@ import torch
 
 from lowrank.storage.tensorfile import Entry, encode_header, write_bytes
 from lowrank.weights.merging.blocks import MEASURED, Block, blocks_of, copy_bytes, merge_block, rows_at_once
+from lowrank.weights.merging.merge_choices import Rounding
 from lowrank.weights.merging.merge_plan import Planned
 from lowrank.weights.merging.proof import Trial
-from lowrank.weights.merging.rounding import Rounding, RoundingLoss
+from lowrank.weights.merging.rounding import RoundingLoss
 
 COPY = 1 << 22  # bytes
 AT_A_TIME = 32  # pieces of work that a thread takes

@@ -1,0 +1,31 @@
+"""The five sections of a run's config: every field with its type, default and meaning."""
+
+from __future__ import annotations
+
+from lowrank.config.sections.adapter import (
+    AdaLoraSection,
+    AdapterSection,
+    BiasSection,
+    DoraSection,
+    FullSection,
+    LoraSection,
+)
+from lowrank.config.sections.data import DataSection, SourceSection
+from lowrank.config.sections.model import ModelSection, QuantizationSection
+from lowrank.config.sections.training import MAX_SEED, ParameterGroup, TrainingSection
+
+__all__ = [
+    "MAX_SEED",
+    "AdaLoraSection",
+    "AdapterSection",
+    "BiasSection",
+    "DataSection",
+    "DoraSection",
+    "FullSection",
+    "LoraSection",
+    "ModelSection",
+    "ParameterGroup",
+    "QuantizationSection",
+    "SourceSection",
+    "TrainingSection",
+]

@@ -1,0 +1,30 @@
+"""The names that a config takes from the tables of the rooms that it speaks for: a line in a table is a name here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from lowrank.attention.backend_names import BACKEND_NAMES
+from lowrank.data.reading.formats import FORMATS
+from lowrank.quantisers.registry import QUANTISERS
+from lowrank.training.evaluation.best import GREATER_IS_BETTER
+from lowrank.training.evaluation.comparisons import COMPARISONS
+from lowrank.training.optimisers.schedule import SCHEDULES
+from lowrank.training.optimisers.table import OPTIMIZERS
+
+if TYPE_CHECKING:  # to type checkers they are texts: they do not read tables
+    Attention: TypeAlias = str
+    Comparison: TypeAlias = str
+    Format: TypeAlias = str
+    Metric: TypeAlias = str
+    Optim: TypeAlias = str
+    QuantMethod: TypeAlias = str
+    Schedule: TypeAlias = str
+else:
+    Attention = Literal["auto", *BACKEND_NAMES]
+    Comparison = Literal[tuple(COMPARISONS)]
+    Format = Literal[tuple(FORMATS)]
+    Metric = Literal[tuple(GREATER_IS_BETTER)]
+    Optim = Literal[tuple(OPTIMIZERS)]
+    QuantMethod = Literal[tuple(QUANTISERS)]
+    Schedule = Literal[tuple(SCHEDULES)]

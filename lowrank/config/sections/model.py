@@ -1,0 +1,78 @@
+"""What is trained: the base."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from lowrank.config.sections.choices import Attention, QuantMethod
+from lowrank.config.sections.section import PathText, Section
+from lowrank.ops.dtypes import Dtype
+from lowrank.quantisers.registry import DEFAULT
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: PathText
+    """A folder with a saved model (relative to the current folder), or a name on the hub."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+
+    dtype: Literal["auto", Dtype] = "auto"
+    """What the base's weights are held in; auto takes the checkpoint's."""
+
+    attention: Attention = "auto"
+    """Attention backend: auto takes the fastest that is exact for this model and machine."""
+
+    device: str | None = None
+    """cpu, cuda, cuda:1 ...; by default the accelerator if there is one."""
+
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+
+
+class QuantizationSection(Section):
+    """The base is held in few bits, and the adapter is trained over it (QLoRA)."""
+
+    quant_method: QuantMethod = DEFAULT
+    """The library that quantises. What begins with load_in or bnb is about bitsandbytes."""
+
+    bits: int | None = None
+    """How many bits a weight has, for other libraries: torchao 8."""
+
+    load_in_4bit: bool = False
+    """Four bits a weight."""
+
+    load_in_8bit: bool = False
+    """Eight bits a weight."""
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The sixteen values that a 4-bit weight can have."""
+
+    bnb_4bit_use_double_quant: bool = False
+    """Quantise the scales as well: 0.4 bits a weight less."""
+
+    bnb_4bit_compute_dtype: Dtype = "bfloat16"
+    """What products are computed in."""
+
+    bnb_4bit_quant_storage: Literal["uint8", Dtype] = "uint8"
+    """What packed weights are stored as; sharding needs the model's own dtype."""
+
+    @property
+    def width(self) -> int:
+        """How many bits a weight has."""
+        return self.bits or (4 if self.load_in_4bit else 8)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.quant_method != DEFAULT and self.bits is None:
+            raise ValueError(f"bits is not set, and {self.quant_method} is told by it how many to take")
+        if self.quant_method == DEFAULT and self.load_in_4bit == self.load_in_8bit:
+            given = str(self.load_in_4bit).lower()
+            raise ValueError(
+                f"load_in_4bit is {given}, and so is load_in_8bit; set one to true, or leave the section out"
+            )
+        return self

@@ -1,0 +1,11 @@
+"""What can be asked of a merge; the command line reads the names here, so nothing loads torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+MergedDtype = Literal["float32", "bfloat16", "float16", "float64"]
+"""What merged weights can be stored in."""
+
+Rounding = Literal["nearest", "stochastic"]
+"""How sums become the weights' dtype."""
