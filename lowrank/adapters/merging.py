@@ -148,7 +148,7 @@ def _merge_layers(module: HostModule, kind: Kind | None, layers: dict[str, Layer
 def _merge_several(module: HostModule, kind: Kind | None, layers: list[Layer]) -> None:
     """Each difference is against the untouched weights, so that the order of the adapters does not matter."""
     own = dict(module.named_parameters(recurse=False))
-    exact = {name: nn.Parameter(p.to(precise(p)), requires_grad=False) for name, p in own.items()}
+    exact = {name: nn.Parameter(p.to(precise(p.dtype)), requires_grad=False) for name, p in own.items()}
     sums: dict[str, torch.Tensor] = {}
     for layer in layers:
         alone = _twin(module)

@@ -11,11 +11,11 @@ from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds.kind import HostModule, Kind
-from lowrank.adapters.methods.layer import precise
 from lowrank.adapters.modules import bare, named_modules
 from lowrank.adapters.targeting.patterns import matches_end, nearest
 from lowrank.adapters.targeting.uncalled import Calls, check_called
 from lowrank.errors import InputError
+from lowrank.ops.precision import precise
 
 
 class TokenRows(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank.adapters.install import hosts, remove
 from lowrank.adapters.kinds.kind import HostModule, Kind
-from lowrank.adapters.methods.layer import precise
+from lowrank.ops.precision import precise
 
 
 class WholeCopy(nn.Module):

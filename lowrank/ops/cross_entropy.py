@@ -120,7 +120,7 @@ def each_cross_entropy(
     """
     chunks = _chunks(hidden.shape[0], _chunk_rows(vocabulary, hidden.element_size()))
     found = [_losses_of_chunk(head(hidden[part]), labels[part], options, None, False) for part in chunks]
-    return torch.cat(found) if found else hidden.new_zeros(0, dtype=precise(hidden))
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=precise(hidden.dtype))
 
 
 def linear_cross_entropy_reference(
@@ -144,7 +144,7 @@ def cross_entropy(
 ) -> torch.Tensor:
     """The cross-entropy of `logits` (n, V), what `options` say done to them first, each row as often as `row_weights`
     (n,) say: its sum, or (n,) under "none"."""
-    logits = options.logit_scale * logits.to(precise(logits))
+    logits = options.logit_scale * logits.to(precise(logits.dtype))
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=options.label_smoothing)
@@ -177,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         row_weights: torch.Tensor | None,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad
-        digits = precise(hidden)
+        digits = precise(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None
         d_weight = torch.zeros_like(weight, dtype=digits) if wanted[1] else None
         d_bias = torch.zeros_like(bias, dtype=digits) if bias is not None and wanted[2] else None
@@ -222,9 +222,9 @@ class _CrossEntropyThrough(torch.autograd.Function):
         *trained: nn.Parameter,
     ) -> torch.Tensor:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_trained = [torch.zeros_like(p, dtype=precise(p)) for p in trained]
+        d_trained = [torch.zeros_like(p, dtype=precise(p.dtype)) for p in trained]
         gradients = d_hidden is not None or bool(trained)
-        loss = torch.zeros((), dtype=precise(hidden), device=hidden.device)
+        loss = torch.zeros((), dtype=precise(hidden.dtype), device=hidden.device)
         bytes_each = 2 * hidden.element_size()  # the head's backward pass may copy what it is given
         for part in _chunks(hidden.shape[0], _chunk_rows(vocabulary, bytes_each)):
             with torch.set_grad_enabled(gradients):
@@ -269,7 +269,7 @@ def _losses_of_block(
     logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, weights: torch.Tensor | None, gradient: bool
 ) -> torch.Tensor:
     changed = options.logit_scale != 1.0 or options.softcap is not None
-    z = logits.to(precise(logits), copy=changed)
+    z = logits.to(precise(logits.dtype), copy=changed)
     if changed:
         _scale_and_cap(z, options)
     target = labels[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lowrank.ops.low_rank import LowRank
+from lowrank.ops.precision import precise
 
 
 def merged_weight(weight: torch.Tensor, term: LowRank, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -17,6 +18,6 @@ def merged_weight(weight: torch.Tensor, term: LowRank, out: torch.Tensor | None 
     Returns:
         (out, in) in the dtype of the sum; the caller rounds once.
     """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = precise(weight.dtype)
     merged = torch.addmm(weight.to(dtype), term.B.to(dtype), term.A.to(dtype), alpha=term.scale, out=out)
     return merged if term.gain is None else merged.mul_(term.gain.to(dtype)[:, None])

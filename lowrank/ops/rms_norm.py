@@ -33,7 +33,7 @@ def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: boo
 
 def rms_norm_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
     """The same in plain operations."""
-    precise_x = x.to(precise(x))
+    precise_x = x.to(precise(x.dtype))
     normed = precise_x * torch.rsqrt(precise_x.square().mean(-1, keepdim=True) + eps)
     return gain * normed.to(x.dtype) if rounded_first else (normed * gain.to(normed.dtype)).to(x.dtype)
 
@@ -41,7 +41,7 @@ def rms_norm_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
-        precise_x = x.to(precise(x))
+        precise_x = x.to(precise(x.dtype))
         scale = precise_x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # a vector norm rounds ten times worse
         ctx.save_for_backward(x, gain, scale)
         normed = precise_x * scale

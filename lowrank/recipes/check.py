@@ -15,6 +15,7 @@ from lowrank.adapters import describe
 from lowrank.config import RunConfig, load_config
 from lowrank.config.sections import TrainingSection
 from lowrank.errors import InputError, JobError
+from lowrank.recipes.parts.followers import keeping_of
 from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
 from lowrank.recipes.parts.memory_trial import estimate_memory
 from lowrank.recipes.parts.resume import refuse_a_run_in
@@ -114,12 +115,7 @@ def _written_bytes(training: TrainingSection, trained: int, steps: int, tokenize
         tokenizer: Bytes of the tokenizer, which lies beside every adapter.
         with_adapter: Whether a checkpoint holds the adapter as people use it, beside what training needs to go on.
     """
-    besides = 1 + training.load_best_model_at_end  # the one being written, and the best
-    most = training.save_total_limit + besides
-    if training.save_minutes is None:
-        every = [training.save_steps, training.eval_steps if training.load_best_model_at_end else None]
-        taken = sum(-(-steps // each) for each in every if each is not None)
-        most = min(most, max(taken, 1))  # one where the run is stopped
+    most = keeping_of(training).most(steps, training.eval_steps if training.load_best_model_at_end else None)
     adapters = (trained + tokenizer) * (1 + most * with_adapter)
     return adapters + trained * most * (1 + ADAM_BYTES)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from lowrank.errors import InputError
+from lowrank.ops.dtypes import Dtype
 from lowrank.paths import expanded
 from lowrank.weights import ExtractReport, extract
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def extract_adapter(
@@ -27,8 +27,8 @@ def extract_adapter(
     trust_remote_code: bool = False,
 ) -> ExtractReport:
     """Extracts with a progress bar, and prints rank and kept energy of every module."""
-    if dtype not in _DTYPES:
-        raise InputError(f"the dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    if dtype not in get_args(Dtype):
+        raise InputError(f"the dtype {dtype!r} is not one of {', '.join(get_args(Dtype))}")
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("extracting", total=None)
@@ -38,7 +38,7 @@ def extract_adapter(
             r,
             out=expanded(out),
             energy=energy,
-            dtype=_DTYPES[dtype],
+            dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

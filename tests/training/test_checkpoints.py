@@ -13,6 +13,7 @@ from tiny import tiny_llama
 
 import lowrank
 from lowrank.errors import InputError, JobError
+from lowrank.training.checkpoints.keeping import Keeping
 from lowrank.training.checkpoints.snapshot import capture, restore
 from lowrank.training.checkpoints.state import read_state
 from lowrank.training.checkpoints.writer import Checkpoints, checkpoints_in
@@ -46,8 +47,9 @@ def take_steps(run: Run, count: int) -> None:
 
 
 def callback(**options) -> Checkpoints:
-    settings = {"steps": None, "minutes": None, "keep": 2, **options}
-    return Checkpoints(lambda folder: (folder / "weights").write_text("x"), settings.pop("told", print), **settings)
+    keeping = Keeping(options.pop("keep", 2), options.pop("steps", None), options.pop("minutes", None))
+    save = lambda folder: (folder / "weights").write_text("x")  # noqa: E731
+    return Checkpoints(save, options.pop("told", print), keeping, **options)
 
 
 def there(run: Run) -> list[str]:

@@ -25,6 +25,7 @@ from lowrank.errors import InputError
 from lowrank.ops.adapted_weight import AdaptedWeight, teach_compiler
 from lowrank.ops.low_rank import LowRank
 from lowrank.ops.merged import merged_weight
+from lowrank.ops.precision import precise
 
 
 def is_transposed(module: HostModule) -> bool:
@@ -76,7 +77,7 @@ class ExpertFactors(nn.Module):
         self.transposed, self.trained_scale = transposed and self.stacked, scale
         self.strength = Setting(1.0)
         out_features, in_features = (d2, d1) if self.transposed else (d1, d2)
-        dtype = torch.float64 if beside.dtype == torch.float64 else torch.float32
+        dtype = precise(beside.dtype)
         rows = self.experts * r
         self.lora_A = nn.Parameter(torch.empty(rows, in_features, device=beside.device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.empty(rows, out_features, device=beside.device, dtype=dtype))

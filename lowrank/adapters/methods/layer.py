@@ -15,6 +15,7 @@ from lowrank.adapters.targeting.targets import pattern_value
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
 from lowrank.ops.merged import merged_weight
+from lowrank.ops.precision import precise
 
 
 class Layer(Protocol):
@@ -185,11 +186,6 @@ def own_bias(config: AdapterConfig, module: HostModule) -> nn.Parameter | None:
     if config.bias == "none" or bias is None:
         return None
     return nn.Parameter(bias.detach().clone().to(precise(bias.dtype)))
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """What an adapter is kept in beside weights of `dtype`: float32, float64 beside float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rank_and_scale(config: LoraConfig, path: str) -> tuple[int, float]:

@@ -12,6 +12,7 @@ from lowrank.config.sections.adapter import (
 )
 from lowrank.config.sections.data import DataSection, SourceSection
 from lowrank.config.sections.model import ModelSection, QuantizationSection
+from lowrank.config.sections.section import OnResume
 from lowrank.config.sections.training import MAX_SEED, ParameterGroup, TrainingSection
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FullSection",
     "LoraSection",
     "ModelSection",
+    "OnResume",
     "ParameterGroup",
     "QuantizationSection",
     "SourceSection",

@@ -1,7 +1,8 @@
-"""What all sections share."""
+"""What all sections share: paths, counts of tokens, and which fields may be another when a run is resumed."""
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
@@ -14,6 +15,17 @@ class Section(BaseModel):
     """A section of a run's config: its fields' docstrings are its documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class OnResume(Enum):
+    """A mark on a field: a run may be resumed with another value, for it cannot alter what is trained. A field without
+    one must be as it was."""
+
+    FREE = "free"
+    """Nor can the run's length, where its schedule does not look ahead, nor how its steps' batches are shared out; of
+    both a checkpoint is asked besides."""
+    FREE_UNLESS_JUDGED = "free unless judged"
+    """Not where evaluations decide what comes out: when the run ends, or which weights are taken."""
 
 
 def _path(written: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from lowrank.config.sections.choices import Comparison, Metric, Optim, Schedule
-from lowrank.config.sections.section import PathText, Section, Tokens
+from lowrank.config.sections.section import OnResume, PathText, Section, Tokens
 from lowrank.training.transforms.recompute_modes import RecomputeMode
 
 MAX_SEED = 2**32 - 1
@@ -39,13 +39,13 @@ class ParameterGroup(Section):
 class TrainingSection(Section):
     """How it is trained."""
 
-    output_dir: PathText
+    output_dir: Annotated[PathText, OnResume.FREE]
     """The run's folder (relative to the current folder); it must not hold a run already."""
 
-    num_train_epochs: float = Field(default=1.0, gt=0)
+    num_train_epochs: Annotated[float, OnResume.FREE] = Field(default=1.0, gt=0)
     """Passes over the data."""
 
-    max_steps: int = -1
+    max_steps: Annotated[int, OnResume.FREE] = -1
     """Optimiser steps; a positive number stands before num_train_epochs."""
 
     tokens_per_batch: Tokens | None = None
@@ -54,10 +54,10 @@ class TrainingSection(Section):
     per_device_train_batch_size: int = Field(default=8, ge=1)
     """Rows in a padded batch (data.packing: false)."""
 
-    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    per_device_eval_batch_size: Annotated[int, OnResume.FREE_UNLESS_JUDGED] = Field(default=8, ge=1)
     """Rows in a batch of the evaluation, prompts that are answered at a time."""
 
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: Annotated[int, OnResume.FREE] = Field(default=1, ge=1)
     """Batches in an optimiser step for each process. The loss is normalised over all of them at once."""
 
     tokens_per_step: Tokens | None = None
@@ -132,34 +132,34 @@ class TrainingSection(Section):
     seed: int = 42
     """Of the adapter's start, the order of the data, and dropout."""
 
-    num_processes: int | None = Field(default=None, ge=1)
+    num_processes: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)
     """How many processes share each step's batches; refused where another number was launched. Launch them with
     torchrun --nproc_per_node N -m lowrank train CONFIG."""
 
-    fsdp: bool = False
+    fsdp: Annotated[bool, OnResume.FREE] = False
     """Shard the frozen base between the processes (FSDP2) instead of holding all of it in each."""
 
-    report_to: str | list[str] = "auto"
+    report_to: Annotated[str | list[str], OnResume.FREE] = "auto"
     """Trackers: tensorboard, wandb, trackio, mlflow and others that accelerate knows, one or a list; none; auto is
     tensorboard where it is installed. metrics.jsonl and report.html are written anyway."""
 
-    logging_steps: int = Field(default=1, ge=1)
+    logging_steps: Annotated[int, OnResume.FREE] = Field(default=1, ge=1)
     """Lines of progress, where the output is no terminal, come every so many steps."""
 
-    eval_steps: int | None = Field(default=None, ge=1)
+    eval_steps: Annotated[int | None, OnResume.FREE_UNLESS_JUDGED] = Field(default=None, ge=1)
     """Evaluate the loss every so many steps; after training it is done anyway."""
 
     eval_on_start: bool = True
     """Evaluate before the first step too: what the base can do is what the result is compared with."""
 
-    save_steps: int | None = Field(default=None, ge=1)
+    save_steps: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)
     """Write a checkpoint every so many steps."""
 
-    save_minutes: float | None = Field(default=10.0, gt=0)
+    save_minutes: Annotated[float | None, OnResume.FREE] = Field(default=10.0, gt=0)
     """Write a checkpoint when so many minutes have gone by since the last one, and after the last step. Null writes
     them every save_steps alone, or, where that is null too, only when the run is stopped."""
 
-    save_total_limit: int = Field(default=2, ge=1)
+    save_total_limit: Annotated[int, OnResume.FREE] = Field(default=2, ge=1)
     """How many of the newest checkpoints stay; the best one stays besides."""
 
     early_stopping_patience: int | None = Field(default=None, ge=1)
@@ -174,13 +174,13 @@ class TrainingSection(Section):
     max_skipped_steps: int = Field(default=5, ge=0)
     """A step whose loss or gradients are not finite is skipped; more of them in a row end the run."""
 
-    predict_with_generate: bool = False
+    predict_with_generate: Annotated[bool, OnResume.FREE_UNLESS_JUDGED] = False
     """Also generate an answer to every evaluation row and compare it with the row's own."""
 
-    generation_max_new_tokens: int = Field(default=128, ge=1)
+    generation_max_new_tokens: Annotated[int, OnResume.FREE_UNLESS_JUDGED] = Field(default=128, ge=1)
     """Longest generated answer."""
 
-    exact_match: Comparison = "text"
+    exact_match: Annotated[Comparison, OnResume.FREE_UNLESS_JUDGED] = "text"
     """How answers are compared: as text, or as JSON values."""
 
     @model_validator(mode="after")

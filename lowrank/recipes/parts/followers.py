@@ -27,6 +27,7 @@ from lowrank.training.callbacks.progress import Screen
 from lowrank.training.callbacks.run_report import FILE as REPORT
 from lowrank.training.callbacks.run_report import ReportWriter
 from lowrank.training.callbacks.trackers import Trackers
+from lowrank.training.checkpoints.keeping import Keeping
 from lowrank.training.checkpoints.writer import Checkpoints
 from lowrank.training.evaluation.best import Best
 from lowrank.training.evaluation.evaluation import Evaluation
@@ -136,9 +137,12 @@ def _checkpoints_of(
     return Checkpoints(
         partial(save_adapter, run.model, tokenizer) if describe(run.model) else lambda folder: None,
         told,
-        steps=training.save_steps,
-        minutes=training.save_minutes,
-        keep=training.save_total_limit,
+        keeping_of(training),
         best=best,
         ranks=ranks,
     )
+
+
+def keeping_of(training: TrainingSection) -> Keeping:
+    """What the config does with checkpoints."""
+    return Keeping(training.save_total_limit, training.save_steps, training.save_minutes)

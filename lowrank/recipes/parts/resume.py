@@ -15,7 +15,7 @@ import torch
 from lowrank.adapters import AdaLoraConfig
 from lowrank.config import RunConfig, load_config
 from lowrank.config.loading import CONFIG
-from lowrank.config.sections import AdapterSection, TrainingSection
+from lowrank.config.sections import AdapterSection, OnResume, TrainingSection
 from lowrank.errors import InputError
 from lowrank.recipes.parts.optimisation import schedule_for
 from lowrank.storage.lock import FILE as LOCK
@@ -24,20 +24,8 @@ from lowrank.storage.whole_file import unfinished
 from lowrank.training.checkpoints.writer import checkpoints_in, step_of
 from lowrank.training.machine.ranks import Ranks
 
-# Changes here cannot alter what is trained, and neither can the run's length where its schedule does not look ahead.
-FREE = frozenset(
-    f"training.{name}"
-    for name in (
-        *("output_dir", "logging_steps", "save_steps", "save_minutes", "save_total_limit"),
-        *("predict_with_generate", "generation_max_new_tokens", "exact_match", "per_device_eval_batch_size"),
-        *("eval_steps", "num_train_epochs", "max_steps", "report_to"),
-        *("num_processes", "fsdp", "gradient_accumulation_steps"),  # their product is compared
-    )
-)
-JUDGED = ("load_best_model_at_end", "early_stopping_patience")  # with these, evaluations decide what comes out
-HOW_JUDGED = frozenset(
-    ("eval_steps", "predict_with_generate", "generation_max_new_tokens", "exact_match", "per_device_eval_batch_size")
-)
+JUDGED = ("load_best_model_at_end", "early_stopping_patience")
+"""Of the training section: with these, evaluations decide what comes out."""
 
 
 def refuse_a_run_in(output: Path) -> None:
@@ -138,9 +126,7 @@ def on_day(config: RunConfig, day: str | None) -> RunConfig:
 
 def refuse_another_config(earlier: RunConfig, now: RunConfig, output: Path) -> None:
     """Raises InputError with the differences, if any matters."""
-    free = FREE
-    if any(getattr(now.training, name, None) for name in JUDGED):
-        free = FREE - {f"training.{name}" for name in HOW_JUDGED}
+    free = _free_keys(now)
     changed = [line for key, line in _differences(earlier, now).items() if key not in free]
     if changed:
         raise InputError(
@@ -148,6 +134,20 @@ def refuse_another_config(earlier: RunConfig, now: RunConfig, output: Path) -> N
             where=str(output / CONFIG),
             fix=f"Resume with that one (lowrank train {output / CONFIG} --resume), or start anew in another folder.",
         )
+
+
+def _free_keys(config: RunConfig) -> set[str]:
+    """What ("section.key") may be another when this run is resumed: the fields that are marked so."""
+    judged = any(getattr(config.training, name) for name in JUDGED)
+    marks = {OnResume.FREE} if judged else {OnResume.FREE, OnResume.FREE_UNLESS_JUDGED}
+    sections = {name: getattr(config, name) for name in type(config).model_fields}
+    return {
+        f"{name}.{key}"
+        for name, section in sections.items()
+        if section is not None
+        for key, field in type(section).model_fields.items()
+        if not marks.isdisjoint(mark for mark in field.metadata if isinstance(mark, OnResume))
+    }
 
 
 def refuse_another_schedule(

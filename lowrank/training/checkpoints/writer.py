@@ -13,6 +13,7 @@ from typing import Any
 
 from lowrank.errors import JobError
 from lowrank.storage.folders import new_folder
+from lowrank.training.checkpoints.keeping import Keeping
 from lowrank.training.checkpoints.snapshot import capture
 from lowrank.training.checkpoints.state import write_state
 from lowrank.training.evaluation.best import Best
@@ -38,7 +39,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 class Checkpoints(Callback):
-    """Writes checkpoints when they are due, and keeps the newest and the best of them.
+    """Writes checkpoints when they are due, and takes those away that do not stay.
 
     A checkpoint that cannot be written leaves the older ones as they are; training goes on, and it is tried again a
     minute later. `told` says so.
@@ -48,10 +49,8 @@ class Checkpoints(Callback):
         self,
         save_weights: Callable[[Path], object],
         told: Callable[[str], object],
+        keeping: Keeping,
         *,
-        steps: int | None,
-        minutes: float | None,
-        keep: int,
         best: Best | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -60,14 +59,12 @@ class Checkpoints(Callback):
         Args:
             save_weights: Writes the adapter, as people use it, into a folder.
             told: Shows a person a line.
-            steps: A checkpoint every so many steps.
-            minutes: And when so many minutes have gone by since the last one.
-            keep: How many of the newest stay.
-            best: Tells which evaluation was the best so far; its checkpoint stays too.
+            keeping: When, and which stay.
+            best: Tells which evaluation was the best so far, where that matters.
             ranks: The run's processes: all gather the state, the first writes it.
         """
         self.save_weights, self.told = save_weights, told
-        self.steps, self.minutes, self.keep, self.best, self.ranks = steps, minutes, keep, best, ranks
+        self.keeping, self.best, self.ranks = keeping, best, ranks
         self._written = time.monotonic()
         self._retry_at = float("inf")
         self._best_before: dict[str, Any] = {}
@@ -144,18 +141,14 @@ class Checkpoints(Callback):
         return None
 
     def _due(self, run: Run) -> bool:
-        now = time.monotonic()
-        by_steps = self.steps is not None and run.step % self.steps == 0
-        by_time = self.minutes is not None and now - self._written >= 60 * self.minutes
-        at_the_end = run.step == run.total_steps and (self.steps is not None or self.minutes is not None)
-        best_now = self.best is not None and self.best.step == run.step
-        return run.stop or at_the_end or by_steps or by_time or best_now or now >= self._retry_at
+        now, best = time.monotonic(), None if self.best is None else self.best.step
+        due = self.keeping.due(run.step, (now - self._written) / 60, last=run.step == run.total_steps, best=best)
+        return run.stop or due or now >= self._retry_at
 
     def _drop_old(self, run: Run) -> None:
-        best = None if self.best is None else self.best.step
-        for path in checkpoints_in(run.output_dir)[: -self.keep]:
-            if step_of(path) != best:
-                shutil.rmtree(path)
+        there = {step_of(path): path for path in checkpoints_in(run.output_dir)}
+        for step in self.keeping.dropped(list(there), None if self.best is None else self.best.step):
+            shutil.rmtree(there[step])
 
 
 def _cannot_write(error: JobError, run: Run) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lowrank.errors import InputError
+from lowrank.ops.precision import precise
 from lowrank.weights.files.adapter_file import shorten
 from lowrank.weights.files.dequantise import decode_stored
 from lowrank.weights.files.model_folder import ModelFolder
@@ -95,5 +96,5 @@ def _held(stored: Stored, name: str) -> str | None:
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point():
-        return tensor if tensor.dtype == torch.float64 else tensor.float()
+        return tensor.to(precise(tensor.dtype))
     return tensor.to(torch.int64)

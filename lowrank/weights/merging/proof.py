@@ -19,6 +19,7 @@ import torch
 
 from lowrank.adapters.tying import tied_group
 from lowrank.errors import JobError
+from lowrank.ops.precision import precise
 from lowrank.storage.tensorfile import TensorFile, open_tensors, read_bytes
 from lowrank.weights.files.adapter_file import FACTOR, AdapterFile, shorten
 from lowrank.weights.files.model_folder import ModelFolder
@@ -158,7 +159,7 @@ class Trial:
             for first in sorted(starts):
                 last = min(first + step, len(products))
                 data = _read(file, planned.name, first * row, last * row).view(last - first, -1)
-                dtype = torch.promote_types(data.dtype, torch.float32)
+                dtype = precise(data.dtype)
                 values = BUFFERS.take("values", data.numel(), dtype).view(data.shape).copy_(data)
                 hoped = products[first:last].to(values.dtype)
                 got = values @ self.signs(values.shape[1]).to(values.dtype)
