@@ -180,8 +180,9 @@ def check_sharing(model: PreTrainedModel) -> None:
         seen = max(_influence(model, found, _TREE, _PARENTS, changed) for changed in range(len(_TREE)))
         parts, logits, apart = ids.split(_TREE, dim=1), found.split(_TREE, dim=1), []
         for path in ((0, 1, 3), (0, 2)):
+            # Without position_ids: a model that counts from elsewhere than 0 does so here.
             row = torch.cat([parts[number] for number in path], dim=1)
-            alone = _logits(model, row, (row.shape[1],))
+            alone = model(input_ids=row, use_cache=False).logits.detach().float()
             apart.append(_share(torch.cat([logits[number] for number in path], dim=1), alone))
     if not seen <= _UNSEEN.get(model.dtype, _UNSEEN_16_BITS):
         raise _cannot_share(model, f"one example changes the logits of another by {seen:.1e} of their size")
