@@ -25,7 +25,7 @@ class RunSections(BaseModel):
     """The base model."""
 
     quantization: QuantizationSection | None = None
-    """bitsandbytes' options, for a base held in 4 or 8 bits (QLoRA); left out, the base is not quantised."""
+    """For a base held in 4 or 8 bits (QLoRA); left out, it is not quantised."""
 
     adapter: AdapterSection = LoraSection()
     """What is trained on top of the base."""

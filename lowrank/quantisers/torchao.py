@@ -106,8 +106,9 @@ class TorchAo:
 
     def stored(self, file: TensorFile, shape: Callable[[str], tuple[int, int] | None]) -> StoredWeights:
         """Values and scales row by row; a zero point where the file has one."""
-        scales = [name for name in file.entries if _part(name) == _SCALE]
-        decoders = {_beside(name, "weight"): _stored(file, name, shape) for name in scales}
+        weights = {_beside(name, "weight") for name in file.entries if _part(name) == _SCALE}
+        weights |= {name for name, entry in file.entries.items() if _part(name) == "weight" and entry.dtype == "I8"}
+        decoders = {name: _stored(file, name, shape) for name in sorted(weights)}
         return StoredWeights(decoders, {name for name in file.entries if _part(name) in (_SCALE, _ZERO)})
 
     def quantise(self, weight: torch.Tensor, config: QuantizationConfigMixin) -> Decoder:
@@ -163,12 +164,11 @@ def _rows_of(tensor: torch.Tensor) -> Rows:
     return lambda first, last: tensor if len(tensor) == 1 else tensor[first:last]
 
 
-def _stored(file: TensorFile, scale_name: str, shape: Callable[[str], tuple[int, int] | None]) -> Decoder:
-    weight, zero_name = _beside(scale_name, "weight"), _beside(scale_name, _ZERO)
-    scale, zero = file.entries[scale_name], file.entries.get(zero_name)
-    held = file.entries.get(weight)
+def _stored(file: TensorFile, weight: str, shape: Callable[[str], tuple[int, int] | None]) -> Decoder:
+    scale_name, zero_name = _beside(weight, _SCALE), _beside(weight, _ZERO)
+    held, scale, zero = (file.entries.get(name) for name in (weight, scale_name, zero_name))
     expected = None if held is None else shape(weight)
-    if held is None or expected is None or (held.shape, held.dtype) != (expected, "I8"):
+    if held is None or scale is None or expected is None or (held.shape, held.dtype) != (expected, "I8"):
         raise inconsistent(file, weight)
     rows, columns = expected
     fits = len(scale.shape) == 2 and scale.shape[0] in (1, rows) and columns % max(1, scale.shape[1]) == 0

@@ -14,6 +14,12 @@ CASES = [
      "is load_in_8bit; set one to true, or leave the section out"),
     (["quantization.load_in_8bit=true", "quantization.bnb_4bit_quant_type=nf4"], "--set quantization.bnb_4bit_quant_type: is about 4 "
      "bits, and load_in_8bit is true"),
+    (["quantization.load_in_4bit=true", "quantization.bits=4"], "--set quantization.bits: bitsandbytes is told by load_in_4bit or "
+     "load_in_8bit how many to take; leave it out"),
+    (["quantization={quant_method: torchao, bits: 8, load_in_8bit: true}"], "--set quantization: quantization.load_in_8bit: is about "
+     "bitsandbytes, and quant_method is torchao; leave it out"),
+    (["quantization={quant_method: torchao}"], "--set quantization: quantization.bits: is not set, and torchao is told by it how many "
+     "to take"),
     (["quantization.load_in_4bit=true", "adapter={method: full}"], "--set adapter: adapter.method: full trains the base's own "
      "weights, and quantization holds them in few bits; take lora, dora or adalora, or leave the section quantization out"),
     (["adapter.init_lora_weights=loftq"], "--set adapter.init_lora_weights: loftq begins with the error of a 4-bit base; set "
@@ -45,6 +51,7 @@ def test_what_does_not_go_together(told, good, overrides, message):
     "overrides",
     [
         ["quantization.load_in_8bit=true"],
+        ["quantization={quant_method: torchao, bits: 8}"],
         ["quantization.load_in_4bit=true", "adapter.init_lora_weights=loftq"],
         ["quantization=null", "adapter={method: full}"],
         [

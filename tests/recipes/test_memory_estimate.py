@@ -139,10 +139,12 @@ def test_dora_on_gpt2_with_answers(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_4_bit_qwen2(tmp_path):
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize(
+    "options", [{"load_in_4bit": True}, {"quant_method": "torchao", "bits": 8}], ids=["nf4", "int8"]
+)
+def test_a_quantised_qwen2(options, tmp_path):
     base = on_disk(tmp_path / "base", qwen2, torch.bfloat16)
-    compare(tmp_path, base, 1024, quantization={"load_in_4bit": True})
+    compare(tmp_path, base, 1024, quantization=options)
 
 
 @pytest.mark.slow

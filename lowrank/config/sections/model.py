@@ -41,7 +41,7 @@ class QuantizationSection(Section):
     """The library that quantises. What begins with load_in or bnb is about bitsandbytes."""
 
     bits: int | None = None
-    """How many bits a weight has, for other libraries: torchao 8."""
+    """How many bits a weight has, for libraries other than bitsandbytes."""
 
     load_in_4bit: bool = False
     """Four bits a weight."""

@@ -117,7 +117,8 @@ def _model(folder: Path, base: ModelFolder, quantization: dict[str, Any] | None)
     """In float32, where it is quantised from the dtype that it was quantised from in training."""
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
     if quantization:
-        options["dtype"] = getattr(torch, quantization.get(QUANTISED_FROM, "float32"))
+        noted = quantization.get(QUANTISED_FROM)
+        options["dtype"] = getattr(torch, noted) if noted else "auto"
         options["quantization_config"] = loading_config(quantization)
     model = type(base.skeleton).from_pretrained(folder, **options)
     settle(model)
