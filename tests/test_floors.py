@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,14 @@ FLOORS = {
 }
 
 INSIDE = {
+    "adapters": [
+        {"kinds", "config", "activity"},
+        {"modules"},
+        {"targeting"},
+        {"initialisations"},
+        {"methods"},
+        {"experts"},
+    ],
     "data": [{"reading"}, {"examples"}, {"supervision"}, {"loading"}, {"batches"}, {"preview"}],
     "weights": [{"files"}, {"arithmetic", "merging"}],
     "training": [
@@ -118,6 +126,52 @@ def test_a_sub_room_imports_only_lower_ones(path):
     assert breaches_inside(path, path.read_text(encoding="utf-8")) == []
 
 
+def test_no_circles():
+    """Not even of imports inside of functions, or for type checkers alone."""
+    sources = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+    graph = {name: set(depends(path, sources)) - {name} for name, path in sources.items()}
+    assert circle(graph) is None
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(["lowrank", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def depends(path: Path, modules: Collection[str]) -> Iterator[str]:
+    """The modules that a file imports; where it takes one out of a package, that one and not the package."""
+    source = path.read_text(encoding="utf-8")
+    taken = {
+        f"{node.module}.{alias.name}": node.module
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if f"{node.module}.{alias.name}" in modules
+    }
+    package = ".".join(["lowrank", *path.relative_to(PACKAGE).parts[:-1]])
+    yield from taken
+    yield from (name for _, name in imported(source, package) if name in modules and name not in taken.values())
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """Modules that import one another in a ring, None where there is no ring."""
+    done: set[str] = set()
+
+    def walk(name: str, above: list[str]) -> list[str] | None:
+        if name in above:
+            return above[above.index(name) :]
+        if name in done:
+            return None
+        found = next(filter(None, (walk(other, [*above, name]) for other in sorted(graph[name]))), None)
+        done.add(name)
+        return found
+
+    return next(filter(None, (walk(name, []) for name in sorted(graph))), None)
+
+
 def test_every_sub_room_has_a_floor():
     for room, floors in INSIDE.items():
         rooms = {path.name for path in (PACKAGE / room).iterdir() if (path / "__init__.py").exists()}
@@ -127,6 +181,8 @@ def test_every_sub_room_has_a_floor():
 @pytest.mark.parametrize(
     ("place", "source"),
     [
+        ("adapters/kinds/x.py", "def f():\n    from lowrank.adapters.registry import METHODS"),
+        ("adapters/initialisations/x.py", "from lowrank.adapters.methods.lora import Lora"),
         ("data/reading/x.py", "from lowrank.data.batches.batch import Batch"),
         ("data/reading/x.py", "from lowrank.data.batches import batch"),
         ("training/losses/x.py", "from lowrank.training.loop import fit"),

@@ -15,20 +15,22 @@ if TYPE_CHECKING:
     from lowrank.adapters.activation import set_active as set_active
     from lowrank.adapters.activation import set_scale as set_scale
     from lowrank.adapters.activation import using as using
-    from lowrank.adapters.config import AdaLoraConfig as AdaLoraConfig
+    from lowrank.adapters.companions import RankBudget as RankBudget
+    from lowrank.adapters.companions import companion as companion
+    from lowrank.adapters.companions import orthogonality as orthogonality
     from lowrank.adapters.config import AdapterConfig as AdapterConfig
-    from lowrank.adapters.config import LoraConfig as LoraConfig
     from lowrank.adapters.conversion import as_lora as as_lora
     from lowrank.adapters.conversion import portable as portable
     from lowrank.adapters.inspection import AdapterInfo as AdapterInfo
     from lowrank.adapters.inspection import adapter_tensors as adapter_tensors
     from lowrank.adapters.inspection import config_of as config_of
     from lowrank.adapters.inspection import describe as describe
+    from lowrank.adapters.kinds.known import register_kind as register_kind
     from lowrank.adapters.merging import merge as merge
-    from lowrank.adapters.methods.adalora_budget import RankBudget as RankBudget
-    from lowrank.adapters.methods.adalora_budget import orthogonality as orthogonality
+    from lowrank.adapters.methods.adalora import AdaLoraConfig as AdaLoraConfig
+    from lowrank.adapters.methods.lora import LoraConfig as LoraConfig
     from lowrank.adapters.registry import METHODS as METHODS
-    from lowrank.adapters.registry import register_kind as register_kind
+    from lowrank.adapters.registry import method_of as method_of
     from lowrank.adapters.wrapping import delete as delete
     from lowrank.adapters.wrapping import rename as rename
     from lowrank.adapters.wrapping import unwrap as unwrap
@@ -37,12 +39,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "lowrank.adapters.activation": ("disabled", "routed", "scaled", "set_active", "set_scale", "using"),
-    "lowrank.adapters.methods.adalora_budget": ("RankBudget", "orthogonality"),
-    "lowrank.adapters.config": ("AdaLoraConfig", "AdapterConfig", "LoraConfig"),
+    "lowrank.adapters.companions": ("RankBudget", "companion", "orthogonality"),
+    "lowrank.adapters.config": ("AdapterConfig",),
     "lowrank.adapters.conversion": ("as_lora", "portable"),
     "lowrank.adapters.inspection": ("AdapterInfo", "adapter_tensors", "config_of", "describe"),
+    "lowrank.adapters.kinds.known": ("register_kind",),
     "lowrank.adapters.merging": ("merge",),
-    "lowrank.adapters.registry": ("METHODS", "register_kind"),
+    "lowrank.adapters.methods.adalora": ("AdaLoraConfig",),
+    "lowrank.adapters.methods.lora": ("LoraConfig",),
+    "lowrank.adapters.registry": ("METHODS", "method_of"),
     "lowrank.adapters.wrapping": ("delete", "rename", "unwrap", "wrap"),
     "lowrank.ops.low_rank": ("LowRank",),
 }

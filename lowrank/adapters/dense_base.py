@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lowrank.adapters.install import move
-from lowrank.adapters.kinds.kind import HostModule, kind_of
+from lowrank.adapters.kinds.kind import HostModule
+from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.modules import named_modules, submodule
 from lowrank.adapters.targeting.parameters import make_parameters_dense, quantised_names
 from lowrank.quantisers.registry import quantiser_of

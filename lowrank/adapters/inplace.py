@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lowrank.adapters.install import hosts
-from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.kinds.kind import HostModule
+from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.modules import ADAPTERS
 from lowrank.adapters.record import record_of
 from lowrank.adapters.token_rows import SharedTokens, TokenRows
@@ -17,16 +18,13 @@ Sizes = tuple[object, ...] | None
 
 def places_of(model: nn.Module, adapter: str) -> dict[str, Sizes]:
     """The modules that carry an adapter, and the sizes of each; None where those may change (single rows)."""
-    return {
-        path: _sizes(module, adapters.kind, adapters[adapter])
-        for path, module, adapters in hosts(model)
-        if adapter in adapters
-    }
+    return {path: _sizes(module, adapters[adapter]) for path, module, adapters in hosts(model) if adapter in adapters}
 
 
-def _sizes(module: HostModule, kind: Kind | None, layer: nn.Module) -> Sizes:
+def _sizes(module: HostModule, layer: nn.Module) -> Sizes:
     if isinstance(layer, WholeCopy):
         return tuple(tuple(parameter.shape) for name, parameter in module.named_parameters() if ADAPTERS not in name)
+    kind = kind_of(module)
     return None if kind is None or isinstance(layer, TokenRows | SharedTokens) else kind.shape(module)
 
 

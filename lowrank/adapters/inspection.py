@@ -10,7 +10,10 @@ from torch import nn
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.inplace import check_in_place
 from lowrank.adapters.install import hosts
+from lowrank.adapters.kinds.kind import HostModule
+from lowrank.adapters.methods.layer import LowRankLayer
 from lowrank.adapters.record import find_record, record_of
+from lowrank.adapters.registry import method_of
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,20 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     """
     record_of(model).check_known((adapter,))
     check_in_place(model, (adapter,))
-    return {
+    named = {
         f"{path}.{name}": tensor.detach()
         for path, module, adapters in hosts(model)
         if adapter in adapters
-        for name, tensor in adapters.layers()[adapter].in_file(module, adapters.kind).items()
+        for name, tensor in adapters.layers()[adapter].in_file(module).items()
     }
+    config = config_of(model, adapter)
+    shared = next((layer.shared for _, layer in layers_of(model, adapter).values()), None)
+    if shared is None or not method_of(config).saves_shared(config):
+        return named
+    return named | shared.tensors()
+
+
+def layers_of(model: nn.Module, adapter: str) -> dict[str, tuple[HostModule, LowRankLayer]]:
+    """The modules with factors of an adapter, by path, each with its layer."""
+    held = {path: (module, adapters.layers().get(adapter)) for path, module, adapters in hosts(model)}
+    return {path: (module, layer) for path, (module, layer) in held.items() if isinstance(layer, LowRankLayer)}

@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 from lowrank.adapters.activity import Setting
-from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.kinds.kind import HostModule
 from lowrank.adapters.methods.layer import JointLayer, Layer
 from lowrank.adapters.modules import ADAPTERS, named_modules
 from lowrank.adapters.recomputation import pin_recomputation
@@ -65,9 +65,9 @@ class AdapterSet(nn.ModuleDict):
 
     CHILD = ADAPTERS
 
-    def __init__(self, kind: Kind | None, activity: Activity) -> None:
+    def __init__(self, activity: Activity) -> None:
         super().__init__()
-        self.kind, self.activity = kind, activity
+        self.activity = activity
         # In evaluation torch's TransformerEncoderLayer reads the weights of all its modules and calls none of them,
         # unless one of them carries a hook.
         self.register_forward_pre_hook(_never_called)
@@ -86,7 +86,7 @@ def _never_called(adapters: nn.Module, args: Any) -> None:
     raise AssertionError("an adapter set is not called")
 
 
-def install(module: nn.Module, kind: Kind | None, activity: Activity) -> AdapterSet:
+def install(module: nn.Module, activity: Activity) -> AdapterSet:
     """The module's adapter set, a new one if it has none yet."""
     present = module._modules.get(AdapterSet.CHILD)
     if isinstance(present, AdapterSet):
@@ -100,7 +100,7 @@ def install(module: nn.Module, kind: Kind | None, activity: Activity) -> Adapter
             f"a {type(module).__name__} has had its forward replaced, which an adapter in its place would undo",
             fix="Patch the class instead of the module.",
         )
-    adapters = AdapterSet(kind, activity).train(module.training)
+    adapters = AdapterSet(activity).train(module.training)
     module.add_module(AdapterSet.CHILD, adapters)
     module.__dict__[_slot(module)] = functools.partial(adapted_forward, module)
     return adapters
@@ -131,7 +131,7 @@ def move(module: nn.Module, to: nn.Module) -> None:
     adapters = module._modules.get(AdapterSet.CHILD)
     if isinstance(adapters, AdapterSet):
         remove(module)
-        install(to, adapters.kind, adapters.activity).update(dict(adapters.items()))
+        install(to, adapters.activity).update(dict(adapters.items()))
 
 
 def _slot(module: nn.Module) -> str:
@@ -152,12 +152,12 @@ def adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
     choice = adapters.activity.now
     if choice.routing is not None:
         y = type(module).forward(module, *args, **kwargs)
-        return choice.routing.add(module, adapters.kind, adapters.layers(), y, args, kwargs)
+        return choice.routing.add(module, adapters.layers(), y, args, kwargs)
     layers = adapters.acting(choice.names)
     if len(layers) == 1:
-        return layers[0].output(module, adapters.kind, *args, **kwargs)
+        return layers[0].output(module, *args, **kwargs)
     if (joint := next((layer for layer in layers if isinstance(layer, JointLayer)), None)) is not None:
         return joint.output_together(module, layers, *args, **kwargs)
     y = type(module).forward(module, *args, **kwargs)
-    for_each = [layer.delta(module, adapters.kind, args[0], y) for layer in layers]
+    for_each = [layer.delta(module, args[0], y) for layer in layers]
     return sum(for_each, start=y)

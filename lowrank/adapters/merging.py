@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from lowrank.adapters.dense_base import dense_dtype, dense_twin, forget_quantisation, is_quantised, make_dense
 from lowrank.adapters.inplace import check_in_place
 from lowrank.adapters.install import AdapterSet, hosts
-from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.kinds.kind import HostModule
 from lowrank.adapters.methods.layer import JointLayer, Layer, LowRankLayer
 from lowrank.adapters.modules import bare
 from lowrank.adapters.offload import refuse_offloaded
@@ -65,13 +65,13 @@ def _merge(model: nn.Module, adapters: str | Sequence[str] | None) -> None:
     dtype = dense_dtype(model)
     for path, module, present in hosts(model):
         refuse_offloaded(path, module, "merged")
-        _check(path, module, present.kind, _chosen(present, names), dtype)
+        _check(path, module, _chosen(present, names), dtype)
     ties = Ties(model)
     with ExitStack() as undo:
         if quantised:
             make_dense(model, undo)
         for _, module, present in hosts(model):
-            _merge_layers(module, present.kind, _chosen(present, names))
+            _merge_layers(module, _chosen(present, names))
         undo.pop_all()
     unwrap(model)
     ties.settle()
@@ -92,7 +92,7 @@ def _chosen(adapters: AdapterSet, names: tuple[str, ...]) -> dict[str, Layer]:
     return {name: adapters.layers()[name] for name in names if name in adapters}
 
 
-def _check(path: str, module: HostModule, kind: Kind | None, layers: dict[str, Layer], dtype: torch.dtype) -> None:
+def _check(path: str, module: HostModule, layers: dict[str, Layer], dtype: torch.dtype) -> None:
     """Merges into a twin of the module, which is then forgotten.
 
     Raises:
@@ -104,7 +104,7 @@ def _check(path: str, module: HostModule, kind: Kind | None, layers: dict[str, L
             layer.check_mergeable(path, module)
     twin = dense_twin(module, dtype) if is_quantised(module) and not quantised_names(module) else _twin(module)
     before = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    _merge_layers(twin, kind, layers)
+    _merge_layers(twin, layers)
     for tensor in (*twin.parameters(), *twin.buffers()):
         if id(tensor) not in before and not _is_finite(tensor):
             raise JobError(f"merging {', '.join(layers)} into {path} gives values that are not finite")
@@ -131,21 +131,21 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _merge_layers(module: HostModule, kind: Kind | None, layers: dict[str, Layer]) -> None:
+def _merge_layers(module: HostModule, layers: dict[str, Layer]) -> None:
     acting = list(layers.values())
     if not acting:
         return
     if parametrize.is_parametrized(module) and not isinstance(acting[0], WholeCopy):
         make_parameters_dense(module)  # what is written to a parametrised weight would be changed
     if len(acting) == 1:
-        acting[0].merge_into(module, kind)
+        acting[0].merge_into(module)
     elif isinstance(acting[0], JointLayer):
         acting[0].merge_together(module, acting)
     else:
-        _merge_several(module, kind, acting)
+        _merge_several(module, acting)
 
 
-def _merge_several(module: HostModule, kind: Kind | None, layers: list[Layer]) -> None:
+def _merge_several(module: HostModule, layers: list[Layer]) -> None:
     """Each difference is against the untouched weights, so that the order of the adapters does not matter."""
     own = dict(module.named_parameters(recurse=False))
     exact = {name: nn.Parameter(p.to(precise(p.dtype)), requires_grad=False) for name, p in own.items()}
@@ -154,7 +154,7 @@ def _merge_several(module: HostModule, kind: Kind | None, layers: list[Layer]) -
         alone = _twin(module)
         for name, parameter in exact.items():
             setattr(alone, name, parameter)
-        layer.merge_into(alone, kind)
+        layer.merge_into(alone)
         for name, merged in alone.named_parameters(recurse=False):
             if merged is not exact.get(name):
                 sums[name] = sums.get(name, exact[name]) + (merged - exact[name])

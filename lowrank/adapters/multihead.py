@@ -13,11 +13,11 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.kinds.kind import HostModule
 from lowrank.adapters.kinds.linear import LinearKind
-from lowrank.adapters.methods.layer import JointLayer, Layer
-from lowrank.adapters.methods.lora import LoraLayer
+from lowrank.adapters.methods.layer import JointLayer, Layer, LowRankLayer
+from lowrank.adapters.methods.lora import Lora
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
 from lowrank.ops.merged import merged_weight
@@ -28,7 +28,7 @@ OUT_PROJ = "base_layer.out_proj"
 OUT_PROJ_TWICE = 2.0
 """peft adds ΔW to `out_proj` twice, acting and merged. Its files were trained so, and mean that."""
 
-_LINEAR = LinearKind()
+_LINEAR, _LORA = LinearKind(), Lora()
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
@@ -43,7 +43,7 @@ class MultiheadLayer(JointLayer, nn.Module):
         out_proj: On the output, W (embed_dim, embed_dim).
     """
 
-    def __init__(self, in_proj: LoraLayer, out_proj: LoraLayer) -> None:
+    def __init__(self, in_proj: LowRankLayer, out_proj: LowRankLayer) -> None:
         super().__init__()
         self.in_proj, self.out_proj = in_proj, out_proj
 
@@ -57,14 +57,13 @@ class MultiheadLayer(JointLayer, nn.Module):
         if not module._qkv_same_embed_dim:
             raise InputError(f"{path} has keys or values of another width than its queries, and no adapter fits that")
         _check_fields(config, path)
-        assert isinstance(config, LoraConfig)
         return cls(
-            LoraLayer.build(config, path, _in_projection(module), _LINEAR),
-            LoraLayer.build(config, path, module.out_proj, _LINEAR),
+            LowRankLayer.build(_LORA, config, path, _in_projection(module), _LINEAR),
+            LowRankLayer.build(_LORA, config, path, module.out_proj, _LINEAR),
         )
 
     def output_together(self, module: HostModule, layers: Sequence[Layer], *args: Any, **kwargs: Any) -> Any:
-        """See `JointLayer.output_together`."""
+        """The module's own forward, on a twin of it that holds the adapted matrices."""
         with torch.autocast(module.in_proj_weight.device.type, enabled=False):
             in_proj, out_proj, bias = _adapted(module, layers)
         projection = _twin(module.out_proj, weight=out_proj.to(module.out_proj.weight.dtype), bias=bias)
@@ -73,7 +72,7 @@ class MultiheadLayer(JointLayer, nn.Module):
 
     @torch.no_grad()
     def merge_together(self, module: HostModule, layers: Sequence[Layer]) -> None:
-        """See `JointLayer.merge_together`."""
+        """Both matrices with the terms of all of `layers`, rounded once."""
         in_proj, out_proj, bias = _adapted(module, layers)
         old = module.in_proj_weight
         module.in_proj_weight = nn.Parameter(in_proj.to(old.dtype), requires_grad=old.requires_grad)
@@ -81,10 +80,10 @@ class MultiheadLayer(JointLayer, nn.Module):
         if bias is not module.out_proj.bias and bias is not None:
             module.out_proj.bias = nn.Parameter(bias, requires_grad=module.out_proj.bias.requires_grad)
 
-    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
-        """See `Layer.in_file`."""
-        inner = self.out_proj.in_file(module.out_proj, _LINEAR)
-        own = self.in_proj.in_file(_in_projection(module), _LINEAR)
+    def in_file(self, module: HostModule) -> dict[str, torch.Tensor]:
+        """The factors of `in_proj_weight` under the module's own path, those of `out_proj` deeper."""
+        inner = self.out_proj.in_file(module.out_proj)
+        own = self.in_proj.in_file(_in_projection(module))
         return own | {f"{OUT_PROJ}.{name}": tensor for name, tensor in inner.items()}
 
 
@@ -107,8 +106,9 @@ def _adapted(module: HostModule, layers: Sequence[Layer]) -> tuple[torch.Tensor,
     return in_proj, out_proj, bias
 
 
-def _term(layer: LoraLayer, times: float = 1.0) -> LowRank:
-    return LowRank(layer.lora_A, layer.lora_B, times * layer.scale)
+def _term(layer: LowRankLayer, times: float = 1.0) -> LowRank:
+    factors = layer.factors()
+    return LowRank(factors["lora_A"], factors["lora_B"], times * layer.scale)
 
 
 def _in_projection(module: HostModule) -> HostModule:
@@ -127,10 +127,11 @@ def _twin(module: HostModule, **attributes: Any) -> HostModule:
 
 
 def _check_fields(config: AdapterConfig, path: str) -> None:
+    init = getattr(config, "init_lora_weights", None)
     refused = {
         "method": (config.method_name, config.method_name != "lora"),
         "lora_bias": (True, getattr(config, "lora_bias", False)),
-        "init_lora_weights": (config.init_lora_weights, config.init_lora_weights not in _INITIALISATIONS),
+        "init_lora_weights": (init, init not in _INITIALISATIONS),
     }
     for field, (value, is_set) in refused.items():
         if is_set:

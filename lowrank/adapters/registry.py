@@ -1,33 +1,49 @@
-"""Everything that can be plugged in, by name: one line each."""
+"""The methods by name: one line each.
+
+Whoever must know what a config, a tensor's name or a file's `peft_type` means asks here. A method of your own goes in
+from Python, `METHODS["mine"] = Mine()`, before anything that names it is read.
+"""
 
 from __future__ import annotations
 
-from lowrank.adapters.kinds.conv import ConvKind
-from lowrank.adapters.kinds.embedding import EmbeddingKind
-from lowrank.adapters.kinds.kind import Kind
-from lowrank.adapters.kinds.linear import Conv1DKind, LinearKind
-from lowrank.adapters.methods.adalora import AdaLoraLayer
-from lowrank.adapters.methods.dora import DoraLayer
-from lowrank.adapters.methods.layer import LowRankLayer
-from lowrank.adapters.methods.lora import LoraLayer
-from lowrank.errors import InputError
+from functools import lru_cache
 
-METHODS: dict[str, type[LowRankLayer]] = {"lora": LoraLayer, "dora": DoraLayer, "adalora": AdaLoraLayer}
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.kinds.factor import Factor
+from lowrank.adapters.methods.adalora import AdaLora
+from lowrank.adapters.methods.dora import Dora
+from lowrank.adapters.methods.lora import Lora
+from lowrank.adapters.methods.method import Method
 
-KINDS: list[Kind] = [LinearKind(), Conv1DKind(), EmbeddingKind(), ConvKind()]
-"""The first that fits a module is its kind."""
+METHODS: dict[str, Method] = {
+    "lora": Lora(),
+    "dora": Dora(),
+    "adalora": AdaLora(),
+}
 
 
-def register_kind(kind: Kind) -> None:
-    """Lets adapters sit on a kind of module of your own; it is asked before those that are known.
+def method_of(config: AdapterConfig) -> Method:
+    """The method that a config is of."""
+    return METHODS[config.method_name]
 
-    Such a module has a `weight` and a `bias` (None for none). Register its kind in every process that wraps, loads or
-    merges it.
 
-    Raises:
-        InputError: `kind` lacks something that a `Kind` has.
-    """
-    asked = {*Kind.__annotations__, *(name for name in vars(Kind) if not name.startswith("_"))}
-    if lacking := sorted(name for name in asked if not hasattr(kind, name)):
-        raise InputError(f"{type(kind).__name__} is no kind of module: it lacks {', '.join(lacking)}")
-    KINDS.insert(0, kind)
+def methods_of_type(peft_type: object) -> list[Method]:
+    """Those whose files bear that `peft_type`; a file that says no more is read by the first."""
+    return [method for method in METHODS.values() if method.peft_type == peft_type]
+
+
+def shared_names() -> set[str]:
+    """What any method's tensors are called that all modules of an adapter have in common."""
+    return {name for method in METHODS.values() for name in method.shared}
+
+
+def factor_names() -> dict[str, Factor]:
+    """What any method's tensors are called in files after a module's path, with and without ".weight"."""
+    return _factor_names(tuple(METHODS.values()))
+
+
+@lru_cache(1)
+def _factor_names(methods: tuple[Method, ...]) -> dict[str, Factor]:
+    factors = [factor for method in methods for factor in method.factors]
+    named = {name: factor for factor in factors for name in (factor.in_file, factor.on_table or factor.in_file)}
+    return named | {f"{factor.name}{end}": factor for factor in factors for end in ("", ".weight")}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.kinds.kind import HostModule
 from lowrank.adapters.methods.layer import Layer
 from lowrank.adapters.modules import bare, submodule
 from lowrank.errors import InputError
@@ -38,7 +38,6 @@ class Routing:
     def add(
         self,
         module: HostModule,
-        kind: Kind | None,
         layers: Mapping[str, Layer],
         y: Any,
         args: tuple[Any, ...],
@@ -64,9 +63,9 @@ class Routing:
         for name in present:
             index = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
             if layers[name].replaces:
-                y = y.index_copy(0, index, layers[name].output(module, kind, x[index]).to(y.dtype))
+                y = y.index_copy(0, index, layers[name].output(module, x[index]).to(y.dtype))
             else:
-                delta = layers[name].delta(module, kind, x[index], y[index])
+                delta = layers[name].delta(module, x[index], y[index])
                 y = y.index_add(0, index, delta.to(y.dtype).expand(len(index), *y.shape[1:]))
         return y
 

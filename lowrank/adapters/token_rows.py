@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.kinds.kind import HostModule, Kind
+from lowrank.adapters.kinds.kind import HostModule
 from lowrank.adapters.modules import bare, named_modules
-from lowrank.adapters.targeting.patterns import matches_end, nearest
+from lowrank.adapters.targeting.matching import matches_end
+from lowrank.adapters.targeting.patterns import nearest
 from lowrank.adapters.targeting.uncalled import Calls, check_called
 from lowrank.errors import InputError
 from lowrank.ops.precision import precise
@@ -42,8 +43,8 @@ class TokenRows(nn.Module):
         self.rows = nn.Parameter(weight.to(precise(weight.dtype)))
         self.obstacle: str | None = None
 
-    def output(self, module: HostModule, kind: Kind | None, x: torch.Tensor) -> torch.Tensor:
-        """See `Layer.output`."""
+    def output(self, module: HostModule, x: torch.Tensor) -> torch.Tensor:
+        """The module's own output, but for what the trained rows give."""
         y = type(module).forward(module, x)
         return self._looked_up(module, x, y) if isinstance(module, nn.Embedding) else self._logits(module, x, y)
 
@@ -61,11 +62,11 @@ class TokenRows(nn.Module):
         logits = F.linear(hidden, self.rows.to(hidden.dtype), bias)
         return y.index_copy(-1, self.tokens, logits.to(y.dtype))
 
-    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """See `Layer.delta`."""
-        return self.output(module, kind, x) - y
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What that output is beside the module's own y."""
+        return self.output(module, x) - y
 
-    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+    def in_file(self, module: HostModule) -> dict[str, torch.Tensor]:
         """peft's name; rows in the order that the config names their tokens in."""
         return {"token_adapter.trainable_tokens_delta": self.rows}
 
@@ -75,7 +76,7 @@ class TokenRows(nn.Module):
             raise InputError(f"{path} cannot be merged: {self.obstacle}", fix="Use the adapter without merging it.")
 
     @torch.no_grad()
-    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
+    def merge_into(self, module: HostModule) -> None:
         """Into a new weight: what follows gets an equal one, and shares it again (see `Ties`)."""
         weight = module.weight.detach().clone()
         weight[self.tokens] = self.rows.to(weight.dtype)
@@ -91,21 +92,21 @@ class SharedTokens(nn.Module):
         super().__init__()
         self.rows = rows
 
-    def output(self, module: HostModule, kind: Kind | None, x: torch.Tensor) -> torch.Tensor:
-        """See `Layer.output`."""
-        return self.rows.output(module, kind, x)
+    def output(self, module: HostModule, x: torch.Tensor) -> torch.Tensor:
+        """The same, with the other module's rows."""
+        return self.rows.output(module, x)
 
-    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """See `Layer.delta`."""
-        return self.rows.delta(module, kind, x, y)
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The same, with the other module's rows."""
+        return self.rows.delta(module, x, y)
 
-    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+    def in_file(self, module: HostModule) -> dict[str, torch.Tensor]:
         """Nothing: the other module's layer holds the rows."""
         return {}
 
-    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
+    def merge_into(self, module: HostModule) -> None:
         """The same rows."""
-        self.rows.merge_into(module, kind)
+        self.rows.merge_into(module)
 
 
 @dataclass(frozen=True, slots=True)

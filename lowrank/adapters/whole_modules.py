@@ -27,20 +27,20 @@ class WholeCopy(nn.Module):
             parameter.data = parameter.data.clone()  # a tied weight is untied here
             parameter.requires_grad_(parameter.is_floating_point())
 
-    def output(self, module: HostModule, kind: Kind | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See `Layer.output`."""
+    def output(self, module: HostModule, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The copy's output."""
         return self.module(*args, **kwargs)
 
-    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """See `Layer.delta`."""
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What it is beside the module's own output y."""
         return self.module(x) - y
 
-    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+    def in_file(self, module: HostModule) -> dict[str, torch.Tensor]:
         """The module's own names."""
         return self.module.state_dict(keep_vars=True)
 
     @torch.no_grad()
-    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
+    def merge_into(self, module: HostModule) -> None:
         """New parameters and buffers: what was tied to the old ones keeps those, and what is tied inside stays so."""
         made: dict[int, nn.Parameter] = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
@@ -59,25 +59,26 @@ class BiasCopy(nn.Module):
 
     replaces = False
 
-    def __init__(self, module: HostModule) -> None:
+    def __init__(self, module: HostModule, kind: Kind | None) -> None:
         super().__init__()
+        self.kind = kind
         self.bias = nn.Parameter(module.bias.detach().clone().to(precise(module.bias.dtype)))
 
-    def output(self, module: HostModule, kind: Kind | None, x: torch.Tensor) -> torch.Tensor:
-        """See `Layer.output`."""
+    def output(self, module: HostModule, x: torch.Tensor) -> torch.Tensor:
+        """The module's output with this bias in the place of its own."""
         y = type(module).forward(module, x)
-        return y + self.delta(module, kind, x, y)
+        return y + self.delta(module, x, y)
 
-    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """See `Layer.delta`."""
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The difference of the two biases, in a shape that adds to y."""
         difference = (self.bias - module.bias).to(y.dtype)
-        return difference if kind is None else kind.spread(module, difference)
+        return difference if self.kind is None else self.kind.spread(module, difference)
 
-    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+    def in_file(self, module: HostModule) -> dict[str, torch.Tensor]:
         """`bias`."""
         return {"bias": self.bias}
 
     @torch.no_grad()
-    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """See `Layer.merge_into`."""
+    def merge_into(self, module: HostModule) -> None:
+        """Into a new parameter of the module."""
         module.bias = nn.Parameter(self.bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)

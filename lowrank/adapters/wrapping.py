@@ -1,9 +1,9 @@
-"""Putting adapters into a model and taking them out again."""
+"""Putting an adapter into a model, and taking it out again."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,31 +12,23 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.activity import Setting
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.dense_base import is_quantised
-from lowrank.adapters.experts.fused import ExpertFactors, experts_layers
-from lowrank.adapters.experts.single import find_single_experts, single_experts_layers, without_single_experts
+from lowrank.adapters.experts.single import SinglePlace, find_single_experts, without_single_experts
 from lowrank.adapters.fastpath import give_back, take_dense
 from lowrank.adapters.foreign import refuse_foreign
 from lowrank.adapters.heads import with_head
-from lowrank.adapters.initialisations.outside import Batches, Originals, Outside
 from lowrank.adapters.inplace import places_of
-from lowrank.adapters.install import Activity, AdapterSet, hosts, install, remove
-from lowrank.adapters.kinds.kind import Kind, is_multihead, kind_of
-from lowrank.adapters.methods.layer import LowRankLayer
-from lowrank.adapters.methods.lora import LoraLayer
-from lowrank.adapters.modules import bare, base_modules, named_parameters, submodule
-from lowrank.adapters.multihead import MultiheadLayer, biases
-from lowrank.adapters.offload import refuse_empty, weights_here
-from lowrank.adapters.plain_weight import check_none_hidden, check_plain, has_other_codes
+from lowrank.adapters.install import Activity, AdapterSet, hosts, remove
+from lowrank.adapters.methods.method import Batches, Originals
+from lowrank.adapters.modules import bare, base_modules, named_parameters
+from lowrank.adapters.offload import refuse_empty
+from lowrank.adapters.placing import put_in
+from lowrank.adapters.plain_weight import check_none_hidden, check_plain
 from lowrank.adapters.record import Record, attach, detach, find_record, record_of
-from lowrank.adapters.registry import METHODS
+from lowrank.adapters.registry import method_of
 from lowrank.adapters.targeting.parameters import find_parameters
-from lowrank.adapters.targeting.patterns import check_patterns, matches_end, nearest, without_idle, without_missing
+from lowrank.adapters.targeting.patterns import check_patterns, without_idle, without_missing
 from lowrank.adapters.targeting.targets import ALL_LINEAR, Targets, find_targets
-from lowrank.adapters.targeting.uncalled import Calls, check_called, check_copy_called
-from lowrank.adapters.token_rows import token_layers
-from lowrank.adapters.tying import check_fields, followers, tied_group, with_first
-from lowrank.adapters.whole_modules import BiasCopy, WholeCopy
+from lowrank.adapters.targeting.uncalled import Calls, check_called
 from lowrank.errors import InputError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -73,35 +65,18 @@ def wrap(
     """
     record = find_record(model)
     _check_name(adapter, record)
-    _check_level(model, record)
-    refuse_foreign(model)
-    refuse_empty(model)
-    _refuse_several_processes(model)
-    calls = Calls(model)
-    config = with_head(model, config)
-    singles = find_single_experts(model, config)
-    targets = find_targets(model, without_single_experts(config, singles), calls, also=len(singles))
-    for path, module in targets.modules.items():
-        check_plain(path, module)
-    if config.target_modules == ALL_LINEAR:
-        check_none_hidden(base_modules(model))
-    parameters, parameter_counts = find_parameters(model, config)
-    check_patterns(config, base_modules(model), [*adapted_paths(targets, parameters), *singles])
-    for path, names in parameters.items():
-        check_called(calls, path, names)
-    _check_layout(config, targets.modules)
-    outside = Outside(bare(model), config, targets.modules, batches, originals)
+    _check_model(model, record)
+    found = _find(model, with_head(model, config))
+    outset = method_of(config).prepare(bare(model), found.config, found.targets.modules, batches, originals)
     if record is None:
         record = Record(trained_before={name for name, p in named_parameters(model) if p.requires_grad})
         model.requires_grad_(False)
         attach(model, record)
-    record.configs[adapter], record.matched[adapter] = outside.config, targets.matched | parameter_counts
-    record.left_out[adapter] = targets.left_out
+    record.configs[adapter] = outset.config
+    record.matched[adapter], record.left_out[adapter] = found.matched, found.targets.left_out
     record.strengths[adapter] = Setting(1.0)
     try:
-        _put_in(model, outside, adapter, record, targets.modules, calls)
-        for path, layer in single_experts_layers(model, config, singles).items():
-            _place(path, submodule(model, path), None, layer, adapter, record)
+        put_in(model, outset, adapter, found.targets.modules, found.singles, found.calls)
     except BaseException:
         delete(model, adapter)
         raise
@@ -112,6 +87,33 @@ def wrap(
     record.places[adapter] = places_of(model, adapter)
     record.activity.names = (adapter,)
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a config means on a model, each of its entries proved to mean something."""
+
+    config: AdapterConfig
+    targets: Targets
+    singles: dict[str, SinglePlace]
+    matched: dict[str, int]
+    calls: Calls
+
+
+def _find(model: nn.Module, config: AdapterConfig) -> _Found:
+    calls = Calls(model)
+    singles = find_single_experts(model, config)
+    targets = find_targets(model, without_single_experts(config, singles), calls, also=len(singles))
+    for path, module in targets.modules.items():
+        check_plain(path, module)
+    if config.target_modules == ALL_LINEAR:
+        check_none_hidden(base_modules(model))
+    parameters, counts = find_parameters(model, config)
+    check_patterns(config, base_modules(model), [*adapted_paths(targets, parameters), *singles])
+    for path, names in parameters.items():
+        check_called(calls, path, names)
+    _check_layout(config, targets.modules)
+    return _Found(config, targets, singles, targets.matched | counts, calls)
 
 
 def unwrap(model: Model) -> Model:
@@ -175,124 +177,8 @@ def adapted_paths(targets: Targets, parameters: dict[str, list[str]]) -> list[st
     return [*targets.modules, *(f"{path}.{name}" for path, names in parameters.items() for name in names)]
 
 
-def _put_in(
-    model: nn.Module, outside: Outside, adapter: str, record: Record, targets: dict[str, nn.Module], calls: Calls
-) -> None:
-    config = outside.config
-    method, group = METHODS[config.method_name], tied_group(model, outside.config)
-    if group is not None and any(path in targets for path in (group[0], *group[1])):
-        check_fields(config, group[0])
-    for path, module in with_first(targets, group, model).items():
-        kind = kind_of(module)
-        if kind is None:  # the one module with two matrices that find_targets lets through
-            _place(path, module, None, MultiheadLayer.build(config, path, module), adapter, record)
-            continue
-        with weights_here(module):
-            layer = method.build(config, path, module, kind)
-            if isinstance(layer, LoraLayer):
-                outside.fill(path, module, layer)
-        _place(path, module, kind, layer, adapter, record)
-    for path, layer in experts_layers(model, config).items():
-        module = submodule(model, path)
-        _place(path, module, kind_of(module), layer, adapter, record)
-    for path, module in with_first(_modules_to_save(model, config, calls), group, model).items():
-        _place(path, module, kind_of(module), WholeCopy(module), adapter, record)
-    for path, layer in followers(model, adapter, group).items():
-        module = submodule(model, path)
-        _place(path, module, kind_of(module), layer, adapter, record)
-    for path, rows in token_layers(model, config, calls).items():
-        if outer := _enclosing(path, _saved_whole(model, adapter)):
-            raise InputError(f"trainable_token_indices: {path} is in {outer}, which modules_to_save trains whole")
-        module = submodule(model, path)
-        _place(path, module, kind_of(module), rows, adapter, record)
-    if config.bias == "all":
-        for path, module in _with_bias(model, adapter, calls).items():
-            _place(path, module, kind_of(module), BiasCopy(module), adapter, record)
-
-
-def _place(path: str, module: nn.Module, kind: Kind | None, layer: nn.Module, adapter: str, record: Record) -> None:
-    if any(parameter.is_meta for parameter in layer.parameters()):
-        raise InputError(
-            f"{path} is offloaded, and only factors (target_modules) can be trained there",
-            fix="Load the model without offloading (device_map).",
-        )
-    adapters = install(module, kind, record.activity)
-    if adapter in adapters:
-        raise InputError(
-            f"{path} is asked for twice",
-            fix="A module is adapted, saved whole, or has single tokens trained: take it out of all but one of "
-            "target_modules, modules_to_save and trainable_token_indices.",
-        )
-    if isinstance(layer, WholeCopy):  # what it holds has its modes, part by part
-        layer.training = module.training
-    else:
-        layer.train(module.training)
-    for part in layer.modules():
-        if isinstance(part, (LowRankLayer, ExpertFactors)):
-            part.strength = record.strengths[adapter]
-    adapters[adapter] = layer
-
-
-def _modules_to_save(model: nn.Module, config: AdapterConfig, calls: Calls) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    modules = base_modules(model)
-    for name in config.modules_to_save or []:
-        matching = {path: module for path, module in modules.items() if matches_end(path, name)}
-        if not matching:
-            raise InputError(f"modules_to_save: {name!r} matches no module; {nearest(name, modules)}")
-        found |= matching
-    for path, module in found.items():
-        check_copy_called(calls, path)
-        if outer := _enclosing(path, found):
-            raise InputError(f"modules_to_save names {path} and {outer}, which holds it", fix="Name one of them.")
-        if has_other_codes(module) or any(is_quantised(inner) for inner in module.modules()):
-            raise InputError(
-                f"modules_to_save: {path} is quantised, and a quantised weight cannot be trained whole",
-                fix="Adapt it, or leave it out when the base is quantised (llm_int8_skip_modules).",
-            )
-    return found
-
-
-def _saved_whole(model: nn.Module, adapter: str) -> list[str]:
-    """The modules in whose place a copy of this adapter stands: what is inside of them is not called."""
-    return [path for path, _, adapters in hosts(model) if isinstance(adapters.layers().get(adapter), WholeCopy)]
-
-
-def _enclosing(path: str, others: Iterable[str]) -> str | None:
-    """The one of the other modules that holds the one at `path`."""
-    return next((other for other in others if path.startswith(f"{other}.")), None)
-
-
-def _with_bias(model: nn.Module, adapter: str, calls: Calls) -> dict[str, nn.Module]:
-    """Modules of the base with a bias that this adapter does not hold yet.
-
-    Raises:
-        InputError: a bias that is not simply added to its module's output.
-    """
-    ours = {id(parameter) for _, _, adapters in hosts(model) for parameter in adapters.parameters()}
-    ours_too = [module for _, module, adapters in hosts(model) if adapter in adapters]
-    held = {id(module.bias) for module in ours_too if hasattr(module, "bias")}
-    held |= {id(bias) for module in ours_too if is_multihead(module) for bias in biases(module)}
-    whole = _saved_whole(model, adapter)
-    found = {}
-    for name, parameter in named_parameters(model):
-        path, _, last = name.rpartition(".")
-        if "bias" not in last or id(parameter) in ours | held or _enclosing(path, whole):
-            continue
-        module = submodule(model, path)
-        why = calls.fault(path, ("bias",))
-        if why or last != "bias" or (kind_of(module) is None and not isinstance(module, nn.LayerNorm)):
-            raise InputError(
-                f"bias: all cannot train {name}: "
-                + (why or f"a {type(module).__name__} does not simply add it to its output"),
-                fix="Take bias: lora_only, or name the module in modules_to_save.",
-            )
-        found[path] = module
-    return found
-
-
 def _check_name(adapter: str, record: Record | None) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", adapter) or hasattr(AdapterSet(None, Activity()), adapter):
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", adapter) or hasattr(AdapterSet(Activity()), adapter):
         raise InputError(f"{adapter!r} is no name for an adapter", fix="Take letters, digits, _ and -.")
     if record is not None and adapter in record.configs:
         raise InputError(f"the model has an adapter {adapter!r} already", fix="Take another name, or delete that one.")
@@ -303,6 +189,13 @@ def _check_free(record: Record, adapter: str) -> None:
     routed = () if now.routing is None else now.routing.rows
     if now is not record.activity.value and adapter in (*now.names, *routed):
         raise InputError(f"the adapter {adapter!r} acts in a block that is open here", fix="Do this after the block.")
+
+
+def _check_model(model: nn.Module, record: Record | None) -> None:
+    _check_level(model, record)
+    refuse_foreign(model)
+    refuse_empty(model)
+    _refuse_several_processes(model)
 
 
 def _check_level(model: nn.Module, record: Record | None) -> None:

@@ -21,6 +21,10 @@ def preview(
     overrides: Overrides = [],  # noqa: B006  (typer reads it)
 ) -> None:
     """Show what would be trained on, token by token: what carries loss, where examples end."""
+    from lowrank.config import load_config
+
+    load_config(config, overrides)  # its mistakes are told before torch is loaded
+
     from lowrank.recipes.preview import preview as run
 
     run(config, overrides, row=row, html=html)

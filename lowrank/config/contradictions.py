@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lowrank.adapters.registry import METHODS
 from lowrank.config.run_sections import RunSections
 from lowrank.config.sections import QuantizationSection
 from lowrank.quantisers.registry import DEFAULT
@@ -44,8 +45,8 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
     if config.quantization is not None and method in ("full", "bias"):
         yield Contradiction(
             ("adapter.method", "quantization"),
-            f"{method} trains the base's own weights, and quantization holds them in few bits; take lora, dora or "
-            "adalora, or leave the section quantization out",
+            f"{method} trains the base's own weights, and quantization holds them in few bits; take one "
+            f"of {', '.join(METHODS)}, or leave the section quantization out",
         )
     starts_from = getattr(config.adapter, "init_lora_weights", None)
     if starts_from == "loftq" and not (config.quantization and config.quantization.width == 4):
@@ -169,8 +170,9 @@ def without_effect(config: RunSections) -> Iterator[Contradiction]:
         )
     if config.data.eval is None:
         yield Contradiction(("data.max_eval_rows", "data.eval"), "there are no rows to limit: data.eval is not set")
-    if config.adapter.method == "adalora":
-        yield Contradiction(("adapter.total_step", "adapter.method"), "a run counts its own steps; leave it out")
+    method = METHODS.get(config.adapter.method)
+    for name in () if method is None else method.set_by_run:
+        yield Contradiction((f"adapter.{name}", "adapter.method"), "a run counts its own steps; leave it out")
     if config.quantization is not None:
         yield from _idle_quantization(config.quantization)
 

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from lowrank.config.contradictions import Contradiction, ContradictionsError
 from lowrank.config.document import Document, KeyPath, Problem, dotted
-from lowrank.config.keys import METHODS, field_at, meaning, section_model, stands_for, unknown
+from lowrank.config.keys import field_at, meaning, section_model, stands_for, unknown
 from lowrank.config.run_config import RunConfig
+from lowrank.config.sections import adapter_sections
 from lowrank.config.type_words import TRUE_OR_FALSE, allowed, listed, options
 
 Found = dict[KeyPath, Problem]
@@ -70,10 +71,8 @@ def _is_unknown(path: KeyPath, document: Document) -> bool:
 
 def _told(detail: Mapping[str, Any], document: Document) -> tuple[KeyPath, str]:
     location = detail["loc"]
-    if location[:1] == ("adapter",):  # the method's name follows, which is no key of the user's
-        location = ("adapter", *location[2:])
     path: KeyPath = ()
-    for key in location:  # neither are the names of a union's members
+    for key in location:  # the names of a union's members are no keys of the user's
         path = (*path, key) if (*path, key) in document.places else path
     match detail["type"]:
         case "missing":
@@ -112,16 +111,16 @@ def _mistyped(path: KeyPath, document: Document) -> str:
 def _no_method(document: Document) -> str:
     given = document.value(("adapter", "method"))
     if given is None:
-        return f"is empty; it is one of {', '.join(METHODS)}"
+        return f"is empty; it is one of {', '.join(adapter_sections())}"
     if isinstance(given, str) and re.fullmatch("q(lo|do)ra", given.lower()):
         return QLORA
-    return f"{document.shown(('adapter', 'method'))} is no method; it is one of {', '.join(METHODS)}"
+    return f"{document.shown(('adapter', 'method'))} is no method; it is one of {', '.join(adapter_sections())}"
 
 
 def _no_section(section: str, document: Document) -> str:
     value, shown = document.value((section,)), document.shown((section,))
     if section == "adapter" and value is None:
-        return f"is empty; name a method: {', '.join(METHODS)} (full trains every weight)"
+        return f"is empty; name a method: {', '.join(adapter_sections())} (full trains every weight)"
     if section == "adapter" and str(value).lower() == "qlora":
         return QLORA
     if value is None:

@@ -11,14 +11,9 @@ from pydantic.fields import FieldInfo
 
 from lowrank.config.document import Document, KeyPath
 from lowrank.config.run_config import RunConfig
-from lowrank.config.sections import AdapterSection
+from lowrank.config.sections import adapter_sections
 from lowrank.config.synonyms import ABSENT, SYNONYMS
 from lowrank.config.type_words import inside
-
-METHODS: dict[str, type[BaseModel]] = {
-    get_args(member.model_fields["method"].annotation)[0]: member for member in get_args(get_args(AdapterSection)[0])
-}
-"""`adapter.method` -> the section's model."""
 
 SECTIONS: dict[str, type[BaseModel]] = {
     name: next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
@@ -35,7 +30,8 @@ def section_model(name: str, values: Mapping[str, Any]) -> type[BaseModel]:
         return SECTIONS[name]
     adapter = values.get("adapter")
     method = adapter.get("method") if isinstance(adapter, dict) else None
-    return METHODS.get(method, METHODS["lora"]) if isinstance(method, str) else METHODS["lora"]
+    methods = adapter_sections()
+    return methods[method] if isinstance(method, str) and method in methods else methods["lora"]
 
 
 def field_at(path: KeyPath, document: Document) -> tuple[Any, list[Any]] | None:
@@ -86,7 +82,7 @@ def _known_elsewhere(name: str, asked: str, document: Document) -> str | None:
     owners = [f"`{section}:`" for section, key in _all(document) if key == name and section != asked]
     if owners:
         return f"belongs under {' or '.join(owners)}"
-    methods = [method for method, model in METHODS.items() if name in model.model_fields]
+    methods = [method for method, model in adapter_sections().items() if name in model.model_fields]
     return f"belongs to adapter.method: {' or '.join(methods)}" if methods else None
 
 

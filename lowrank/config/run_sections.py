@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
 from lowrank.config.sections import (
     AdapterSection,
     DataSection,
-    LoraSection,
     ModelSection,
     QuantizationSection,
     TrainingSection,
+    default_section,
 )
 
 
@@ -27,7 +25,7 @@ class RunSections(BaseModel):
     quantization: QuantizationSection | None = None
     """For a base held in 4 or 8 bits (QLoRA); left out, it is not quantised."""
 
-    adapter: AdapterSection = LoraSection()
+    adapter: AdapterSection = default_section()
     """What is trained on top of the base."""
 
     data: DataSection
@@ -35,11 +33,3 @@ class RunSections(BaseModel):
 
     training: TrainingSection
     """How it is trained, and where the results go."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _method(cls, given: Any) -> Any:
-        """`method` may be left out: it is lora."""
-        if isinstance(given, dict) and isinstance(given.get("adapter"), dict):
-            return {**given, "adapter": {"method": "lora", **given["adapter"]}}
-        return given

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # configs are made of methods' files, and read before torch is loaded
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +26,15 @@ class LowRank:
     scale: float
     gain: torch.Tensor | None = None
     dropout: float = 0.0
+
+    def dropping(self, dropout: float) -> LowRank:
+        """The same with dropout."""
+        return LowRank(self.A, self.B, self.scale, self.gain, dropout)
+
+    def rows(self, rows: slice) -> LowRank:
+        """The part of it that acts on some rows of W, without a gain."""
+        return LowRank(self.A, self.B[rows], self.scale)
+
+    def columns(self, columns: slice) -> LowRank:
+        """The part of it that acts on some columns of W."""
+        return LowRank(self.A[:, columns], self.B, self.scale)

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lowrank.adapters import method_of
 from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.recipes.parts.show import open_console
@@ -51,7 +52,7 @@ def _facts(summary: AdapterSummary) -> Table:
     table = Table(box=None, show_header=False, title=str(summary.path), title_justify="left", title_style="bold")
     config = summary.config
     rows = {
-        "method": f"{config.method_name}, lora_alpha {config.lora_alpha:g}, bias {config.bias}",
+        "method": f"{config.method_name}, {method_of(config).headline(config)}",
         "base": summary.base or "not named",
         "of": "" if summary.fingerprint is None else ", ".join(_sizes(summary)),
         "quantised": (summary.quantization or {}).get("quant_method", ""),

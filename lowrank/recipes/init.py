@@ -9,8 +9,8 @@ from pathlib import Path
 from lowrank.config import load_config
 from lowrank.config.assignments import override
 from lowrank.config.document import read_document
-from lowrank.config.keys import METHODS
 from lowrank.config.schema import json_schema
+from lowrank.config.sections import adapter_sections
 from lowrank.errors import InputError
 from lowrank.models import load_tokenizer
 from lowrank.paths import as_written, expanded
@@ -125,9 +125,10 @@ def _with(settings: list[Setting], path: Path, overrides: Sequence[str]) -> list
 
 def _of_method(settings: list[Setting], method: object) -> list[Setting]:
     """The settings without those that a method has no use for; full fine-tuning takes a rate of its own."""
-    if not isinstance(method, str) or method not in METHODS:
+    methods = adapter_sections()
+    if not isinstance(method, str) or method not in methods:
         return settings  # the config's check names those that are
-    settings = [one for one in settings if one.section != "adapter" or one.key in METHODS[method].model_fields]
+    settings = [one for one in settings if one.section != "adapter" or one.key in methods[method].model_fields]
     if method != "full":
         return settings
     rate = next(one.value for one in settings if one.key == "learning_rate")

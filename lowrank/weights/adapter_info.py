@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from lowrank.adapters.config import AdapterConfig, LoraConfig
+from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.multihead import OUT_PROJ, OUT_PROJ_TWICE
-from lowrank.adapters.registry import METHODS
+from lowrank.adapters.registry import method_of
 from lowrank.weights.arithmetic.factors import Product, norm
-from lowrank.weights.files.adapter_file import FACTOR, AdapterFile, open_adapter
+from lowrank.weights.files.adapter_file import AdapterFile, open_adapter
+from lowrank.weights.files.factor_names import factor_of
+from lowrank.weights.files.factor_values import flat_factors
 from lowrank.weights.files.fingerprint import Fingerprint
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -60,11 +62,11 @@ def summarise(path: str | Path) -> AdapterSummary:
     found: dict[str, dict[str, str]] = defaultdict(dict)
     whole = []
     for name in adapter.tensors:
-        if match := FACTOR.fullmatch(name):
-            found[match["path"]][match["name"].replace("lora_embedding_", "lora_")] = name
+        if factor := factor_of(name):
+            found[factor.path][factor.name] = name
         else:
             whole.append(name)
-    fused = isinstance(adapter.config, LoraConfig) and bool(adapter.config.target_parameters)
+    fused = bool(getattr(adapter.config, "target_parameters", None))
     measured = {module: _measure(adapter, module, names, fused) for module, names in found.items()}
     norms = {module: size for module, (_, size) in measured.items() if size is not None}
     layers: dict[int | None, float] = defaultdict(float)
@@ -89,19 +91,18 @@ def summarise(path: str | Path) -> AdapterSummary:
 
 def _measure(adapter: AdapterFile, module: str, names: dict[str, str], fused: bool) -> tuple[int, float | None]:
     """The rank, and ‖s·B·A‖ where it can be known."""
-    if not {"lora_A", "lora_B"} <= names.keys():
+    method, config = method_of(adapter.config), adapter.config
+    if not {factor.name for factor in method.factors if factor.side != "row"} <= names.keys():
         return 0, None
-    A, B = (adapter.read(names[bare]).float().flatten(1) for bare in ("lora_A", "lora_B"))
-    tensors = {"lora_A": A, "lora_B": B}
     if fused and re.search(r"\.base_layer$|experts$", module):
-        return adapter.config.r, None  # how rows belong to experts depends on the base's parameters
-    if "lora_E" in names:
-        tensors["lora_E"] = adapter.read(names["lora_E"]).float()
-    method = "lora" if adapter.config.method_name == "dora" else adapter.config.method_name
+        return method.rank(config, module), None  # how rows belong to experts depends on the base's parameters
+    if method.of_base:
+        return method.rank(config, module), None
     whole = module.removesuffix(f".{OUT_PROJ}")
-    term = METHODS[method].from_file(adapter.config, whole, tensors, torch.empty(0))
+    term = method.low_rank(flat_factors(adapter, names), method.scale(config, whole), 0)
+    A, B = term.A, term.B
     groups = max(1, A.shape[0] // max(1, B.shape[1]))  # of a convolution: each group's outputs have ranks of their own
-    sizes = [norm(Product(*pair)) for pair in zip(term.A.chunk(groups), term.B.chunk(groups), strict=True)]
+    sizes = [norm(Product(*pair)) for pair in zip(A.chunk(groups), B.chunk(groups), strict=True)]
     times = OUT_PROJ_TWICE if whole != module else 1.0
     return A.shape[0], times * abs(term.scale) * math.hypot(*sizes)
 

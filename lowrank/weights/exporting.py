@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.methods.lora import LoraConfig
+from lowrank.adapters.registry import method_of
 from lowrank.errors import InputError
 from lowrank.storage.folders import new_file, new_folder, refuse_inside
 from lowrank.storage.hub import local_folder
@@ -25,13 +26,13 @@ from lowrank.weights.export_targets import Target
 from lowrank.weights.files.adapter_file import (
     CONFIG_KEY,
     CONFIG_NAME,
-    FACTOR,
     PREFIX,
     AdapterFile,
     open_adapter,
     refuse_taken_out,
     shorten,
 )
+from lowrank.weights.files.factor_names import factor_of
 from lowrank.weights.files.fingerprint import text_config
 from lowrank.weights.files.layouts import MLX_WEIGHTS
 from lowrank.weights.files.model_folder import load_config, open_base
@@ -211,14 +212,13 @@ def _as_one_file(adapter: AdapterFile, out: Path, base: str | Path | None) -> Ex
 def _refuse_others(adapter: AdapterFile, program: str, allowed: Callable[[str], bool]) -> None:
     """InputError naming everything that the program has no place for."""
     refuse_taken_out(adapter)
-    config, cannot = adapter.config, []
-    if isinstance(config, LoraConfig):
-        cannot += ["use_dora"] if config.use_dora else []
-        cannot += ["target_parameters"] if config.target_parameters else []
-        cannot += ["trainable_token_indices"] if config.trainable_token_indices else []
+    config, method, cannot = adapter.config, method_of(adapter.config), []
+    if not method.composes:
+        cannot += [*method.fixed] or [f"method {method.name}"]
+    cannot += [field for field in ("target_parameters", "trainable_token_indices") if getattr(config, field, None)]
     cannot += [f"bias: {config.bias}"] if config.bias != "none" else []
     named = [*(config.modules_to_save or [])]
-    wholes = [name for name in adapter.tensors if not FACTOR.fullmatch(name) and not allowed(name)]
+    wholes = [name for name in adapter.tensors if not factor_of(name) and not allowed(name)]
     if named and wholes:
         cannot.append(f"modules_to_save: {', '.join(named)}")
     elif wholes and not cannot:

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from lowrank.adapters import wrapping
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.initialisations.outside import Batches, Originals
 from lowrank.adapters.install import AdapterSet
+from lowrank.adapters.methods.method import Batches, Originals
 from lowrank.adapters.record import record_of
 from lowrank.errors import InputError
 from lowrank.storage.tensorfile import save_tensors

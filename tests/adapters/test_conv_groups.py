@@ -54,8 +54,8 @@ def test_outputs_gradients_and_files_are_pefts(name, method, tmp_path):
         (net(x) * torch.linspace(-1, 1, expected.numel()).view_as(expected).sin()).sum().backward()
     wanted = {p.shape: p.grad for p in theirs.parameters() if p.grad is not None}
     layer = model[0].adapters["default"]
-    for bare, factor in layer.factors().items():
-        _, shaped = model[0].adapters.kind.in_file(model[0], bare, factor.grad)
+    for factor in layer.method.factors:
+        _, shaped = layer.kind.in_file(model[0], factor, getattr(layer, factor.name).grad)
         torch.testing.assert_close(shaped, wanted[shaped.shape], atol=1e-4, rtol=1e-4)
 
     theirs.save_pretrained(tmp_path / "theirs")

@@ -85,7 +85,7 @@ def test_trained_factors_are_followed_past_their_version_counter():
 def test_the_norm_is_made_once_where_all_is_frozen(monkeypatch):
     model, x = adapted().eval().requires_grad_(False), torch.randn(3, WIDTH)
     expected = model(x)
-    monkeypatch.setattr("lowrank.adapters.methods.dora.dora_norm", None)
+    monkeypatch.setattr("lowrank.ops.dora_norm.dora_norm", None)
     assert torch.equal(model(x), expected)
 
 

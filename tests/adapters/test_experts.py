@@ -43,7 +43,7 @@ def gradients(model, adapter: str = "default") -> dict[str, torch.Tensor]:
     for path, module, adapters in hosts(model):
         layer = adapters[adapter]
         assert isinstance(layer, ExpertsLayer)
-        for name, tensor in layer.in_file(module, None).items():
+        for name, tensor in layer.in_file(module).items():
             parameter = next(p for p in layer.parameters() if p.data_ptr() == tensor.data_ptr())
             assert parameter.grad is not None
             found[f"{PREFIX}{path}.{name}"] = parameter.grad.t() if "lora_B" in name else parameter.grad

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowrank.config import ConfigError, RunConfig, load_config
-from lowrank.config.keys import METHODS, SECTIONS
+from lowrank.config.keys import SECTIONS
+from lowrank.config.sections import adapter_sections
 from lowrank.config.synonyms import SYNONYMS
 
 IN_ADAPTER = [
@@ -162,6 +163,7 @@ def test_the_error_survives_a_process_border(told, good):
     assert (str(again), again.problems) == (str(raised.value), raised.value.problems)
 
 
+METHODS = adapter_sections()
 KEYS = sorted({key for model in (*SECTIONS.values(), *METHODS.values()) for key in model.model_fields})
 WORDS = [*METHODS, "all-linear", "eva", "loftq", "None", "no", "1e-4", ""]
 names = st.sampled_from([*KEYS, *RunConfig.model_fields, *SYNONYMS, "rho", "x", "<<"])

@@ -13,7 +13,8 @@ import torch
 
 from lowrank.attention import BACKENDS
 from lowrank.config.document import Document
-from lowrank.config.keys import METHODS, SECTIONS, field_at
+from lowrank.config.keys import SECTIONS, field_at
+from lowrank.config.sections import adapter_sections
 from lowrank.config.synonyms import ABSENT, SYNONYMS
 from lowrank.config.type_words import allowed, options
 from lowrank.data.reading.formats import FORMATS
@@ -27,6 +28,7 @@ from lowrank.training.optimisers.schedule import SCHEDULES
 from lowrank.training.optimisers.table import OPTIMIZERS
 from lowrank.training.transforms.recompute_modes import RecomputeMode
 
+METHODS = adapter_sections()
 MODELS = {**SECTIONS, **{f"adapter.{method}": model for method, model in METHODS.items()}}
 KEYS = {f"{section.partition('.')[0]}.{key}" for section, model in MODELS.items() for key in model.model_fields}
 

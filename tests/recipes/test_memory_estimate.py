@@ -18,7 +18,7 @@ import yaml
 from tiny import build, tiny_llama, tiny_tokenizer
 
 from lowrank.config import RunConfig
-from lowrank.config.sections import DataSection, LoraSection, ModelSection, TrainingSection
+from lowrank.config.sections import DataSection, ModelSection, TrainingSection
 from lowrank.recipes.check import check
 
 SMOLLM = Path(__file__).parents[2] / ".cache" / "models" / "smollm2-135m-instruct"
@@ -101,7 +101,7 @@ def test_its_parts_are_what_there_is(tmp_path, monkeypatch):
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     sections = {
         "model": ModelSection(name_or_path="base", device="cpu"),
-        "adapter": LoraSection(**ADAPTER),
+        "adapter": {"method": "lora", **ADAPTER},
         "data": DataSection(train="train.jsonl", max_length=256),
         "training": TrainingSection(output_dir="out", report_to="none", gradient_accumulation_steps=2),
     }

@@ -41,7 +41,7 @@ def test_figures(config: LoraConfig, tmp_path: Path) -> None:
     for path, size in summary.norms.items():
         module = model.get_submodule(path)
         layer = module.adapters.layers()["default"]
-        term = layer.term(module, module.adapters.kind)
+        term = layer.term(module)
         exact = torch.linalg.matrix_norm(term.scale * term.B @ term.A).item()
         assert size == pytest.approx(exact, rel=1e-5)
     total = sum(size**2 for size in summary.norms.values())

@@ -17,6 +17,7 @@ from weight_helpers import save_base, tiny_qwen3_moe
 
 import lowrank
 from lowrank import LoraConfig
+from lowrank.adapters.methods.lora import Lora
 from lowrank.errors import JobError
 from lowrank.ops.low_rank import LowRank
 from lowrank.weights import merge_checkpoint
@@ -124,13 +125,8 @@ class WrongExpert:
 def test_a_scale_read_wrongly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tiny_llama(), tmp_path / "base")
     adapter, _ = adapted(base, CONFIGS["lora"], tmp_path)
-    read = updates.METHODS["lora"].from_file
-
-    def wrongly(config: Any, path: str, tensors: dict, weight: torch.Tensor) -> LowRank:
-        term = read(config, path, tensors, weight)
-        return replace(term, scale=term.scale / 2)
-
-    monkeypatch.setattr(updates.METHODS["lora"], "from_file", staticmethod(wrongly))
+    read = Lora.scale
+    monkeypatch.setattr(Lora, "scale", lambda self, config, path: read(self, config, path) / 2)
     with pytest.raises(JobError, match="failed its check"):
         merge_checkpoint(base, adapter, tmp_path / "merged")
 

@@ -16,9 +16,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lowrank.adapters.activity import Setting
-from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.kinds.kind import HostModule, Kind, kind_of
-from lowrank.adapters.methods.layer import JointLayer, Layer, own_bias, rank_and_scale
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.kinds.kind import HostModule
+from lowrank.adapters.kinds.known import kind_of
+from lowrank.adapters.methods.layer import JointLayer, Layer, own_bias
+from lowrank.adapters.methods.lora import LoraConfig
 from lowrank.adapters.modules import submodule
 from lowrank.adapters.targeting.parameters import find_parameters, parameter_names, parametrised_names
 from lowrank.errors import InputError
@@ -130,7 +132,7 @@ class ExpertsLayer(JointLayer, nn.ModuleDict):
         teach_compiler()
 
     def output_together(self, module: HostModule, layers: Sequence[Layer], *args: Any, **kwargs: Any) -> Any:
-        """See `JointLayer.output_together`: the terms add on each parameter."""
+        """The module's output with all of `layers` acting: their terms add on each parameter."""
         twin = _twin(module, _adapted_weights(module, layers))
         if (bias := _acting_bias(module, layers)) is not None:
             twin.__dict__["bias"] = bias.to(module.bias.dtype)
@@ -149,7 +151,7 @@ class ExpertsLayer(JointLayer, nn.ModuleDict):
         if (bias := _acting_bias(module, layers)) is not None:
             module.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)
 
-    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+    def in_file(self, module: HostModule) -> dict[str, torch.Tensor]:
         """lora_A.weight (experts · r, in) and lora_B.weight (out, r · experts), nested where there are several."""
         names = [name for name in parameter_names(module) if name in self]
         tensors: dict[str, torch.Tensor] = {}
@@ -169,7 +171,7 @@ def experts_layers(model: nn.Module, config: AdapterConfig) -> dict[str, Experts
         module = submodule(model, path)
         layers[path] = ExpertsLayer(None if kind_of(module) is None else own_bias(config, module))
         for name in names:
-            r, scale = rank_and_scale(config, f"{path}.{name}")
+            r, scale = config.rank_and_scale(f"{path}.{name}")
             weight = getattr(module, name)
             factors = ExpertFactors(weight.shape, is_transposed(module), r, scale, weight)
             factors.initialise(config.init_lora_weights, r)

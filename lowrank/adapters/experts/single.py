@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from lowrank.adapters.config import AdapterConfig, LoraConfig
+from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.experts.fused import ExpertFactors, ExpertsLayer
-from lowrank.adapters.methods.layer import rank_and_scale
+from lowrank.adapters.methods.lora import LoraConfig
 from lowrank.adapters.modules import bare, base_modules, submodule
-from lowrank.adapters.targeting.patterns import matches_end
+from lowrank.adapters.targeting.matching import matches_end
 from lowrank.errors import InputError
 
 _STACKS = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
@@ -172,7 +172,7 @@ def single_experts_layers(
         weight = getattr(submodule(model, place.path), place.parameter)
         if place.parameter not in layer:
             layer[place.parameter] = SingleFactors(weight.shape[0], weight.shape[1], config.lora_dropout)
-        r, scale = rank_and_scale(config, full)
+        r, scale = config.rank_and_scale(full)
         matrix = ExpertFactors(torch.Size((place.rows, place.width)), False, r, scale, weight)
         matrix.initialise(config.init_lora_weights, r)
         factors = layer[place.parameter]
@@ -183,7 +183,7 @@ def single_experts_layers(
 
 def _check_fields(config: AdapterConfig, path: str) -> None:
     plain = isinstance(config, LoraConfig) and config.method_name == "lora" and not config.lora_bias
-    if not plain or config.init_lora_weights not in (True, False, "gaussian"):
+    if not plain or getattr(config, "init_lora_weights", None) not in (True, False, "gaussian"):
         raise InputError(
             f"{path} is one of the experts that this model holds in one parameter, and takes plain LoRA alone",
             fix="Take LoRA with init_lora_weights true or gaussian for it.",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowrank.adapters.kinds.kind import Kind, kind_of
+from lowrank.adapters.initialisations.site import Site, Start
+from lowrank.adapters.kinds.kind import Kind
+from lowrank.adapters.kinds.known import kind_of
 from lowrank.errors import InputError
 
 TOKENS = 1024
@@ -85,6 +87,11 @@ def _updated(known: Directions | None, rows: torch.Tensor, k: int) -> Directions
         energy += known.energy
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
     return Directions(vectors[:k], values[:k], energy)
+
+
+def eva(site: Site) -> Start:
+    """A of the directions that `input_directions` found, B zero."""
+    return Start(site.outside.directions[site.path][: site.r], torch.zeros_like(site.B))
 
 
 def allocate(directions: Mapping[str, Directions], ranks: Mapping[str, int], rho: float) -> dict[str, int]:

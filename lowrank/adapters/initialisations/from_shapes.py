@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from lowrank.adapters.kinds.kind import HostModule, Kind
-
-if TYPE_CHECKING:
-    from lowrank.adapters.methods.lora import LoraLayer
+from lowrank.adapters.initialisations.site import Site, Start
 
 
-def kaiming(layer: LoraLayer, module: HostModule, kind: Kind) -> None:
+def kaiming(site: Site) -> Start:
     """A uniform (He 2015 with a = √5), B zero: ΔW starts at zero. Embeddings: A zero, B normal (loralib)."""
-    if kind.looked_up:
-        nn.init.zeros_(layer.lora_A)
-        nn.init.normal_(layer.lora_B)
-    else:
-        nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(layer.lora_B)
+    if site.kind.looked_up:
+        return Start(torch.zeros_like(site.A), nn.init.normal_(torch.empty_like(site.B)))
+    return Start(nn.init.kaiming_uniform_(torch.empty_like(site.A), a=math.sqrt(5)), torch.zeros_like(site.B))
 
 
-def gaussian(layer: LoraLayer, module: HostModule, kind: Kind) -> None:
+def gaussian(site: Site) -> Start:
     """A normal with deviation 1 / r, B zero."""
-    nn.init.normal_(layer.lora_A, std=1.0 / layer.lora_A.shape[0])
-    nn.init.zeros_(layer.lora_B)
+    return Start(nn.init.normal_(torch.empty_like(site.A), std=1.0 / site.r), torch.zeros_like(site.B))
 
 
-def uniform(layer: LoraLayer, module: HostModule, kind: Kind) -> None:
+def uniform(site: Site) -> Start:
     """A and B uniform: ΔW does not start at zero, so that a test sees it."""
-    nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
-    nn.init.kaiming_uniform_(layer.lora_B, a=math.sqrt(5))
+    A, B = (nn.init.kaiming_uniform_(torch.empty_like(factor), a=math.sqrt(5)) for factor in (site.A, site.B))
+    return Start(A, B)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lowrank.adapters.kinds.factor import Factor
 from lowrank.adapters.kinds.forwards import acts_as, channels_in
 from lowrank.adapters.kinds.kind import HostModule, groups_of, holds_weight, in_place_of_own
 from lowrank.ops.low_rank import LowRank
@@ -51,7 +52,7 @@ class ConvKind:
         return y + self._delta(module, x, y, term, bias)
 
     def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank) -> torch.Tensor:
-        """See `Kind.delta`."""
+        """What the term adds to the module's own output y."""
         return self._delta(module, x, y, term, module.bias)
 
     def _delta(
@@ -76,10 +77,14 @@ class ConvKind:
         """(out, 1 ...), over the positions."""
         return values.view(-1, *[1] * len(module.kernel_size))
 
-    def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """A (r, in, k ...), B (out, r / groups, 1 ...)."""
+    def in_file(self, module: HostModule, factor: Factor, values: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """On the inputs (r, in, k ...), on the outputs (out, r / groups, 1 ...), on the rows (1, out, 1 ...)."""
         ones = [1] * len(module.kernel_size)
-        if name == "lora_magnitude_vector":
-            return name, factor.view(1, -1, *ones)
-        shape = (-1, module.in_channels, *module.kernel_size) if name == "lora_A" else (*factor.shape, *ones)
-        return f"{name}.weight", factor.view(shape)
+        match factor.side:
+            case "in":
+                values = values.view(-1, module.in_channels, *module.kernel_size)
+            case "out":
+                values = values.view(*values.shape, *ones)
+            case "row":
+                values = values.view(1, -1, *ones)
+        return factor.in_file, values

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lowrank.adapters.kinds.factor import Factor
 from lowrank.adapters.kinds.forwards import acts_as, tokens_in
 from lowrank.adapters.kinds.kind import HostModule, holds_weight
 from lowrank.ops.low_rank import LowRank
@@ -57,9 +58,9 @@ class EmbeddingKind:
         """As they are: features come last."""
         return values
 
-    def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    def in_file(self, module: HostModule, factor: Factor, values: torch.Tensor) -> tuple[str, torch.Tensor]:
         """`lora_embedding_A` (r, vocabulary) and `lora_embedding_B` (dim, r), no `.weight`."""
-        return (name.replace("lora_", "lora_embedding_") if name in ("lora_A", "lora_B") else name), factor
+        return factor.on_table or factor.in_file, values
 
 
 def _scaled_rows(module: HostModule, ids: torch.Tensor) -> torch.Tensor:

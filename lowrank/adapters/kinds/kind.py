@@ -1,8 +1,8 @@
 """The kinds of module that an adapter fits, and what a method needs to know of each.
 
-A method (LoRA, DoRA, AdaLoRA) thinks of one matrix W (out, in) and gives a `LowRank` term; a kind knows how its module
+A method (LoRA, DoRA ...) thinks of one matrix W (out, in) and gives a `LowRank` term; a kind knows how its module
 stores W, how it applies a term to its input, and how peft's files shape the factors. So each is written once.
-A new kind is one class and one entry in `KINDS`.
+A new kind is one class and one entry in `known.KINDS`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from lowrank.adapters.kinds.factor import Factor
 from lowrank.ops.low_rank import LowRank
 
 HostModule: TypeAlias = Any
@@ -57,16 +58,9 @@ class Kind(Protocol):
         """One value for each output feature (out,), in a shape that adds to the module's output."""
         ...
 
-    def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """A factor's name and view (same storage) in peft's file: "lora_A" -> "lora_A.weight" ..."""
+    def in_file(self, module: HostModule, factor: Factor, values: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """A factor's name and view (same storage) in peft's file."""
         ...
-
-
-def kind_of(module: HostModule) -> Kind | None:
-    """The kind of a module, None where no adapter fits."""
-    from lowrank.adapters.registry import KINDS
-
-    return next((kind for kind in KINDS if kind.fits(module)), None)
 
 
 def is_multihead(module: HostModule) -> bool:

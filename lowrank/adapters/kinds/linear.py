@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank.adapters.kinds.factor import Factor
 from lowrank.adapters.kinds.forwards import acts_as, features_in
 from lowrank.adapters.kinds.kind import HostModule, holds_weight, in_place_of_own
 from lowrank.ops.lora_linear import lora_linear
@@ -68,7 +69,7 @@ class LinearKind:
         return y + self._delta(x, y, term, bias)
 
     def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank) -> torch.Tensor:
-        """See `Kind.delta`."""
+        """What the term adds to the module's own output y."""
         return self._delta(x, y, term, module.bias)
 
     def _delta(self, x: torch.Tensor, y: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
@@ -78,9 +79,9 @@ class LinearKind:
         """As they are: features come last."""
         return values
 
-    def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """A (r, in) and B (out, r) under `.weight`, everything else under its bare name."""
-        return _in_file(name), factor
+    def in_file(self, module: HostModule, factor: Factor, values: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """As it is: A (r, in), B (out, r)."""
+        return factor.in_file, values
 
 
 class Conv1DKind:
@@ -111,21 +112,17 @@ class Conv1DKind:
         return lora_linear(x, module.weight.t(), bias, term)
 
     def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank) -> torch.Tensor:
-        """See `Kind.delta`."""
+        """What the term adds to the module's own output y."""
         return combine(y, low_rank_output(x, term), term.gain, module.bias)
 
     def spread(self, module: HostModule, values: torch.Tensor) -> torch.Tensor:
         """As they are: features come last."""
         return values
 
-    def in_file(self, module: HostModule, name: str, factor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    def in_file(self, module: HostModule, factor: Factor, values: torch.Tensor) -> tuple[str, torch.Tensor]:
         """As for a linear layer: A (r, in), B (out, r)."""
-        return _in_file(name), factor
+        return factor.in_file, values
 
 
 def _product(module: HostModule, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, module.weight, module.bias)
-
-
-def _in_file(name: str) -> str:
-    return name if name == "lora_magnitude_vector" else f"{name}.weight"

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
-from lowrank.adapters.config import AdaLoraConfig
-from lowrank.adapters.inspection import config_of
-from lowrank.adapters.install import hosts
-from lowrank.adapters.methods.adalora import AdaLoraLayer
-from lowrank.adapters.record import record_of
+from lowrank.adapters.methods.method import Holder
 from lowrank.errors import InputError
 
 
-def orthogonality(model: nn.Module, adapter: str) -> torch.Tensor:
-    """Mean over all P and Q of ‖PᵀP - I‖ and ‖QQᵀ - I‖ (equation 4); add `orth_reg_weight` times it to the loss."""
+def orthogonality(layers: Sequence[Holder]) -> torch.Tensor:
+    """Mean over all P and Q of ‖PᵀP - I‖ and ‖QQᵀ - I‖ (equation 4)."""
     terms = []
-    for layer in _layers(model, adapter):
+    for layer in layers:
         for gram in (layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B):
             terms.append(
                 torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
@@ -26,32 +22,29 @@ def orthogonality(model: nn.Module, adapter: str) -> torch.Tensor:
     return torch.stack(terms).mean()
 
 
-class RankBudget:
-    """Shrinks the ranks of one AdaLoRA adapter to their budget.
+class Budget:
+    """Shrinks the ranks of one adapter's layers to their budget.
 
     Call `step` after each optimiser step, before the gradients are cleared. The state is in `state_dict`, so that a
     resumed run goes on with the same importances.
 
     Args:
-        model: The wrapped model.
-        adapter: The name of an AdaLoRA adapter.
+        layers: The adapter's.
+        config: Its config; `self.config` says how long the run is, without which peft reads no folder.
         total_step: Optimiser steps of the whole run.
+
+    Raises:
+        InputError: no step is left in which ranks could shrink.
     """
 
-    def __init__(self, model: nn.Module, adapter: str, total_step: int) -> None:
-        config = config_of(model, adapter)
-        if not isinstance(config, AdaLoraConfig):
-            raise InputError(f"{adapter!r} is no AdaLoRA adapter: it has no budget of ranks")
+    def __init__(self, layers: Sequence[Holder], config: Any, total_step: int) -> None:
         if config.tinit + config.tfinal >= total_step:
             raise InputError(
                 f"tinit + tfinal ({config.tinit} + {config.tfinal}) leave none of {total_step} steps to shrink ranks",
                 fix="Train longer, or lower tinit and tfinal.",
             )
-        # peft reads no AdaLoRA folder that does not say how long the run was.
         self.config = config.model_copy(update={"total_step": total_step})
-        self.total_step = total_step
-        record_of(model).configs[adapter] = self.config
-        self.layers = list(_layers(model, adapter))
+        self.layers, self.total_step = list(layers), total_step
         self.full = sum(layer.lora_A.shape[0] for layer in self.layers)
         self.target = min(self.full, config.target_r * len(self.layers))
         parameters = [p for layer in self.layers for p in (layer.lora_A, layer.lora_E, layer.lora_B)]
@@ -67,6 +60,10 @@ class RankBudget:
             return self.target
         left = 1.0 - (step - begin) / (end - begin)
         return int((self.full - self.target) * left**3 + self.target)
+
+    def penalty(self) -> torch.Tensor:
+        """The orthogonality term of the loss."""
+        return self.config.orth_reg_weight * orthogonality(self.layers)
 
     @torch.no_grad()
     def step(self, step: int) -> int:
@@ -98,7 +95,7 @@ class RankBudget:
         for layer in self.layers:
             layer.lora_E.masked_fill_(~layer.kept[:, None], 0.0)
 
-    def _importance(self, layer: AdaLoraLayer) -> torch.Tensor:
+    def _importance(self, layer: Holder) -> torch.Tensor:
         """Of each triplet, (r,): s(λ) + mean s(P column) + mean s(Q row), s = sensitivity · uncertainty (eq. 11)."""
         A, E, B = (self._sensitivity[p] * self._uncertainty[p] for p in (layer.lora_A, layer.lora_E, layer.lora_B))
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
@@ -112,10 +109,3 @@ class RankBudget:
         for table, saved in ((self._sensitivity, "sensitivity"), (self._uncertainty, "uncertainty")):
             for mine, theirs in zip(table.values(), state[saved], strict=True):
                 mine.copy_(theirs)
-
-
-def _layers(model: nn.Module, adapter: str) -> Iterator[AdaLoraLayer]:
-    for _, _, adapters in hosts(model):
-        layer = adapters.layers().get(adapter)
-        if isinstance(layer, AdaLoraLayer):
-            yield layer

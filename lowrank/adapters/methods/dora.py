@@ -2,83 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
-
-from lowrank.adapters.config import LoraConfig
-from lowrank.adapters.kinds.kind import HostModule, Kind
-from lowrank.adapters.methods.kept import Kept
-from lowrank.adapters.methods.layer import factor_parameter, rank_and_scale
-from lowrank.adapters.methods.lora import LoraLayer
-from lowrank.ops.dora_norm import dora_norm, row_norm2
+from lowrank.adapters.kinds.factor import Factor
+from lowrank.adapters.methods.lora import LORA_A, LORA_B, Lora, LoraConfig
+from lowrank.adapters.methods.method import Holder, Matrix, Outset, Tensors
 from lowrank.ops.low_rank import LowRank
 
+if TYPE_CHECKING:
+    import torch
 
-class DoraLayer(LoraLayer):
-    """One DoRA adapter on one module: LoRA's factors, and a magnitude (out,) for each row of W."""
 
-    lora_magnitude_vector: nn.Parameter
-    _frozen_norm2: Kept | None
-    _eval_norm: Kept | None
+class Dora(Lora):
+    """DoRA: LoRA's factors, and a magnitude (out,) for each row of W. peft knows it by a field of LoRA's config."""
 
-    @classmethod
-    def build(cls, config: LoraConfig, path: str, module: HostModule, kind: Kind) -> Self:
-        """See `LowRankLayer.build`; the magnitude starts as the norm, so that W' = W where ΔW = 0."""
-        layer = super().build(config, path, module, kind)
-        term = LoraLayer.term(layer, module, kind)
-        with torch.no_grad():
-            norm = dora_norm(kind.weight(module), term.A, term.B, term.scale)
-            layer.lora_magnitude_vector = factor_parameter(norm.shape, module)
-            layer.lora_magnitude_vector.copy_(norm)
-        layer._frozen_norm2 = layer._eval_norm = None
-        return layer
+    name = "dora"
+    summary = "DoRA: the direction of each weight by low-rank factors, its magnitude by a vector."
+    fixed: ClassVar[Mapping[str, Any]] = {"use_dora": True}
+    factors = (LORA_A, LORA_B, Factor("lora_magnitude_vector", "lora_magnitude_vector", "row"))
+    has_gain = True
+    in_transformers = False
 
-    @staticmethod
-    def from_file(config: LoraConfig, path: str, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> LowRank:
-        """See `LowRankLayer.from_file`."""
-        A, B = tensors["lora_A"].float(), tensors["lora_B"].float()
-        scale = rank_and_scale(config, path)[1]
-        norm = dora_norm(weight.float(), A, B, scale)
-        return LowRank(A, B, scale, gain=_gain(tensors["lora_magnitude_vector"].float().flatten(), norm))
+    def shapes(self, config: LoraConfig, matrix: Matrix, r: int) -> dict[str, tuple[int, ...]]:
+        """LoRA's, and m (out,)."""
+        return {**super().shapes(config, matrix, r), "lora_magnitude_vector": (matrix.out,)}
 
-    def term(self, module: HostModule, kind: Kind) -> LowRank:
+    def start(self, layer: Holder, config: LoraConfig, module: Any, matrix: Matrix, outset: Outset) -> None:
+        """The magnitude starts as the norm, so that W' = W where ΔW = 0."""
+        from lowrank.ops.dora_norm import dora_norm
+
+        super().start(layer, config, module, matrix, outset)
+        term = super().term(layer, module)
+        layer.lora_magnitude_vector.copy_(dora_norm(layer.kind.weight(module), term.A, term.B, term.scale))
+        self.forget(layer)
+
+    def gain(self, tensors: Tensors, weight: torch.Tensor, term: LowRank) -> torch.Tensor:
+        """m / ‖W + ΔW‖."""
+        from lowrank.ops.dora_norm import dora_norm
+
+        return _gain(tensors["lora_magnitude_vector"], dora_norm(weight, term.A, term.B, term.scale))
+
+    def row_norms(self, tensors: Tensors) -> torch.Tensor:
+        """m."""
+        return tensors["lora_magnitude_vector"]
+
+    def term(self, layer: Holder, module: Any) -> LowRank:
         """LoRA's term with the gain m / ‖W + ΔW‖."""
-        term = super().term(module, kind)
-        with torch.no_grad():
-            norm = self._norm(module, kind, term)
-        return LowRank(term.A, term.B, term.scale, _gain(self.lora_magnitude_vector, norm), term.dropout)
+        term = super().term(layer, module)
+        norm = _norm(layer, module, LowRank(term.A.detach(), term.B.detach(), term.scale))
+        return LowRank(term.A, term.B, term.scale, _gain(layer.lora_magnitude_vector, norm))
 
-    def _norm(self, module: HostModule, kind: Kind, term: LowRank) -> torch.Tensor:
-        """‖W + ΔW‖. ‖W‖² is kept for as long as W is the same; the whole norm too, where the factors are frozen."""
-        if torch.compiler.is_compiling():
-            return dora_norm(kind.weight(module), term.A, term.B, term.scale)
-        weight = kind.weight(module)
-        still = not (self.training or self.lora_A.requires_grad or self.lora_B.requires_grad)
-        parts = (module.weight, self.lora_A, self.lora_B)
-        if still and self._eval_norm is not None and self._eval_norm.of(parts, term.scale):
-            return self._eval_norm.value
-        if self._frozen_norm2 is None or not self._frozen_norm2.of((module.weight,)):
-            self._frozen_norm2 = Kept(row_norm2(weight, term.A.dtype), (module.weight,))
-        norm = dora_norm(weight, term.A, term.B, term.scale, self._frozen_norm2.value)
-        self._eval_norm = Kept(norm, parts, term.scale) if still else None
-        return norm
+    def forget(self, layer: Holder) -> None:
+        """The norms."""
+        layer.frozen_norm2 = layer.eval_norm = None
 
-    def train(self, mode: bool = True) -> Self:
-        """As of any module; what is kept is made anew."""
-        self._frozen_norm2 = self._eval_norm = None
-        return super().train(mode)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._frozen_norm2 = self._eval_norm = None
-        return super()._apply(fn, recurse)
+def _norm(layer: Holder, module: Any, term: LowRank) -> torch.Tensor:
+    """‖W + ΔW‖. ‖W‖² is kept for as long as W is the same; the whole norm too, where the factors are frozen."""
+    import torch
 
-    def factors(self) -> dict[str, torch.Tensor]:
-        """See `LowRankLayer.factors`."""
-        return {**super().factors(), "lora_magnitude_vector": self.lora_magnitude_vector}
+    from lowrank.adapters.methods.kept import Kept
+    from lowrank.ops.dora_norm import dora_norm, row_norm2
+
+    weight = layer.kind.weight(module).detach()
+    if torch.compiler.is_compiling():
+        return dora_norm(weight, term.A, term.B, term.scale)
+    still = not (layer.training or layer.lora_A.requires_grad or layer.lora_B.requires_grad)
+    parts = (module.weight, layer.lora_A, layer.lora_B)
+    if still and layer.eval_norm is not None and layer.eval_norm.of(parts, term.scale):
+        return layer.eval_norm.value
+    if layer.frozen_norm2 is None or not layer.frozen_norm2.of((module.weight,)):
+        layer.frozen_norm2 = Kept(row_norm2(weight, term.A.dtype), (module.weight,))
+    norm = dora_norm(weight, term.A, term.B, term.scale, layer.frozen_norm2.value)
+    layer.eval_norm = Kept(norm, parts, term.scale) if still else None
+    return norm
 
 
 def _gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """m / ‖·‖; a row of W that is all zero has no direction, and stays zero."""
+    import torch
+
     return magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)

@@ -1,17 +1,17 @@
-"""What a layer of an adapter is, and the part that every low-rank method shares."""
+"""What a layer of an adapter is, and the layer of every low-rank method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import nn
 
 from lowrank.adapters.activity import Setting
-from lowrank.adapters.config import AdapterConfig, LoraConfig
+from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds.kind import HostModule, Kind, groups_of, in_place_of_own
-from lowrank.adapters.targeting.targets import pattern_value
+from lowrank.adapters.methods.method import Matrix, Method, Outset
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
 from lowrank.ops.merged import merged_weight
@@ -24,19 +24,19 @@ class Layer(Protocol):
     replaces: bool
     """Whether its output stands in the place of the module's own, instead of adding to it."""
 
-    def output(self, module: HostModule, kind: Kind | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def output(self, module: HostModule, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's output with this layer alone acting."""
         ...
 
-    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """What this layer adds to the module's own output y."""
         ...
 
-    def in_file(self, module: HostModule, kind: Kind | None) -> dict[str, torch.Tensor]:
+    def in_file(self, module: HostModule) -> dict[str, torch.Tensor]:
         """peft's names after the module's path, and the tensors (the same storage as the parameters)."""
         ...
 
-    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
+    def merge_into(self, module: HostModule) -> None:
         """Writes what the layer stands for into the module's own parameters."""
         ...
 
@@ -54,103 +54,167 @@ class JointLayer:
         """Writes what all of `layers` stand for into the module's own parameters."""
         raise NotImplementedError
 
-    def output(self, module: HostModule, kind: Kind | None, *args: Any, **kwargs: Any) -> Any:
-        """See `Layer.output`."""
+    def output(self, module: HostModule, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with this layer alone acting."""
         return self.output_together(module, [cast("Layer", self)], *args, **kwargs)
 
-    def delta(self, module: HostModule, kind: Kind | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """There is none."""
         raise InputError(f"a {type(module).__name__} carries an adapter on its parameters, which cannot be routed")
 
-    def merge_into(self, module: HostModule, kind: Kind | None) -> None:
-        """See `Layer.merge_into`."""
+    def merge_into(self, module: HostModule) -> None:
+        """Writes what this layer stands for into the module's own parameters."""
         self.merge_together(module, [cast("Layer", self)])
 
 
-class LowRankLayer(nn.Module):
-    """A layer whose whole effect is a `LowRank` term on the module's matrix, and perhaps a bias of its own.
+class SharedTensors(nn.Module):
+    """Frozen tensors that all layers of an adapter have in common: one object, a child of each of them."""
 
-    A new method is a subclass with `build`, `from_file`, `term` and `factors`, and one entry in `registry.METHODS`.
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By bare name."""
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+
+class LowRankLayer(nn.Module):
+    """One adapter on one module, whose whole effect is a `LowRank` term on the module's matrix, and perhaps a bias.
+
+    Its method says what it holds and what that stands for: each factor is a parameter of its bare name.
 
     Attributes:
+        method: The adapter's.
+        kind: The module's.
+        into: How many columns W has.
+        trained_scale: s of ΔW = s · B · A, as it was trained.
+        dropout: The probability that an input of the low-rank path is dropped in training.
         strength: What the scale that was trained is multiplied with; one object for all layers of an adapter.
+        bias: What stands in the place of the module's bias; None where that does not train.
     """
 
     replaces = False
 
-    def __init__(self, scale: float, dropout: float, bias: nn.Parameter | None) -> None:
+    def __init__(self, method: Method, kind: Kind, into: int, scale: float, dropout: float) -> None:
         super().__init__()
+        self.method, self.kind, self.into = method, kind, into
         self.trained_scale, self.dropout = scale, dropout
         self.strength = Setting(1.0)
-        self.bias = bias
+        self.bias: nn.Parameter | None = None
+        self.shared: SharedTensors | None = None
+
+    @classmethod
+    def build(
+        cls,
+        method: Method,
+        config: AdapterConfig,
+        path: str,
+        module: HostModule,
+        kind: Kind,
+        outset: Outset | None = None,
+        shared: SharedTensors | None = None,
+    ) -> Self:
+        """A layer for the module at `path`, initialised as the config says, on the module's device, in float32.
+
+        Args:
+            method: The config's.
+            config: What to build.
+            path: The module's.
+            module: The one that it is for; a float64 weight's factors are float64.
+            kind: Its kind.
+            outset: What the method has worked out for the whole model.
+            shared: Its tensors that all layers share.
+
+        Raises:
+            InputError: the method, the rank or the initialisation does not fit the module.
+        """
+        matrix = matrix_of(path, module, kind)
+        layer = cls(method, kind, matrix.into, method.scale(config, path), method.dropout(config))
+        layer.bias, layer.shared = own_bias(config, module), shared
+        for name, shape in method.shapes(config, matrix, method.rank(config, path)).items():
+            layer.register_parameter(name, factor_parameter(shape, module))
+        with torch.no_grad():
+            method.start(layer, config, module, matrix, outset or Outset(config))
+        return layer
 
     @property
     def scale(self) -> float:
         """s of s · B · A as it acts now."""
         return self.trained_scale * self.strength.now
 
-    @classmethod
-    def build(cls, config: Any, path: str, module: HostModule, kind: Kind) -> Self:
-        """A layer for the module at `path`, initialised as the config says, on the module's device, in float32."""
-        raise NotImplementedError
-
-    @staticmethod
-    def from_file(config: Any, path: str, tensors: dict[str, torch.Tensor], weight: torch.Tensor) -> LowRank:
-        """The term that one module's tensors in a file stand for, without a model.
-
-        Args:
-            config: As read from the file's folder.
-            path: The module's path.
-            tensors: By bare name ("lora_A"), in two dimensions.
-            weight: The base's W (out, in), dense.
-        """
-        raise NotImplementedError
-
-    def term(self, module: HostModule, kind: Kind) -> LowRank:
-        """The term that acts on the module's W now."""
-        raise NotImplementedError
-
     def factors(self) -> dict[str, torch.Tensor]:
         """The parameters by their bare names ("lora_A"), in two dimensions."""
-        raise NotImplementedError
+        return {factor.name: getattr(self, factor.name) for factor in self.method.factors}
 
-    def output(self, module: HostModule, kind: Kind, x: torch.Tensor) -> torch.Tensor:
-        """See `Layer.output`."""
-        return kind.fused(module, x, self.term(module, kind), self.acting_bias(module))
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The same, and those that all layers share."""
+        return self.factors() if self.shared is None else {**self.factors(), **self.shared.tensors()}
+
+    def term(self, module: HostModule) -> LowRank:
+        """The term that acts on the module's W now."""
+        term = self.method.term(self, module)
+        return term.dropping(self.dropout) if self.training and self.dropout else term
+
+    def output(self, module: HostModule, x: torch.Tensor) -> torch.Tensor:
+        """The module's output with this layer alone acting."""
+        return self.kind.fused(module, x, self.term(module), self.acting_bias(module))
 
     def acting_bias(self, module: HostModule) -> torch.Tensor | None:
-        """What stands in the place of the module's bias; that itself, where the layer has none of its own."""
-        return getattr(module, "bias", None) if self.bias is None else self.bias
+        """What stands in the place of the module's bias; that itself, where the layer changes nothing there."""
+        bias = getattr(module, "bias", None) if self.bias is None else self.bias
+        added = self.method.own_bias(self)
+        if added is None:
+            return bias
+        return added if bias is None else bias + added
 
-    def delta(self, module: HostModule, kind: Kind, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """See `Layer.delta`."""
-        added = kind.delta(module, x, y, self.term(module, kind))
+    def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What this layer adds to the module's own output y."""
+        added = self.kind.delta(module, x, y, self.term(module))
         bias = self.acting_bias(module)
         if bias is None or bias is module.bias:
             return added
-        return added + kind.spread(module, in_place_of_own(module, bias)).to(y.dtype)
+        return added + self.kind.spread(module, in_place_of_own(module, bias)).to(y.dtype)
 
-    def in_file(self, module: HostModule, kind: Kind) -> dict[str, torch.Tensor]:
-        """See `Layer.in_file`."""
-        named = dict(kind.in_file(module, name, factor) for name, factor in self.factors().items())
-        return named if self.bias is None else {**named, "base_layer.bias": self.bias}
+    def in_file(self, module: HostModule) -> dict[str, torch.Tensor]:
+        """peft's names after the module's path, and the tensors (the same storage as the parameters)."""
+        named = dict(self.kind.in_file(module, factor, getattr(self, factor.name)) for factor in self.method.factors)
+        if self.bias is not None:
+            named["base_layer.bias"] = self.bias
+        return named | self.method.more_in_file(self)
 
     def check_mergeable(self, path: str, module: HostModule) -> None:
         """Raises InputError where the module has no place for what the layer stands for."""
         if obstacle := merge_obstacle(module):
             raise InputError(f"{path} cannot be merged: {obstacle}", fix="Use the adapter without merging it.")
+        self.method.check_mergeable(path, self, module)
 
     @torch.no_grad()
-    def merge_into(self, module: HostModule, kind: Kind) -> None:
-        """See `Layer.merge_into`."""
-        kind.write(module, merged_weight(kind.weight(module), self.term(module, kind)))
+    def merge_into(self, module: HostModule) -> None:
+        """Writes what the layer stands for into the module's own parameters."""
+        self.kind.write(module, merged_weight(self.kind.weight(module), self.term(module)))
         bias = self.acting_bias(module)
         if bias is not None and bias is not module.bias:
             module.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=module.bias.requires_grad)
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; what the method keeps is made anew."""
+        self.method.forget(self)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.method.forget(self)
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
-        """Scale and dropout."""
-        return f"scale={self.scale:g}, dropout={self.dropout:g}"
+        """Method, scale and dropout."""
+        return f"{self.method.name}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def matrix_of(path: str, module: HostModule, kind: Kind) -> Matrix:
+    """W of a module, as methods see it."""
+    return Matrix(path, *kind.shape(module), groups_of(module), kind.looked_up, kind.linear)
 
 
 def merge_obstacle(module: HostModule) -> str | None:
@@ -158,21 +222,6 @@ def merge_obstacle(module: HostModule) -> str | None:
     if groups_of(module) > 1:
         return f"it is a convolution with {module.groups} groups, and its adapter mixes them"
     return None
-
-
-def factor_shapes(kind: Kind, module: HostModule, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of A and B for a module.
-
-    Raises:
-        InputError: r cannot be shared out among the groups of a convolution.
-    """
-    out_features, in_features = kind.shape(module)
-    if r % (groups := groups_of(module)):
-        raise InputError(
-            f"r is {r}, and a convolution with {groups} groups takes a multiple of {groups}",
-            fix="Give it a rank of its own in rank_pattern, or do not adapt it.",
-        )
-    return (r, in_features), (out_features, r // groups)
 
 
 def factor_parameter(shape: tuple[int, ...], module: HostModule) -> nn.Parameter:
@@ -186,9 +235,3 @@ def own_bias(config: AdapterConfig, module: HostModule) -> nn.Parameter | None:
     if config.bias == "none" or bias is None:
         return None
     return nn.Parameter(bias.detach().clone().to(precise(bias.dtype)))
-
-
-def rank_and_scale(config: LoraConfig, path: str) -> tuple[int, float]:
-    """r and s of the module at `path`, by the config's patterns."""
-    r = pattern_value(config.rank_pattern, path, config.r)
-    return r, config.scale(r, pattern_value(config.alpha_pattern, path, config.lora_alpha))

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.kinds.kind import HostModule, kind_of
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.kinds.kind import HostModule
+from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.modules import base_modules
-from lowrank.adapters.targeting.patterns import matches_end
+from lowrank.adapters.targeting.matching import matches_end
 from lowrank.adapters.targeting.targets import fused_experts, is_kept
 from lowrank.errors import InputError
 from lowrank.quantisers.registry import offers, parametrises
@@ -36,11 +37,12 @@ def find_parameters(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, 
         InputError: a pattern matches nothing, a parameter that no adapter fits, or a field that does not go with
             `target_parameters`.
     """
-    if not isinstance(config, LoraConfig) or not config.target_parameters:
+    wanted: list[str] = getattr(config, "target_parameters", None) or []
+    if not wanted:
         return {}, {}
     _check_fields(config)
     found: dict[str, list[str]] = {}
-    counts = dict.fromkeys(config.target_parameters, 0)
+    counts = dict.fromkeys(wanted, 0)
     modules = base_modules(model)
     for path, module in modules.items():
         for name in parameter_names(module):
@@ -91,13 +93,14 @@ def _nothing(pattern: str, modules: Mapping[str, nn.Module]) -> str:
     return f"target_parameters: {pattern!r} matches no parameter; {hint}"
 
 
-def _check_fields(config: LoraConfig) -> None:
+def _check_fields(config: AdapterConfig) -> None:
     """Fields that mean nothing sound for a parameter, or that no reader of the file would take with it (peft)."""
     refused = {
-        "use_dora": config.use_dora,
-        "lora_dropout": config.lora_dropout > 0,
+        "use_dora": getattr(config, "use_dora", False),
+        "method_name": config.method_name != "lora",
+        "lora_dropout": getattr(config, "lora_dropout", 0) > 0,
         "fan_in_fan_out": config.fan_in_fan_out,
-        "init_lora_weights": config.init_lora_weights not in (True, False, "gaussian"),
+        "init_lora_weights": getattr(config, "init_lora_weights", None) not in (True, False, "gaussian"),
     }
     for field, is_set in refused.items():
         if is_set:
@@ -107,7 +110,7 @@ def _check_fields(config: LoraConfig) -> None:
             )
 
 
-def _check_module(path: str, module: nn.Module, names: list[str], config: LoraConfig) -> None:
+def _check_module(path: str, module: nn.Module, names: list[str], config: AdapterConfig) -> None:
     if not is_kept(path, config):
         raise InputError(
             f"target_parameters matches {path}.{names[0]}, and exclude_modules, modules_to_save or layers_to_transform "

@@ -8,18 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.targeting.matching import matches_end, matches_pattern
 from lowrank.errors import InputError
-
-
-def matches_end(path: str, name: str) -> bool:
-    """Whether `name` is `path` or stands at its end, at a dot."""
-    return path == name or path.endswith(f".{name}")
-
-
-def matches_pattern(path: str, pattern: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern means the module at `path`: a regular expression at its end."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def listed(value: Iterable[str] | str | None) -> list[str]:
@@ -52,13 +43,12 @@ def idle_patterns(
 ) -> list[tuple[str, object, str]]:
     """Those entries: the field, the entry, and what is wrong with it."""
     idle: list[tuple[str, object, str]] = []
-    if isinstance(config, LoraConfig):
-        for field in ("rank_pattern", "alpha_pattern"):
-            idle += [(field, key, hint) for key in getattr(config, field) if (hint := _idle_key(field, key, adapted))]
-    elif isinstance(config, AdaLoraConfig):
-        known = {f"{path}.lora_E" for path in adapted}
-        keys = [key for key in config.rank_pattern or {} if key.removeprefix("base_model.model.") not in known]
-        idle += [("rank_pattern", key, f"is no adapted module; {_nearest(key, known)}") for key in keys]
+    for field in config.by_module:
+        idle += [(field, key, hint) for key in getattr(config, field) if (hint := _idle_key(field, key, adapted))]
+    for field, factor in config.by_tensor.items():
+        known = {f"{path}.{factor}" for path in adapted}
+        keys = [key for key in getattr(config, field) or {} if key.removeprefix("base_model.model.") not in known]
+        idle += [(field, key, f"is no adapted module; {_nearest(key, known)}") for key in keys]
     return idle + _idle_exclusions(config, modules) + _idle_layers(config, modules, adapted)
 
 

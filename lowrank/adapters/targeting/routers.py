@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lowrank.adapters.kinds.kind import HostModule, kind_of
+from lowrank.adapters.kinds.kind import HostModule
+from lowrank.adapters.kinds.known import kind_of
 
 
 def routers(modules: Mapping[str, nn.Module]) -> set[str]:

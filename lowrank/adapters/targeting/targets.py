@@ -6,15 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.kinds.kind import HostModule, is_multihead, kind_of, why_unfit
+from lowrank.adapters.kinds.kind import HostModule, is_multihead, why_unfit
+from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.modules import bare, base_modules
-from lowrank.adapters.targeting.patterns import layer_number, listed, matches_end, matches_pattern, nearest
+from lowrank.adapters.targeting.matching import matches_end
+from lowrank.adapters.targeting.patterns import layer_number, listed, nearest
 from lowrank.adapters.targeting.routers import routers
 from lowrank.adapters.targeting.uncalled import Calls, check_called
 from lowrank.errors import InputError
@@ -132,17 +133,6 @@ def fused_experts(modules: Mapping[str, nn.Module]) -> list[str]:
             if getattr(getattr(module, name), "ndim", 0) == 3
         }
     )
-
-
-_T = TypeVar("_T")
-
-
-def pattern_value(patterns: Mapping[str, _T], path: str, default: _T) -> _T:
-    """The value of the first pattern that matches at the end of `path` (peft's rule for rank_pattern)."""
-    for pattern, value in patterns.items():
-        if matches_pattern(path, pattern):
-            return value
-    return default
 
 
 def _all_linear(model: HostModule, modules: Mapping[str, nn.Module], config: AdapterConfig, calls: Calls) -> Targets:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lowrank.config.sections.adapter import (
-    AdaLoraSection,
     AdapterSection,
     BiasSection,
-    DoraSection,
     FullSection,
-    LoraSection,
+    MethodSection,
+    adapter_sections,
+    default_section,
 )
 from lowrank.config.sections.data import DataSection, SourceSection
 from lowrank.config.sections.model import ModelSection, QuantizationSection
@@ -17,17 +17,17 @@ from lowrank.config.sections.training import MAX_SEED, ParameterGroup, TrainingS
 
 __all__ = [
     "MAX_SEED",
-    "AdaLoraSection",
     "AdapterSection",
     "BiasSection",
     "DataSection",
-    "DoraSection",
     "FullSection",
-    "LoraSection",
+    "MethodSection",
     "ModelSection",
     "OnResume",
     "ParameterGroup",
     "QuantizationSection",
     "SourceSection",
     "TrainingSection",
+    "adapter_sections",
+    "default_section",
 ]

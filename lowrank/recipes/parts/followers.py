@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.adapters import describe
 from lowrank.config.sections import TrainingSection
 from lowrank.recipes.parts.assess import assess
-from lowrank.recipes.parts.rank_budget import rank_budget
+from lowrank.recipes.parts.companion import companions
 from lowrank.recipes.parts.setup import Setup
 from lowrank.recipes.parts.show import show_line
 from lowrank.training.callbacks.early_stopping import EarlyStopping
@@ -78,7 +78,7 @@ def followers_of(
         ReportWriter(output / REPORT, output.name, summary, output / METRICS, told=told),
     ]
     evaluate = _evaluation_of(setup, screen, ranks)
-    budget = rank_budget(setup.model, run.total_steps)
+    budget = companions(setup.model, run.total_steps)
     best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
     checkpoints = _checkpoints_of(training, run, setup.tokenizer, told, best, ranks)
     callbacks = [

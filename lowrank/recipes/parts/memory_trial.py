@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 from lowrank.config.sections import ModelSection, TrainingSection
 from lowrank.recipes.parts.beginning import joined_accelerator, new_run, try_the_longest
+from lowrank.recipes.parts.companion import companions
 from lowrank.recipes.parts.exam import Exam
-from lowrank.recipes.parts.rank_budget import rank_budget
 from lowrank.recipes.parts.setup import Setup
 from lowrank.training.estimate import MemoryEstimate, measured_memory, take_trial_steps
 from lowrank.training.evaluation.answers import answer_all
@@ -29,7 +29,7 @@ def estimate_memory(base: ModelSection, training: TrainingSection, setup: Setup,
         JobError: there is not enough memory.
     """
     run = new_run(training, setup)
-    budget = rank_budget(setup.model, run.total_steps)
+    budget = companions(setup.model, run.total_steps)
     run.callbacks = [*budget]
     accelerator = joined_accelerator(training, base.device)
     try_the_longest(setup, accelerator, base.name_or_path)

@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
+from lowrank.adapters import method_of
 from lowrank.config import RunConfig
-from lowrank.config.sections import AdapterSection, DataSection, ModelSection
+from lowrank.config.sections import AdapterSection, DataSection, MethodSection, ModelSection
+from lowrank.recipes.parts.prepare import adapter_config
 from lowrank.storage.whole_file import write_whole
 from lowrank.training.callbacks.run_report import comparison
 from lowrank.training.evaluation.evaluation import Evaluation
@@ -107,7 +109,7 @@ def write_card(
 
 def _is_plain(adapter: AdapterSection) -> bool:
     """Whether `load_adapter` of transformers gives the same: DoRA comes out as another model, AdaLoRA is refused."""
-    return adapter.method == "lora" and not adapter.use_dora
+    return isinstance(adapter, MethodSection) and method_of(adapter_config(adapter)).in_transformers
 
 
 def _front(model: ModelSection, method: str, data: DataSection, title: str, after: Evaluation | None) -> ModelCardData:

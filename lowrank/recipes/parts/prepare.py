@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank.adapters import AdaLoraConfig, LoraConfig, wrap
+from lowrank.adapters import METHODS, AdapterConfig, wrap
 from lowrank.attention import AttentionChoice, check_packing, set_attention
-from lowrank.config.sections import AdapterSection, BiasSection, FullSection, ModelSection, QuantizationSection
+from lowrank.config.sections import (
+    AdapterSection,
+    BiasSection,
+    FullSection,
+    MethodSection,
+    ModelSection,
+    QuantizationSection,
+)
 from lowrank.data import BatchPlan, BatchStream, complete_template, use_template
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer
@@ -82,7 +89,7 @@ def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, 
         for bias in biases:
             bias.requires_grad_(True)
     else:
-        wrap(model, _adapter_config(adapter), batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
+        wrap(model, adapter_config(adapter), batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
 
 
 def swap_attention(model: PreTrainedModel, section: ModelSection, *, packing: bool) -> AttentionChoice:
@@ -97,16 +104,13 @@ def swap_attention(model: PreTrainedModel, section: ModelSection, *, packing: bo
     return choice
 
 
-def _adapter_config(section: LoraConfig | AdaLoraConfig) -> LoraConfig | AdaLoraConfig:
+def adapter_config(section: MethodSection) -> AdapterConfig:
     """The section without `method`: what the adapter layer and peft's files know."""
-    kind = AdaLoraConfig if isinstance(section, AdaLoraConfig) else LoraConfig
-    return kind.model_validate(section.model_dump(exclude={"method"}))
+    return METHODS[section.method].config.model_validate(section.model_dump(exclude={"method"}))
 
 
-def _eva_batches(
-    section: LoraConfig | AdaLoraConfig, plan: BatchPlan | BatchStream
-) -> list[dict[str, torch.Tensor]] | None:
-    if section.init_lora_weights != "eva":
+def _eva_batches(section: AdapterConfig, plan: BatchPlan | BatchStream) -> list[dict[str, torch.Tensor]] | None:
+    if getattr(section, "init_lora_weights", None) != "eva":
         return None
     assert isinstance(plan, BatchPlan), "the config has refused it"
     plan = plan.without_sharing()  # what examples share would count once, and the model is not told of segments
@@ -114,8 +118,8 @@ def _eva_batches(
     return [{"input_ids": batch.input_ids, "position_ids": batch.position_ids} for batch in batches]
 
 
-def _originals(section: LoraConfig | AdaLoraConfig, base: ModelSection) -> Callable[[str], torch.Tensor] | None:
-    if section.init_lora_weights != "loftq":
+def _originals(section: AdapterConfig, base: ModelSection) -> Callable[[str], torch.Tensor] | None:
+    if getattr(section, "init_lora_weights", None) != "loftq":
         return None
     dense = load_model(base.name_or_path, revision=base.revision, device="cpu").state_dict()
     return dense.__getitem__

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lowrank.adapters import AdaLoraConfig
+from lowrank.adapters import METHODS
 from lowrank.config import RunConfig, load_config
 from lowrank.config.loading import CONFIG
 from lowrank.config.sections import AdapterSection, OnResume, TrainingSection
@@ -154,10 +154,10 @@ def refuse_another_schedule(
     training: TrainingSection, adapter: AdapterSection, was_total: int, is_total: int, step: int
 ) -> None:
     """Raises InputError where a new number of steps would have changed the learning rates or the ranks so far."""
-    if was_total != is_total and isinstance(adapter, AdaLoraConfig):
+    method = METHODS.get(adapter.method)
+    if was_total != is_total and method is not None and method.spans_run:
         raise InputError(
-            f"the run was planned for {was_total} steps and is now to take {is_total}; AdaLoRA shrinks its ranks over "
-            "the whole of them",
+            f"the run was planned for {was_total} steps and is now to take {is_total}; {method.spans_run}",
             where="adapter.method",
             fix="Keep the number of steps, or start anew.",
         )

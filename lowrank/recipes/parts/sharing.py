@@ -6,8 +6,9 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from lowrank.adapters import METHODS
 from lowrank.attention import check_sharing
-from lowrank.config.sections import AdapterSection, TrainingSection
+from lowrank.config.sections import AdapterSection, MethodSection, TrainingSection
 from lowrank.data import BatchPlan, BatchStream
 from lowrank.errors import InputError
 
@@ -20,8 +21,8 @@ Plan = TypeVar("Plan", BatchPlan, BatchStream, BatchPlan | BatchStream)
 
 def drawing(adapter: AdapterSection, training: TrainingSection) -> str | None:
     """What draws at random for each example, and for what they share once; None where nothing does."""
-    if getattr(adapter, "lora_dropout", 0.0) > 0:
-        return "lora_dropout"
+    if isinstance(adapter, MethodSection) and METHODS[adapter.method].dropout(adapter) > 0:
+        return "the adapter's dropout"
     return None if training.neftune_noise_alpha is None else "NEFTune"
 
 

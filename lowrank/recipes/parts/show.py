@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from lowrank.adapters import describe
+from lowrank.adapters import describe, method_of
 from lowrank.config import RunConfig
 from lowrank.data import BatchPlan, BatchStream
 from lowrank.quantisers.registry import parameter_count
@@ -117,7 +117,8 @@ def _adapter(method: str, model: Any) -> str:
     if info is None:
         return method
     matched = ", ".join(f"{pattern} {count}" for pattern, count in info.matched.items())
-    told = f"{method}, r = {info.config.r}, on {len(info.modules)} modules ({matched})"
+    rank = method_of(info.config).rank(info.config, "")
+    told = f"{method}, r = {rank}, on {len(info.modules)} modules ({matched})"
     return told + "".join(f"\n{reason}" for reason in _passed_over(info.left_out))
 
 

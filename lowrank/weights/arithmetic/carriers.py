@@ -12,10 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lowrank.adapters.kinds.kind import Kind, kind_of
+from lowrank.adapters.kinds.kind import Kind
+from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.methods.layer import merge_obstacle
+from lowrank.adapters.methods.lora import LORA_A, LORA_B
+from lowrank.adapters.targeting.matching import matches_end
 from lowrank.adapters.targeting.parameters import parameter_names
-from lowrank.adapters.targeting.targets import matches_end
 from lowrank.adapters.targeting.uncalled import Calls
 from lowrank.errors import InputError
 from lowrank.weights.arithmetic.approximate import leading
@@ -227,8 +229,8 @@ class Carriers:
             out, into = kind.shape(module)
             product = Product(torch.zeros(1, into), torch.zeros(out, 1))
         self.ranks[path] = product.rank
-        for name, factor in (("lora_A", product.A), ("lora_B", product.B)):
-            suffix, shaped = kind.in_file(module, name, factor.contiguous())
+        for factor, values in ((LORA_A, product.A), (LORA_B, product.B)):
+            suffix, shaped = kind.in_file(module, factor, values.contiguous())
             self.tensors[f"{path}.{suffix}"] = shaped.to(self.dtype)
 
     def _part_biases_from_stacks(self) -> None:

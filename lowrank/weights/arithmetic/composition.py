@@ -11,7 +11,7 @@ from typing import get_args
 
 import torch
 
-from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.methods.lora import LoraConfig
 from lowrank.errors import InputError
 from lowrank.storage.folders import refuse_inside
 from lowrank.weights.arithmetic.combine import FACTOR_METHODS

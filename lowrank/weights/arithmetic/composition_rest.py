@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from lowrank.adapters.config import AdapterConfig, LoraConfig
-from lowrank.adapters.methods.layer import rank_and_scale
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.methods.lora import LORA_BIAS
+from lowrank.adapters.registry import method_of
 from lowrank.errors import InputError
-from lowrank.weights.files.adapter_file import FACTOR, TOKENS, AdapterFile
+from lowrank.weights.files.adapter_file import TOKENS, AdapterFile
+from lowrank.weights.files.factor_names import factor_of
 
-_ADDED = ".lora_B.bias"
+_ADDED = f".{LORA_BIAS}"
 Held = tuple[AdapterFile, str, float]
 
 
@@ -34,7 +36,7 @@ class Rest:
 
 def rest_of(adapter: AdapterFile) -> frozenset[str]:
     """The tensors that are no factors."""
-    return frozenset(name for name in adapter.tensors if not FACTOR.fullmatch(name))
+    return frozenset(name for name in adapter.tensors if not factor_of(name))
 
 
 def compose_rest(files: Sequence[AdapterFile], weights: Sequence[float], shapes: dict[str, int]) -> Rest:
@@ -94,7 +96,7 @@ def _average(name: str, held: list[tuple[torch.Tensor, float, AdapterFile]]) -> 
 
 
 def _tokens(config: AdapterConfig, name: str) -> list[int]:
-    wanted = config.trainable_token_indices if isinstance(config, LoraConfig) else None
+    wanted = getattr(config, "trainable_token_indices", None)
     if isinstance(wanted, dict):
         path = name.removesuffix(TOKENS)
         wanted = next((ids for module, ids in wanted.items() if f".{path}".endswith(f".{module}")), None)
@@ -112,7 +114,7 @@ def _fields(files: Sequence[AdapterFile], tokens: dict[str, Any]) -> dict[str, A
     fields: dict[str, Any] = {"modules_to_save": sorted(whole) or None, "bias": biases.pop() if biases else "none"}
     if tokens:
         fields["trainable_token_indices"] = {name.removesuffix(TOKENS): list(rows) for name, rows in tokens.items()}
-    if any(isinstance(config, LoraConfig) and config.lora_bias for config in configs):
+    if any(getattr(config, "lora_bias", False) for config in configs):
         fields["lora_bias"] = True
     return fields
 
@@ -121,7 +123,7 @@ def _check_biases(files: Sequence[AdapterFile], tensors: dict[str, torch.Tensor]
     """A file that trains biases holds those of all its modules; the base's own are not known here."""
     if all(file.config.bias == "none" for file in files):
         return
-    own = [{m["path"] for name in file.tensors if (m := FACTOR.fullmatch(name))} for file in files]
+    own = [{found.path for name in file.tensors if (found := factor_of(name))} for file in files]
     without = {path for file, paths in zip(files, own, strict=True) if file.config.bias != "none" for path in paths}
     if lacking := sorted(shapes.keys() - without):
         raise InputError(
@@ -131,6 +133,6 @@ def _check_biases(files: Sequence[AdapterFile], tensors: dict[str, torch.Tensor]
 
 
 def _scale(file: AdapterFile, name: str) -> float:
-    if not isinstance(file.config, LoraConfig):
-        raise InputError(f"{name} is unexpected in an adapter of this method", where=str(file.path))
-    return rank_and_scale(file.config, name.removesuffix(_ADDED))[1]
+    if not getattr(file.config, "lora_bias", False):
+        raise InputError(f"{name} is unexpected in an adapter of this config", where=str(file.path))
+    return method_of(file.config).scale(file.config, name.removesuffix(_ADDED))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowrank.adapters.experts.fused import is_transposed, name_in_file
-from lowrank.adapters.kinds.kind import kind_of
+from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.targeting.parameters import parameter_names
 from lowrank.errors import InputError
 from lowrank.weights.arithmetic.approximate import leading

@@ -43,7 +43,7 @@ def prove(folder: Path, pair: Pair, found: Carriers) -> int:
         if isinstance(layer, WholeCopy):
             proved |= _compare_whole(path, layer, pair)
         else:
-            proved |= _compare_merged(path, module, layer, adapters.kind, pair, found)
+            proved |= _compare_merged(path, module, layer, pair, found)
     absent = [name for name in found.differing if name not in proved]
     if absent:
         raise JobError(f"the adapter does not change {shorten(absent)}, and the tuned model does")
@@ -60,10 +60,10 @@ def _compare_whole(path: str, layer: WholeCopy, pair: Pair) -> set[str]:
     return names
 
 
-def _compare_merged(path: str, module: Any, layer: Any, kind: Any, pair: Pair, found: Carriers) -> set[str]:
+def _compare_merged(path: str, module: Any, layer: Any, pair: Pair, found: Carriers) -> set[str]:
     """Merged into zeros, a layer's factors give ΔW itself, and its bias the bias."""
     before = dict(module._parameters)
-    layer.merge_into(module, kind)
+    layer.merge_into(module)
     names = set()
     for leaf, parameter in module._parameters.items():
         if parameter is before[leaf] or parameter is None:

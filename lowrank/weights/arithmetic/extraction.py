@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank.adapters.config import LoraConfig
+from lowrank.adapters.methods.lora import LoraConfig
 from lowrank.errors import InputError
 from lowrank.storage.folders import into_folder, refuse_inside
 from lowrank.weights.arithmetic.carriers import Carriers

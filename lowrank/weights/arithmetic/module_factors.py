@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lowrank.adapters.methods.lora import LORA_A, LORA_B
 from lowrank.adapters.multihead import OUT_PROJ
-from lowrank.adapters.registry import METHODS
+from lowrank.adapters.registry import method_of
 from lowrank.errors import InputError
+from lowrank.ops.low_rank import LowRank
 from lowrank.weights.arithmetic.factors import Product
-from lowrank.weights.files.adapter_file import FACTOR, AdapterFile, refuse_taken_out, shorten
-
-_NEEDED = {"lora": {"lora_A", "lora_B"}, "adalora": {"lora_A", "lora_B", "lora_E"}}
+from lowrank.weights.files.adapter_file import AdapterFile, refuse_taken_out, shorten
+from lowrank.weights.files.factor_names import factor_of
+from lowrank.weights.files.factor_values import flat_factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +24,11 @@ class Factors:
 
     Attributes:
         path: The module's path.
-        A: (r, in), without the scale; AdaLoRA's Λ folded in.
+        A: (r, in), without the scale.
         B: (out, r).
         scale: s of ΔW = s · B · A.
-        shape_A, shape_B: As in the file (a convolution's have more dimensions).
-        embedding: Whether peft's file names them `lora_embedding_A` and `lora_embedding_B`.
+        shape_A, shape_B: As a LoRA's file has them (a convolution's have more dimensions).
+        embedding: Whether they are an embedding's, which files name otherwise.
         dtype: In the file.
     """
 
@@ -53,9 +55,8 @@ class Factors:
         """The tensors under peft's names; the scale is the config's business."""
         A = self.A.reshape(-1, *self.shape_A[1:]).to(self.dtype)
         B = self.B.reshape(self.shape_B[0], -1, *self.shape_B[2:]).to(self.dtype)
-        if self.embedding:
-            return {f"{self.path}.lora_embedding_A": A, f"{self.path}.lora_embedding_B": B}
-        return {f"{self.path}.lora_A.weight": A, f"{self.path}.lora_B.weight": B}
+        pairs = ((LORA_A, A), (LORA_B, B))
+        return {f"{self.path}.{factor.on_table if self.embedding else factor.in_file}": each for factor, each in pairs}
 
 
 def read_factors(adapter: AdapterFile, skip: frozenset[str] = frozenset()) -> dict[str, Factors]:
@@ -69,50 +70,55 @@ def read_factors(adapter: AdapterFile, skip: frozenset[str] = frozenset()) -> di
         InputError: The adapter holds more than factors (magnitudes, biases, whole modules), or they do not go together.
     """
     refuse_taken_out(adapter)
+    method = method_of(adapter.config)
     found: dict[str, dict[str, str]] = defaultdict(dict)
-    others = []
+    others, tables = [], set()
+    known = {factor.name for factor in method.factors if factor.side != "row"}
     for name in (name for name in adapter.tensors if name not in skip):
-        match = FACTOR.fullmatch(name)
-        if match is None or match["name"] == "lora_magnitude_vector" or match["path"].endswith(f".{OUT_PROJ}"):
+        factor = factor_of(name)
+        if factor is None or factor.name not in known or factor.path.endswith(f".{OUT_PROJ}"):
             others.append(name)
         else:
-            found[match["path"]][match["name"]] = name
+            found[factor.path][factor.name] = name
+            tables |= {factor.path} if factor.on_table else set()
     if getattr(adapter.config, "target_parameters", None):
         others.append("target_parameters")
-    if others or adapter.config.method_name not in _NEEDED:
+    if others or not method.composes:
         raise InputError(
-            f"the adapter is more than a low-rank sum (method {adapter.config.method_name}; {shorten(others)}), "
+            f"the adapter is more than a low-rank sum (method {method.name}; {shorten(others)}), "
             "and that cannot be done with its factors",
             where=str(adapter.path),
             fix="Merge it into its base instead, and extract a LoRA from the result.",
         )
-    return {path: _read(adapter, path, names) for path, names in found.items()}
+    return {path: _read(adapter, path, names, path in tables) for path, names in found.items()}
 
 
-def _read(adapter: AdapterFile, path: str, names: dict[str, str]) -> Factors:
-    embedding = any("embedding" in bare for bare in names)
-    bare = {name.replace("lora_embedding_", "lora_"): full for name, full in names.items()}
-    if bare.keys() != _NEEDED[adapter.config.method_name]:
+def _read(adapter: AdapterFile, path: str, names: dict[str, str], embedding: bool) -> Factors:
+    method = method_of(adapter.config)
+    if names.keys() != {factor.name for factor in method.factors}:
         raise InputError(f"the factors of {path} are not complete: {', '.join(sorted(names))}", where=str(adapter.path))
-    tensors = {name: adapter.read(full) for name, full in bare.items()}
-    shape_A, shape_B = tuple(tensors["lora_A"].shape), tuple(tensors["lora_B"].shape)
+    shapes = {name: tuple(adapter.tensors[full].shape) for name, full in names.items()}
+    apart = InputError(
+        f"{path} has factors {' and '.join(map(str, shapes.values()))}, which do not go together",
+        where=str(adapter.path),
+    )
+    if any(len(shape) < 2 for shape in shapes.values()):
+        raise apart
+    try:
+        term = method.low_rank(flat_factors(adapter, names), method.scale(adapter.config, path), 0)
+    except RuntimeError:  # torch's, of sizes that cannot be multiplied
+        raise apart from None
+    sides = {factor.side: shapes[factor.name] for factor in method.factors}
+    shape_A, shape_B = sides.get("in", tuple(term.A.shape)), sides.get("out", tuple(term.B.shape))
     if len(shape_A) > 2 and shape_A[0] > shape_B[1] > 0 and shape_A[0] % shape_B[1] == 0:
         raise InputError(
             f"{path} is a convolution with {shape_A[0] // shape_B[1]} groups, and its factors are no product B · A",
             where=str(adapter.path),
         )
-    if adapter.config.method_name == "adalora" and len(shape_A) == len(shape_B) == 2 and shape_A[0] == shape_B[1] == 0:
-        tensors |= _one_of_zeros(shape_A[1], shape_B[0])
+    if len(shape_A) == 2 and term.A.shape[0] == term.B.shape[1] == 0:  # every rank pruned: ΔW = 0, as readers take it
         shape_A, shape_B = (1, shape_A[1]), (shape_B[0], 1)
-    if len(shape_A) < 2 or len(shape_B) < 2 or shape_A[0] != shape_B[1] or 0 in (*shape_A, *shape_B):
-        raise InputError(
-            f"{path} has factors {shape_A} and {shape_B}, which do not go together", where=str(adapter.path)
-        )
-    flat = {name: tensor.float().flatten(1) for name, tensor in tensors.items()}
-    term = METHODS[adapter.config.method_name].from_file(adapter.config, path, flat, torch.empty(0))
-    return Factors(path, term.A, term.B, term.scale, shape_A, shape_B, embedding, tensors["lora_A"].dtype)
-
-
-def _one_of_zeros(into: int, out: int) -> dict[str, torch.Tensor]:
-    """A module whose every rank AdaLoRA has pruned: ΔW = 0, in a form that every reader takes."""
-    return {"lora_A": torch.zeros(1, into), "lora_B": torch.zeros(out, 1), "lora_E": torch.zeros(1, 1)}
+        term = LowRank(torch.zeros(shape_A), torch.zeros(shape_B), term.scale)
+    if shape_A[0] != shape_B[1] or 0 in (*shape_A, *shape_B):
+        raise apart
+    dtype = adapter.tensors[names[method.factors[0].name]].torch_dtype
+    return Factors(path, term.A, term.B, term.scale, shape_A, shape_B, embedding, dtype)

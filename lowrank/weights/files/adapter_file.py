@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
-from lowrank.adapters.targeting.patterns import matches_end
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.methods.lora import LORA_BIAS
+from lowrank.adapters.methods.method import Method
+from lowrank.adapters.registry import METHODS, method_of, methods_of_type, shared_names
+from lowrank.adapters.targeting.matching import matches_end
 from lowrank.errors import InputError
 from lowrank.storage.hub import local_folder
 from lowrank.storage.lock import holder
 from lowrank.storage.tensorfile import MAX_HEADER, Entry, TensorFile, open_tensors, parse_json_object
+from lowrank.weights.files.factor_names import factor_of
 from lowrank.weights.files.fingerprint import Fingerprint
 from lowrank.weights.files.layouts import PICKLE, PREFIX, is_mlx, open_mlx, open_pickle, told_layout
 
@@ -28,25 +32,15 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"
 TOKENS = ".token_adapter.trainable_tokens_delta"
-FACTOR = re.compile(r"(?P<path>.+)\.(?P<name>lora_(embedding_)?[AB]|lora_E|lora_magnitude_vector)(\.weight)?")
 BASE_KEY, QUANTIZATION_KEY, CONFIG_KEY = "lowrank.base", "lowrank.quantization", "adapter_config"
 QUANTISED_FROM = "dtype"
 """Beside a quantisation's own fields: what the base's weights were loaded in, and quantised from."""
-HEAD_KEY = "lowrank.head"
-
-_KINDS: dict[str, type[LoraConfig | AdaLoraConfig]] = {"LORA": LoraConfig, "ADALORA": AdaLoraConfig}
+HEAD_KEY, METHOD_KEY = "lowrank.head", "lowrank.method"
+SHARED_PREFIX = "base_model."
+"""Before what all modules of an adapter have in common; here such a tensor has its bare name."""
 
 # Keys that say where a file comes from, and change nothing about what its tensors mean.
 _NOTES = {"peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"}
-# Fields of features that are off, at peft's defaults; None, False and empty values are neutral for every key.
-_NEUTRAL: dict[str, object] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-# What only the start of a training run reads: a finished adapter means the same whatever they say.
-START_ONLY = {"corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config"}
-# peft's AdaLoraConfig inherits LoraConfig's fields; these have no effect in AdaLoRA.
-_UNUSED_BY_ADALORA = {"r", "init_lora_weights"}
-# Initialisations after which A and B belong to a base that was changed; peft changes it again on loading. What the
-# first two took out of the base can be worked out from it again.
-_TAKES_OUT, _CHANGES_BASE = ("pissa", "olora"), ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +96,8 @@ def open_adapter(path: str | Path) -> AdapterFile:
     """
     file, raw, config_path = _open_file(Path(path)) if Path(path).is_file() else _open_folder(path)
     weights_path = file.path
-    strangers = [name for name in file.entries if not name.startswith(PREFIX)]
+    shared = {f"{SHARED_PREFIX}{name}": name for name in shared_names()}
+    strangers = [name for name in file.entries if not name.startswith(PREFIX) and name not in shared]
     if strangers:
         layout = told_layout(strangers)
         raise InputError(
@@ -118,10 +113,10 @@ def open_adapter(path: str | Path) -> AdapterFile:
     revision = raw.get("revision")
     if revision is not None and not isinstance(revision, str):
         raise InputError("revision is not a string", where=str(config_path))
-    tensors = _plain_names({name.removeprefix(PREFIX): entry for name, entry in file.entries.items()})
+    tensors = _plain_names({shared.get(name, name.removeprefix(PREFIX)): entry for name, entry in file.entries.items()})
     return AdapterFile(
         path=Path(path) if Path(path).is_file() else weights_path.parent,
-        config=_with_wholes(_parse_config(raw, config_path), list(tensors)),
+        config=_with_wholes(_parse_config(raw, config_path, file.metadata.get(METHOD_KEY)), list(tensors)),
         tensors=tensors,
         file=file,
         base=base or None,
@@ -156,7 +151,8 @@ def _with_wholes(config: AdapterConfig, tensors: list[str]) -> AdapterConfig:
         parts = path.split(".")
         around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
         a_bias = own == "bias" and config.bias != "none"
-        if ".lora_" in tensor or "base_layer" in parts or tensor.endswith(TOKENS) or a_bias:
+        added = tensor.endswith((TOKENS, f".{LORA_BIAS}")) or factor_of(tensor) is not None
+        if added or "base_layer" in parts or a_bias or tensor in shared_names():
             continue
         if not any(matches_end(one, name) for one in around for name in names):
             more.update([one for one in around if one.endswith(names)][:1])
@@ -213,48 +209,41 @@ def _open_file(path: Path) -> tuple[TensorFile, dict[str, Any], Path]:
     return file, parse_json_object(file.metadata[CONFIG_KEY].encode(), path), path
 
 
-def _parse_config(raw: Mapping[str, Any], where: Path) -> AdapterConfig:
+def _parse_config(raw: Mapping[str, Any], where: Path, method: str | None = None) -> AdapterConfig:
     """The config in an `adapter_config.json`.
+
+    Args:
+        raw: Its content.
+        where: The file.
+        method: The method that lowrank trained it with, where `peft_type` does not tell. Where it is not registered,
+            the file is read as what its `peft_type` says, which makes the same model.
 
     Raises:
         InputError: With the list of every key that is unknown and not neutral, or has a wrong value.
     """
-    peft_type = raw.get("peft_type")
-    kind = _KINDS.get(peft_type) if isinstance(peft_type, str) else None
-    if kind is None:
-        raise InputError(f"peft_type is {peft_type!r}; {' and '.join(_KINDS)} can be read", where=str(where))
-    init = raw.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
-        raise _changed_base(
-            init,
-            where,
-            "Save it as an ordinary LoRA with the tool that trained it "
-            "(peft: path_initial_model_for_weight_conversion).",
+    candidates = methods_of_type(raw.get("peft_type"))
+    if not candidates:
+        readable = dict.fromkeys(known.peft_type for known in METHODS.values())
+        raise InputError(
+            f"peft_type is {raw.get('peft_type')!r}; {' and '.join(readable)} can be read", where=str(where)
         )
-    known = {name: value for name, value in raw.items() if name in kind.model_fields}
-    rest = {name: value for name, value in raw.items() if name not in kind.model_fields and name not in _NOTES}
-    unused = _UNUSED_BY_ADALORA if kind is AdaLoraConfig else set()
-    wrong = [f"{name}: {value!r}" for name, value in rest.items() if not _is_neutral(name, value, unused)]
+    kind = next((known for known in candidates if known.name == method), candidates[0])
+    known = {name: value for name, value in raw.items() if name in kind.config.model_fields}
+    rest = {name: value for name, value in raw.items() if name not in known and name not in _NOTES}
+    wrong = [f"{name}: {value!r}" for name, value in rest.items() if not _is_neutral(name, value, kind)]
     if wrong:
         raise InputError(f"not supported: {'; '.join(wrong)}", where=str(where))
-    return _validated(kind, known, where)
+    return _validated(kind, kind.fields_of(known, str(where)), where)
 
 
 def refuse_taken_out(adapter: AdapterFile) -> None:
     """InputError when the factors stand for ΔW only together with what PiSSA or OLoRA took out of the base."""
-    init = adapter.config.init_lora_weights
-    if init in _TAKES_OUT:
-        raise _changed_base(
-            str(init), adapter.path, "Load it into its base and save it again: that makes an ordinary LoRA of it."
+    if init := method_of(adapter.config).taken_out(adapter.config):
+        raise InputError(
+            f"the adapter was initialised with {init!r}, and belongs to a base that this changed",
+            where=str(adapter.path),
+            fix="Load it into its base and save it again: that makes an ordinary LoRA of it.",
         )
-
-
-def _changed_base(init: str, where: Path, fix: str) -> InputError:
-    return InputError(
-        f"the adapter was initialised with {init!r}, and belongs to a base that this changed",
-        where=str(where),
-        fix=fix,
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -273,24 +262,20 @@ def shorten(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _validated(kind: type[LoraConfig | AdaLoraConfig], known: dict[str, Any], where: Path) -> AdapterConfig:
+def _validated(method: Method, fields: dict[str, Any], where: Path) -> AdapterConfig:
     absent_means_none = {"target_modules": None}
-    empty = {name for name in ("loftq_config", "eva_config") if name in known}
-    patterns = {name for name in ("rank_pattern", "alpha_pattern") if known.get(name, 0) is None}
-    fields = {name: value for name, value in known.items() if name not in empty | patterns}
-    if fields.get("init_lora_weights") not in _TAKES_OUT:
-        fields.pop("init_lora_weights", None)
     try:
-        return kind.model_validate(absent_means_none | fields)
+        return method.config.model_validate(absent_means_none | fields)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()]
         raise InputError(f"the adapter's config is wrong: {'; '.join(problems)}", where=str(where)) from error
 
 
-def _is_neutral(name: str, value: object, unused: set[str]) -> bool:
-    if name in START_ONLY or name in unused or value is None or value is False or value in ({}, [], ""):
+def _is_neutral(name: str, value: object, method: Method) -> bool:
+    """None, False and empty values are neutral for every key."""
+    if name in method.start_only | method.unused or value is None or value is False or value in ({}, [], ""):
         return True
-    return name in _NEUTRAL and value == _NEUTRAL[name]
+    return name in method.neutral and value == method.neutral[name]
 
 
 def _refuse_pickle(folder: Path, weights: Path) -> None:

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from lowrank.adapters.config import AdaLoraConfig, AdapterConfig, LoraConfig
+from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.install import AdapterSet
-from lowrank.adapters.kinds.kind import kind_of
-from lowrank.adapters.methods.layer import rank_and_scale
+from lowrank.adapters.kinds.known import kind_of
+from lowrank.adapters.targeting.matching import matches_end, pattern_value
 from lowrank.adapters.targeting.parameters import parameter_names
-from lowrank.adapters.targeting.targets import matches_end, pattern_value
-from lowrank.weights.files.adapter_file import FACTOR, TOKENS, AdapterFile
+from lowrank.weights.files.adapter_file import TOKENS, AdapterFile
+from lowrank.weights.files.factor_names import factor_of
 from lowrank.weights.files.fingerprint import text_config
 
 # What stands before a text model's layers, in any release: a tower for images or sound is not taken for one.
@@ -53,8 +53,8 @@ def named_as_in(adapter: AdapterFile, model: nn.Module) -> AdapterFile:
 
 def _path_of(name: str) -> str:
     """The path of the module that a tensor of an adapter's file belongs to."""
-    if match := FACTOR.fullmatch(name):
-        path = match["path"]
+    if factor := factor_of(name):
+        path = factor.path
     else:
         path = name.removesuffix(TOKENS) if name.endswith(TOKENS) else name.rpartition(".")[0]
     return path.partition(".base_layer")[0]
@@ -126,7 +126,7 @@ def _renamed(adapter: AdapterFile, names: Mapping[str, str], modules: Modules) -
 def _config(adapter: AdapterFile, names: Mapping[str, str], modules: Modules) -> AdapterConfig:
     """The adapter's config with every module named in full."""
     config = adapter.config
-    factors = {_path_of(name) for name in adapter.tensors if FACTOR.fullmatch(name)}
+    factors = {_path_of(name) for name in adapter.tensors if factor_of(name)}
     stacks = {path for path in factors if names[path] in modules and kind_of(modules[names[path]]) is None}
     update: dict[str, Any] = {
         "target_modules": sorted(names[path] for path in factors - stacks) or None,
@@ -135,15 +135,15 @@ def _config(adapter: AdapterFile, names: Mapping[str, str], modules: Modules) ->
         "layers_pattern": None,
         "modules_to_save": _wholes(adapter, names),
     }
-    if isinstance(config, LoraConfig):
-        tokens = config.trainable_token_indices
-        if isinstance(tokens, dict):
-            tokens = {
-                new: ids for old, new in names.items() for module, ids in tokens.items() if matches_end(old, module)
-            }
-        update |= {"trainable_token_indices": tokens, **_patterns(config, names, factors - stacks, stacks, modules)}
-    if isinstance(config, AdaLoraConfig) and config.rank_pattern:
-        update["rank_pattern"] = {_tensor(name, names): kept for name, kept in config.rank_pattern.items()}
+    tokens = getattr(config, "trainable_token_indices", None)
+    if isinstance(tokens, dict):
+        update["trainable_token_indices"] = {
+            new: ids for old, new in names.items() for module, ids in tokens.items() if matches_end(old, module)
+        }
+    update |= _patterns(config, names, factors - stacks, stacks, modules)
+    for field in config.by_tensor:
+        if given := getattr(config, field):
+            update[field] = {_tensor(name, names): value for name, value in given.items()}
     return config.model_copy(update=update)
 
 
@@ -159,29 +159,27 @@ def _wholes(adapter: AdapterFile, names: Mapping[str, str]) -> list[str] | None:
 
 
 def _patterns(
-    config: LoraConfig, names: Mapping[str, str], layers: set[str], stacks: set[str], modules: Modules
+    config: AdapterConfig, names: Mapping[str, str], layers: set[str], stacks: set[str], modules: Modules
 ) -> dict[str, Any]:
     """Ranks, alphas and target parameters, each by its full name."""
+    wanted = getattr(config, "target_parameters", None) or []
     parameters = {
         f"{old}.{name}": f"{names[old]}.{name}"
         for old in stacks
         for name in parameter_names(modules[names[old]])
-        if any(matches_end(f"{old}.{name}", pattern) for pattern in config.target_parameters or [])
+        if any(matches_end(f"{old}.{name}", pattern) for pattern in wanted)
     }
     places = {old: names[old] for old in layers} | parameters
-    ranks = {re.escape(new): rank_and_scale(config, old)[0] for old, new in places.items()}
-    alphas = {
-        re.escape(new): pattern_value(config.alpha_pattern, old, config.lora_alpha) for old, new in places.items()
-    }
-    return {
-        "target_parameters": sorted(parameters.values()) or None,
-        "rank_pattern": ranks if config.rank_pattern else {},
-        "alpha_pattern": alphas if config.alpha_pattern else {},
-    }
+    update: dict[str, Any] = {"target_parameters": sorted(parameters.values()) or None} if wanted else {}
+    for field, usual in config.by_module.items():
+        if given := getattr(config, field):
+            values = {new: pattern_value(given, old, getattr(config, usual)) for old, new in places.items()}
+            update[field] = {re.escape(new): value for new, value in values.items()}
+    return update
 
 
 def _tensor(name: str, names: Mapping[str, str]) -> str:
-    """AdaLoRA's pattern goes by the names of tensors."""
-    path, dot, rest = name.partition(".lora_")
+    """A pattern that goes by the names of tensors (AdaLoRA's)."""
+    path, dot, rest = name.rpartition(".")
     prefix = "base_model.model." if path.startswith("base_model.model.") and path not in names else ""
     return prefix + names.get(path.removeprefix(prefix), path.removeprefix(prefix)) + dot + rest

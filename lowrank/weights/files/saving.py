@@ -11,19 +11,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank.adapters import adapter_tensors, config_of, delete, wrap
-from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
+from lowrank.adapters import adapter_tensors, delete, wrap
+from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.conversion import as_lora as lora_form
 from lowrank.adapters.conversion import portable
 from lowrank.adapters.experts.single import single_places
-from lowrank.adapters.kinds.kind import kind_of
+from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.modules import bare, base_modules
 from lowrank.adapters.record import find_record
+from lowrank.adapters.registry import method_of
 from lowrank.adapters.wrapping import for_this_model
 from lowrank.errors import InputError
 from lowrank.quantisers.registry import quantiser_of
-from lowrank.weights.files.adapter_file import FACTOR, QUANTISED_FROM, AdapterFile, open_adapter, shorten
+from lowrank.weights.files.adapter_file import QUANTISED_FROM, AdapterFile, open_adapter, shorten
 from lowrank.weights.files.expert_layout import turned_experts
+from lowrank.weights.files.factor_names import factor_of
 from lowrank.weights.files.fingerprint import Fingerprint, commit_of, text_config
 from lowrank.weights.files.notes import stop_as_noted
 from lowrank.weights.files.relocation import named_as_in
@@ -68,8 +70,6 @@ def save(
     model = bare(model)
     if save_embedding_layers is True and not vocabulary_ends(model):
         raise InputError(f"save_embedding_layers: a {type(model).__name__} does not say which its embeddings are")
-    if as_lora and not isinstance(config_of(model, adapter), AdaLoraConfig):
-        raise InputError(f"as_lora is for AdaLoRA, and {adapter!r} is none")
     config, live = (lora_form if as_lora else portable)(model, adapter)
     if save_embedding_layers is not False:
         live = live | rows_to_save(model, adapter, always=save_embedding_layers is True)
@@ -150,7 +150,7 @@ def _put_in(model: nn.Module, file: AdapterFile, adapter: str, strict: bool, tra
 
 def _config_here(model: nn.Module, file: AdapterFile) -> AdapterConfig:
     """The file's config for this model; single experts, which the model holds in one, are named in full."""
-    paths = dict.fromkeys(match["path"] for name in file.tensors if (match := FACTOR.fullmatch(name)))
+    paths = dict.fromkeys(found.path for name in file.tensors if (found := factor_of(name)))
     modules = base_modules(model)
     singles = [path for path in paths if path not in modules and ".base_layer" not in path]
     if not singles or not set(singles) <= single_places(model).keys():
@@ -252,8 +252,9 @@ def _targets(model: nn.Module, config: AdapterConfig, live: dict[str, torch.Tens
 
     And none at all, beside `target_parameters`, as an empty list: peft fills in a missing one by the architecture.
     """
-    if config.target_modules != "all-linear":
+    unsaid = config.exclude_modules and "exclude_modules" in method_of(config).lacks
+    if config.target_modules != "all-linear" and not unsaid:
         return config.target_modules or []
     own = {path for path, module in model.named_modules() if kind_of(module) is not None}
-    carried = {match["path"] for name in live if (match := FACTOR.fullmatch(name))}
+    carried = {found.path for name in live if (found := factor_of(name))}
     return target_names(model, sorted(carried & own))

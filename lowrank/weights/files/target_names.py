@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.targeting.patterns import matches_end
+from lowrank.adapters.targeting.matching import matches_end
 from lowrank.adapters.targeting.targets import ALL_LINEAR
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lowrank.adapters.install import AdapterSet, Layer
 from lowrank.adapters.record import find_record
-from lowrank.adapters.targeting.targets import matches_end
+from lowrank.adapters.targeting.matching import matches_end
 from lowrank.adapters.token_rows import SharedTokens, TokenRows, find_token_places
 from lowrank.adapters.whole_modules import WholeCopy
 from lowrank.storage.tensorfile import Entry, TensorFile

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lowrank.adapters.config import AdaLoraConfig, AdapterConfig
+from lowrank.adapters.config import AdapterConfig
+from lowrank.adapters.registry import method_of, methods_of_type, shared_names
 from lowrank.errors import InputError
 from lowrank.storage.folders import into_folder
 from lowrank.storage.tensorfile import save_tensors
@@ -17,10 +18,11 @@ from lowrank.weights.files.adapter_file import (
     BASE_KEY,
     CONFIG_NAME,
     HEAD_KEY,
+    METHOD_KEY,
     PEFT_VERSION,
     PREFIX,
     QUANTIZATION_KEY,
-    START_ONLY,
+    SHARED_PREFIX,
     WEIGHTS_NAME,
     shorten,
 )
@@ -71,11 +73,13 @@ def write_adapter(
         metadata[QUANTIZATION_KEY] = json.dumps(quantization)
     if head:
         metadata[HEAD_KEY] = json.dumps(head)
+    if (method := method_of(config)).config is not methods_of_type(method.peft_type)[0].config:
+        metadata[METHOD_KEY] = method.name  # peft's config does not tell them apart
     fields = config_to_json(config, base, revision) | {"auto_mapping": auto_mapping}
     text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
     with into_folder(folder, last=CONFIG_NAME, overwrite=overwrite) as work:
         file = work / WEIGHTS_NAME
-        save_tensors(file, {PREFIX + name: tensor for name, tensor in tensors.items()}, metadata)
+        save_tensors(file, {_in_file(name): tensor for name, tensor in tensors.items()}, metadata)
         file.chmod(0o644)
         if notes is not None:
             copy_notes(notes, work)
@@ -84,21 +88,17 @@ def write_adapter(
 
 def config_to_json(config: AdapterConfig, base: str | None, revision: str | None) -> dict[str, Any]:
     """The content of `adapter_config.json`, with peft's keys."""
-    fields = config.model_dump(mode="json", exclude=set(START_ONLY))
-    fields["lora_alpha"] = _whole(fields["lora_alpha"])
-    if "alpha_pattern" in fields:
-        fields["alpha_pattern"] = {name: _whole(alpha) for name, alpha in fields["alpha_pattern"].items()}
+    method = method_of(config)
     return {
-        "peft_type": "ADALORA" if isinstance(config, AdaLoraConfig) else "LORA",
+        "peft_type": method.peft_type,
         "peft_version": PEFT_VERSION,
         "auto_mapping": None,
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
-        **fields,
+        **method.to_json(config),
     }
 
 
-def _whole(alpha: float) -> float | int:
-    """peft writes alphas as integers."""
-    return int(alpha) if float(alpha).is_integer() else alpha
+def _in_file(name: str) -> str:
+    return (SHARED_PREFIX if name in shared_names() else PREFIX) + name

@@ -10,17 +10,20 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank.adapters.config import LoraConfig
 from lowrank.adapters.experts.fused import expert_factors, is_transposed, name_in_file
-from lowrank.adapters.kinds.kind import HostModule, is_multihead, kind_of
-from lowrank.adapters.methods.layer import merge_obstacle, rank_and_scale
+from lowrank.adapters.kinds.kind import HostModule, is_multihead
+from lowrank.adapters.kinds.known import kind_of
+from lowrank.adapters.methods.layer import matrix_of, merge_obstacle
+from lowrank.adapters.methods.lora import LORA_A, LORA_B, LORA_BIAS, Lora
+from lowrank.adapters.methods.method import Matrix
 from lowrank.adapters.multihead import OUT_PROJ, OUT_PROJ_TWICE
+from lowrank.adapters.registry import method_of
 from lowrank.adapters.targeting.parameters import find_parameters
 from lowrank.adapters.targeting.targets import find_targets
 from lowrank.adapters.targeting.uncalled import Calls
@@ -28,12 +31,15 @@ from lowrank.adapters.token_rows import find_token_places
 from lowrank.adapters.tying import tied_group
 from lowrank.errors import InputError
 from lowrank.storage.tensorfile import Entry, TensorFile
-from lowrank.weights.files.adapter_file import FACTOR, TOKENS, AdapterFile, shorten
+from lowrank.weights.files.adapter_file import TOKENS, AdapterFile, shorten
 from lowrank.weights.files.expert_layout import is_turned
+from lowrank.weights.files.factor_names import factor_of
+from lowrank.weights.files.factor_values import flat_factors, shared_tensors
 from lowrank.weights.files.model_folder import ModelFolder
 from lowrank.weights.files.vocabulary import mean_row, padded_rows, tied_tokens, vocabulary_ends
 from lowrank.weights.merging.updates import (
     ExpertsUpdate,
+    Loaded,
     LowRankUpdate,
     Replacement,
     Resized,
@@ -43,12 +49,8 @@ from lowrank.weights.merging.updates import (
     Update,
 )
 
-_BIAS = ".lora_B.bias"
-_NEEDED = {
-    "lora": {"lora_A", "lora_B"},
-    "dora": {"lora_A", "lora_B", "lora_magnitude_vector"},
-    "adalora": {"lora_A", "lora_B", "lora_E"},
-}
+_BIAS = f".{LORA_BIAS}"
+_LORA = {factor.name for factor in Lora.factors}
 _HELD = 4  # modules whose factors stay in memory: threads work on neighbouring blocks
 
 
@@ -67,21 +69,24 @@ def find_updates(adapter: AdapterFile, base: ModelFolder) -> dict[str, Update]:
 class _Fit:
     def __init__(self, adapter: AdapterFile, base: ModelFolder) -> None:
         self.adapter, self.config, self.base = adapter, adapter.config, base
+        self.method = method_of(adapter.config)
         self.modules = dict(base.skeleton.named_modules())
         self.parameters = {name: tuple(tensor.shape) for name, tensor in base.skeleton.state_dict().items()}
         self.stored = {entry.name: entry.shape for file in base.files.values() for entry in file.entries.values()}
         self.vocabulary = self._vocabulary()
         self.problems: list[str] = []
         self.updates: dict[str, Update] = {}
-        self.read_factors = lru_cache(_HELD)(self._read_factors)
+        self.load = lru_cache(_HELD)(self._load)
         self.read_experts = lru_cache(_HELD)(self._read_experts)
 
     def run(self) -> dict[str, Update]:
         factors: dict[str, dict[str, str]] = defaultdict(dict)
         tokens, shifts = [], []  # each after what may replace that which it changes
         for name in self.adapter.tensors:
-            if match := FACTOR.fullmatch(name):
-                factors[match["path"]][match["name"].replace("lora_embedding_", "lora_")] = name
+            if factor := factor_of(name):
+                factors[factor.path][factor.name] = name
+            elif name in self.method.shared:
+                continue
             elif name.endswith(_BIAS):
                 shifts.append(name)
             elif name.endswith(TOKENS):
@@ -119,55 +124,53 @@ class _Fit:
         if module is not None and (obstacle := merge_obstacle(module)):
             self.problems.append(f"{path} cannot be merged: {obstacle}")
             return
-        needed = _NEEDED[self.config.method_name]
+        needed = {factor.name for factor in self.method.factors}
         if names.keys() != needed:
             self.problems.append(f"{path} lacks or has too many of {sorted(needed)}: {sorted(names)}")
             return
-        out, into = kind.shape(module) if module is not None and kind is not None else stored
-        shapes = {bare: self.adapter.tensors[name].shape for bare, name in names.items()}
-        r = shapes["lora_A"][0] if shapes["lora_A"] else 0
-        sizes = {"lora_A": r * into, "lora_B": r * out, "lora_E": r, "lora_magnitude_vector": out}
-        if any(torch.Size(shape).numel() != sizes[bare] for bare, shape in shapes.items()):
-            told = ", ".join(f"{names[bare]} {list(shape)}" for bare, shape in shapes.items())
-            self.problems.append(f"{path} has W ({out}, {into}), which does not go with {told}")
+        matrix = Matrix(path, stored[0], stored[1]) if module is None or kind is None else matrix_of(path, module, kind)
+        if not self._sizes_fit(matrix, names):
             return
-        if r != (expected := self._rank(path)):
-            self.problems.append(f"{names['lora_A']} has rank {r}, and the config gives {path} {expected}")
-            return
-        load = partial(self.read_factors, tuple(sorted(names.items())))
+        load = partial(self.load, path, tuple(sorted(names.items())), matrix.into, 1.0)
         transposed = isinstance(module, Conv1D | nn.Embedding)
-        has_gain = "lora_magnitude_vector" in names
-        self._add(f"{path}.weight", LowRankUpdate(self.config, path, load, transposed, has_gain))
+        self._add(f"{path}.weight", LowRankUpdate(self.config, path, load, matrix.into, transposed))
+
+    def _sizes_fit(self, matrix: Matrix, names: dict[str, str]) -> bool:
+        """Whether a module's tensors are of W's sizes, and of the rank that the config says."""
+        found = {bare: self.adapter.tensors[name].shape for bare, name in names.items()}
+        first = self.method.factors[0].name
+        r = found[first][0] if found[first] else 0
+        try:
+            wanted = self.method.shapes(self.config, matrix, r)
+        except InputError as error:
+            self.problems.append(error.what)
+            return False
+        if any(torch.Size(shape).numel() != torch.Size(wanted[bare]).numel() for bare, shape in found.items()):
+            told = ", ".join(f"{names[bare]} {list(shape)}" for bare, shape in found.items())
+            self.problems.append(f"{matrix.path} has W ({matrix.out}, {matrix.into}), which does not go with {told}")
+            return False
+        if r != (expected := self.method.rank(self.config, matrix.path)):
+            self.problems.append(f"{names[first]} has rank {r}, and the config gives {matrix.path} {expected}")
+            return False
+        return True
 
     def _attention(self, path: str, names: dict[str, str]) -> None:
         """One of the two matrices of torch's attention."""
         whole, outer = path.removesuffix(f".{OUT_PROJ}"), path.endswith(f".{OUT_PROJ}")
         module: HostModule = self.modules.get(whole)
         shapes = {bare: self.adapter.tensors[name].shape for bare, name in names.items()}
-        if (
-            module is None
-            or not is_multihead(module)
-            or module.in_proj_weight is None
-            or names.keys() != _NEEDED["lora"]
-        ):
-            self.problems.append(f"{path} is no attention of the base with one width, or has not {_NEEDED['lora']}")
+        if module is None or not is_multihead(module) or module.in_proj_weight is None or names.keys() != _LORA:
+            self.problems.append(f"{path} is no attention of the base with one width, or has not {_LORA}")
             return
         out, into = (1 if outer else 3) * module.embed_dim, module.embed_dim
-        r = shapes["lora_A"][0] if shapes["lora_A"] else 0
-        if shapes != {"lora_A": (r, into), "lora_B": (out, r)} or r != self._rank(whole):
-            self.problems.append(
-                f"{path} has W ({out}, {into}), which at rank {self._rank(whole)} does not go with {shapes}"
-            )
+        rank = self.method.rank(self.config, whole)
+        if shapes != {"lora_A": (rank, into), "lora_B": (out, rank)}:
+            self.problems.append(f"{path} has W ({out}, {into}), which at rank {rank} does not go with {shapes}")
             return
-        load = partial(self.read_factors, tuple(sorted(names.items())), OUT_PROJ_TWICE if outer else 1.0)
+        times = OUT_PROJ_TWICE if outer else 1.0
+        load = partial(self.load, whole, tuple(sorted(names.items())), into, times)
         key = f"{whole}.out_proj.weight" if outer else f"{whole}.in_proj_weight"
-        self._add(key, LowRankUpdate(self.config, whole, load, transposed=False, has_gain=False))
-
-    def _rank(self, path: str) -> int:
-        if isinstance(self.config, LoraConfig):
-            return rank_and_scale(self.config, path)[0]
-        kept = (self.config.rank_pattern or {}).get(f"{path}.lora_E")
-        return self.config.init_r if kept is None else sum(kept)
+        self._add(key, LowRankUpdate(self.config, whole, load, into, transposed=False, times=times))
 
     def _lacking(self, factors: Mapping[str, object]) -> None:
         """Modules that the config's patterns name and the file holds nothing for."""
@@ -182,32 +185,36 @@ class _Fit:
     def _shift(self, path: str, name: str) -> None:
         """`lora_bias`: what B's bias adds to the module's own."""
         key, shape = f"{path}.bias", self.adapter.tensors[name].shape
-        if not isinstance(self.config, LoraConfig) or not self.config.lora_bias:
+        if not getattr(self.config, "lora_bias", False):
             self.problems.append(f"{name} is unexpected")
         elif key not in self.parameters:
             self.problems.append(f"{path} cannot be merged: lora_bias trained a bias, and it has none")
         elif shape != self.parameters[key]:
             self.problems.append(f"{name} is {list(shape)}, and the base's bias is {list(self.parameters[key])}")
         else:
-            self._add(key, Shift(partial(self.adapter.read, name), rank_and_scale(self.config, path)[1]))
+            self._add(key, Shift(partial(self.adapter.read, name), self.method.scale(self.config, path)))
 
-    def _read_factors(self, names: tuple[tuple[str, str], ...], times: float = 1.0) -> dict[str, torch.Tensor]:
-        tensors = {bare: self.adapter.read(name).float() for bare, name in names}
-        tensors |= {bare: tensors[bare].flatten(1) for bare in ("lora_A", "lora_B")}
-        tensors["lora_B"] *= times
-        if "lora_magnitude_vector" in tensors:
-            tensors["lora_magnitude_vector"] = tensors["lora_magnitude_vector"].flatten()
-        return tensors
+    def _load(self, path: str, names: tuple[tuple[str, str], ...], into: int, times: float) -> Loaded:
+        tensors = {**flat_factors(self.adapter, dict(names)), **self.shared}
+        scale = times * self.method.scale(self.config, path)
+        return Loaded(tensors, self.method.low_rank(tensors, scale, into))
+
+    @cached_property
+    def shared(self) -> dict[str, torch.Tensor]:
+        """What all modules have in common."""
+        paths = {factor.path for name in self.adapter.tensors if (factor := factor_of(name))}
+        modules = {path: self.modules[path] for path in paths & self.modules.keys()}
+        kinds = {path: kind_of(module) for path, module in modules.items()}
+        matrices = [matrix_of(path, modules[path], kind) for path, kind in kinds.items() if kind is not None]
+        return shared_tensors(self.adapter, matrices)
 
     def _experts(self, factors: dict[str, dict[str, str]]) -> None:
         """Takes the tensors of `target_parameters` out of `factors`."""
-        if not isinstance(self.config, LoraConfig):
-            return
         for path, parameters in find_parameters(self.base.skeleton, self.config)[0].items():
             for name in parameters:
                 nested = f"{path}.{name_in_file(parameters, name)}".rstrip(".")
                 names = factors.pop(nested, {})
-                if names.keys() == _NEEDED["lora"]:
+                if names.keys() == _LORA:
                     self._one_of_experts(path, name, names["lora_A"], names["lora_B"])
                 else:
                     self.problems.append(f"{nested} lacks lora_A or lora_B for {name}")
@@ -217,9 +224,9 @@ class _Fit:
             self.problems.append(f"{path}.{name} is parametrised, and can be merged in memory alone")
             return
         shape = self.parameters[f"{path}.{name}"]
-        assert isinstance(self.config, LoraConfig)
         experts = shape[0] if len(shape) == 3 else 1
-        r, scale = rank_and_scale(self.config, f"{path}.{name}")
+        full = f"{path}.{name}"
+        r, scale = self.method.rank(self.config, full), self.method.scale(self.config, full)
         found = self.adapter.tensors[name_A].shape, self.adapter.tensors[name_B].shape
         transposed = is_turned(shape, is_transposed(self.modules[path]), experts * r, found, self.adapter.before_turn)
         if transposed is None:
@@ -302,7 +309,7 @@ class _Fit:
         stored = {piece.parameter for pieces in self.base.pieces.values() for piece in pieces}
         for path in group[1]:
             self.updates.pop(f"{path}.weight", None)
-            for mine, its in (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")):
+            for mine, its in ((LORA_A.in_file, LORA_B.on_table), (LORA_B.in_file, LORA_A.on_table)):
                 pair = f"{path}.{mine}", f"{group[0]}.{its}"
                 if set(pair) <= self.adapter.tensors.keys() and not self._transposed(*pair):
                     self.problems.append(f"{pair[0]} is tied to {pair[1]}, and not its values")

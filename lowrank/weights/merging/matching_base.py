@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank.adapters.targeting.targets import matches_end
+from lowrank.adapters.methods.lora import LORA_A, LORA_B
+from lowrank.adapters.targeting.matching import matches_end
 from lowrank.errors import InputError
 from lowrank.weights.files.adapter_file import TOKENS, AdapterFile
 from lowrank.weights.files.fingerprint import Fingerprint
@@ -75,7 +76,7 @@ def _vocabulary(adapter: AdapterFile, base: ModelFolder) -> int | None:
     for path, module in vocabulary_ends(base.skeleton).items():
         own = module.get_parameter("weight").shape[0]
         names = {f"{path}.weight": 0, f"{path}.base_layer.weight": 0}
-        names |= {f"{path}.lora_embedding_A": 1, f"{path}.lora_B.weight": 0}
+        names |= {f"{path}.{LORA_A.on_table}": 1, f"{path}.{LORA_B.in_file}": 0}
         rows = [adapter.tensors[name].shape[dim] for name, dim in names.items() if len(_shape(adapter, name)) == 2]
         if rows:
             return rows[0] if rows[0] != own else None

@@ -1,20 +1,17 @@
 """What an update has to do to a parameter's products with a vector, worked out without the merged weight.
 
-W' = gain · (W + s·B·A) gives W'x = gain · (Wx + s·B·(Ax)): two thin products. The scale is taken from the config and
-the rank of the tensors themselves, and the experts' rows are picked one by one: nothing is shared with what merges.
+W' = gain · (W + s·B·A) gives W'x = gain · (Wx + s·B·(Ax)): two thin products, by a formula of the method that is said
+apart from its term; and the experts' rows are picked one by one. Nothing is shared with what merges.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 
 import torch
 
-from lowrank.adapters.config import AdaLoraConfig
-from lowrank.adapters.targeting.targets import pattern_value
 from lowrank.weights.merging.updates import (
     ExpertsUpdate,
     LowRankUpdate,
@@ -61,8 +58,7 @@ def thin(update: Update, x: torch.Tensor) -> torch.Tensor | None:
 
 @thin.register
 def _(update: LowRankUpdate, x: torch.Tensor) -> torch.Tensor:
-    A, B = _first_factor(update).to(x.dtype), update.load()["lora_B"].to(x.dtype)
-    return _scale(update, len(A)) * (B @ (A @ x))
+    return _product(update, x)
 
 
 @thin.register
@@ -75,15 +71,17 @@ def _(update: LowRankUpdate, weight: torch.Tensor, x: torch.Tensor, first: int, 
     columns, rows = slice(None), slice(first, first + len(weight))
     if update.transposed:
         columns, rows = slice(first, first + len(x)), slice(None)
-        A, B = _first_factor(update)[:, columns].to(x.dtype), update.load()["lora_B"].to(x.dtype)
-        hoped = torch.addmv(weight @ x, B, A @ x, alpha=_scale(update, len(A)))
+        whole = x.new_zeros(update.into)
+        whole[columns] = x
+        hoped = torch.addmv(_product(update, whole), weight, x)
     else:
         assert low is not None
         hoped = torch.addmv(low[rows], weight, x)
 
     def terms() -> torch.Tensor:
-        A, B = _first_factor(update)[:, columns].to(x.dtype), update.load()["lora_B"][rows].to(x.dtype)
-        return torch.linalg.vector_norm(B, dim=1) * (torch.linalg.vector_norm(A @ x) * abs(_scale(update, len(A))))
+        term = update.load().term
+        A, B = term.A[:, columns].to(x.dtype), term.B[rows].to(x.dtype)
+        return torch.linalg.vector_norm(B, dim=1) * (torch.linalg.vector_norm(A @ x) * abs(term.scale))
 
     return Promise(hoped, terms)
 
@@ -130,19 +128,11 @@ def _(update: Shift, weight: torch.Tensor, x: torch.Tensor, first: int, low: tor
 
 
 def magnitudes(update: LowRankUpdate, first: int, count: int) -> torch.Tensor:
-    """The norms that the rows of W' shall have (DoRA)."""
-    all_of_them = update.load()["lora_magnitude_vector"]
+    """The norms that the rows of W' shall have, where the method says so (DoRA)."""
+    all_of_them = update.method.row_norms(update.load().tensors)
     return all_of_them if update.transposed else all_of_them[first : first + count]
 
 
-def _first_factor(update: LowRankUpdate) -> torch.Tensor:
-    factors = update.load()
-    return factors["lora_A"] * factors["lora_E"] if "lora_E" in factors else factors["lora_A"]
-
-
-def _scale(update: LowRankUpdate, rank: int) -> float:
-    config = update.config
-    if isinstance(config, AdaLoraConfig):
-        return config.lora_alpha / (config.init_r + 1e-5)
-    alpha = pattern_value(config.alpha_pattern, update.path, config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+def _product(update: LowRankUpdate, x: torch.Tensor) -> torch.Tensor:
+    """ΔW · x by the method's formula, which is written down apart from what merges."""
+    return update.times * update.method.product(update.config, update.path, update.load().tensors, x)

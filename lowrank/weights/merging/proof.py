@@ -21,7 +21,8 @@ from lowrank.adapters.tying import tied_group
 from lowrank.errors import JobError
 from lowrank.ops.precision import precise
 from lowrank.storage.tensorfile import TensorFile, open_tensors, read_bytes
-from lowrank.weights.files.adapter_file import FACTOR, AdapterFile, shorten
+from lowrank.weights.files.adapter_file import AdapterFile, shorten
+from lowrank.weights.files.factor_names import factor_of
 from lowrank.weights.files.model_folder import ModelFolder
 from lowrank.weights.merging.buffers import BUFFERS
 from lowrank.weights.merging.merge_choices import Rounding
@@ -87,7 +88,7 @@ class Trial:
         def judge(after: torch.Tensor) -> torch.Tensor | None:
             merged = _matrix(after, transposed)
             got = [merged @ x for x in vectors]
-            if isinstance(update, LowRankUpdate) and update.has_gain:
+            if isinstance(update, LowRankUpdate) and update.method.has_gain:
                 good = _has_norms(merged, got, hopes, magnitudes(update, first, len(merged)))
             else:
                 unit = torch.finfo(merged.dtype).eps * (16 + 2 * columns**0.5)
@@ -168,7 +169,7 @@ class Trial:
 
     def finish(self) -> Proof:
         """Whether every part of every parameter that the adapter changes was met."""
-        factors = {match["path"] for name in self.adapter.tensors if (match := FACTOR.fullmatch(name))}
+        factors = {found.path for name in self.adapter.tensors if (found := factor_of(name))}
         if (group := tied_group(self.base.skeleton, self.adapter.config)) is not None and group[0] in factors:
             factors -= set(group[1])  # the same values once more
         sums = [step for update in self.updates.values() for step in update.steps if step.low_rank]
@@ -217,7 +218,7 @@ def _matrix(block: torch.Tensor, transposed: bool) -> torch.Tensor:
 
 
 def _has_gain(update: Update) -> bool:
-    return isinstance(update, LowRankUpdate) and update.has_gain
+    return isinstance(update, LowRankUpdate) and update.method.has_gain
 
 
 def _within(

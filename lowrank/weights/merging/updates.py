@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.registry import METHODS
+from lowrank.adapters.methods.method import Method
+from lowrank.adapters.registry import method_of
 from lowrank.ops.low_rank import LowRank
 from lowrank.ops.merged import merged_weight
 
@@ -74,22 +75,36 @@ class Whole:
         raise AssertionError("an update of a whole parameter meets a file that holds one matrix for each expert")
 
 
+class Loaded(NamedTuple):
+    """A module's part of an adapter.
+
+    Attributes:
+        tensors: By bare name ("lora_A"), in float32, without a convolution's dimensions.
+        term: What they stand for, without a gain.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    term: LowRank
+
+
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate(Whole):
     """W' = gain · (W + s·B·A) for the weight of one module.
 
     Attributes:
-        load: Gives the factors by bare name ("lora_A"), two-dimensional, float32.
+        load: Reads the module's part of the file.
+        into: How many columns W has.
         transposed: The parameter is stored as Wᵀ (Conv1D, embeddings).
-        has_gain: The method's gain is a norm over whole rows of W (DoRA).
+        times: What ΔW is multiplied with besides.
         tied: What is tied to the parameter stays so (`ensure_weight_tying`).
     """
 
     config: AdapterConfig
     path: str
-    load: Callable[[], dict[str, torch.Tensor]]
+    load: Callable[[], Loaded]
+    into: int
     transposed: bool
-    has_gain: bool
+    times: float = 1.0
     tied: bool = False
     shape: None = None
     low_rank: bool = True
@@ -100,20 +115,27 @@ class LowRankUpdate(Whole):
         return self if self.tied else None
 
     @property
+    def method(self) -> Method:
+        """What the factors are of."""
+        return method_of(self.config)
+
+    @property
     def splits(self) -> bool:
-        """Whole rows of W lie across the rows of a transposed parameter."""
-        return not (self.transposed and self.has_gain)
+        """A gain is a norm over whole rows of W, which lie across the rows of a transposed parameter."""
+        return not (self.transposed and self.method.has_gain)
 
     def apply(self, block: torch.Tensor, first: int) -> None:
-        flat = block.flatten(1)
-        weight = flat.t() if self.transposed else flat
-        factors, last = dict(self.load()), first + block.shape[0]
+        flat, here = block.flatten(1), slice(first, first + block.shape[0])
+        weight, (tensors, term) = (flat.t() if self.transposed else flat), self.load()
         if not self.transposed:
-            of_rows = factors.keys() & {"lora_B", "lora_magnitude_vector"}
-            factors |= {name: factors[name][first:last] for name in of_rows}
+            term = term.rows(here)
         elif self.splits:
-            factors["lora_A"] = factors["lora_A"][:, first:last]
-        term = METHODS[self.config.method_name].from_file(self.config, self.path, factors, weight)
+            term = term.columns(here)
+        if self.method.has_gain:
+            rows = slice(None) if self.transposed else here
+            of_rows = {factor.name for factor in self.method.factors if factor.side == "row"}
+            tensors = {name: each[rows] if name in of_rows else each for name, each in tensors.items()}
+            term = LowRank(term.A, term.B, term.scale, self.method.gain(tensors, weight, term))
         merged_weight(weight, term, out=weight)
 
 
