@@ -19,7 +19,7 @@ class Setting:
         device: Where its parameters are.
         dtype: Of its parameters' majority on the attention path (the config's, as loaded).
         current: transformers' name of the attention that it has now.
-        head_dim: Size of a query head; None: it has no attention.
+        head_dim: Size of a query head, the widest where layers differ; None: it has no attention.
         softcap: Soft-capping of the scores is on.
         sinks: Each head has a learned sink.
         window: Smallest sliding window of its layers; None: none slides.
@@ -78,8 +78,12 @@ def setting_of(model: PreTrainedModel, packing: bool) -> Setting:
 
 
 def _head_dim(config: PreTrainedConfig) -> int | None:
-    heads = getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or config.hidden_size // heads if heads else None
+    sizes = [
+        getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for layer in getattr(config, "per_layer_config", (config,))
+        if getattr(layer, "num_attention_heads", None)
+    ]
+    return max(sizes, default=None)
 
 
 def _supports_paging(submodels: list[PreTrainedModel], config: PreTrainedConfig) -> bool:

@@ -97,6 +97,18 @@ def test_masks_of_its_own_are_known_of_a_model():
     assert setting_of(tiny.build(text), packing=False).own_masks
 
 
+def test_layers_may_differ_in_the_size_of_their_heads():
+    """gemma4's layers without a window have wider ones; its config refuses to name one size."""
+    sizes = {**tiny._LLAMA_LIKE, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+    kinds = ["sliding_attention", "full_attention"]
+    config = transformers.Gemma4TextConfig(
+        **sizes, vocab_size_per_layer_input=tiny.VOCAB, layer_types=kinds, sliding_window=16
+    )
+    model = tiny.build(config)
+    assert setting_of(model, packing=True).head_dim == 16
+    assert set_attention(model, "auto", packing=True).backend == "segments"
+
+
 def _text_and_images():
     text = {**tiny._LLAMA_LIKE, "head_dim": 8}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
