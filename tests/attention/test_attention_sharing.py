@@ -78,6 +78,16 @@ def test_shapes(shape, name):
     assert max(zoo.difference(shared, alone).values()) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_gradient_checkpointing(name):
+    model = zoo.adapted(name)
+    set_attention(model, "segments")
+    expected = zoo.forest(model)[1]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert max(zoo.difference(zoo.forest(model)[1], expected).values()) < 1e-6
+
+
 @pytest.mark.parametrize("backend", ["eager", "segments"])
 def test_chunks_are_refused(backend):
     model = _model(CHUNKED, torch.float32)
