@@ -19,7 +19,7 @@ from lowrank.config.synonyms import ABSENT, SYNONYMS
 from lowrank.config.type_words import allowed, options
 from lowrank.data.reading.formats import FORMATS
 from lowrank.data.supervision.choose_template import TEMPLATES
-from lowrank.data.supervision.options import BadRows, TooLong, TrainOn
+from lowrank.data.supervision.row_options import BadRows, TooLong, TrainOn
 from lowrank.ops.dtypes import Dtype
 from lowrank.training.evaluation.best import GREATER_IS_BETTER
 from lowrank.training.evaluation.comparisons import COMPARISONS

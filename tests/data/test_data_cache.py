@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 from lowrank.data import load_examples
 from lowrank.data.loading import load, workers
 from lowrank.data.loading.store import TableWriter, cache_key, forget_unused, open_table
-from lowrank.data.supervision.options import Options
+from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.tokenise import Tokeniser
 from lowrank.errors import InputError, JobError
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from lowrank.config.sections.choices import Format
 from lowrank.config.sections.section import PathText, Section, Tokens
-from lowrank.data.supervision.options import BadRows, TooLong, TrainOn
+from lowrank.data.supervision.row_options import BadRows, TooLong, TrainOn
 
 
 def _day(written: str) -> str:

@@ -25,7 +25,7 @@ from lowrank.data.reading.readers import Placed, stream_fingerprint, stream_rows
 from lowrank.data.reading.rows import RowList, Rows, digest
 from lowrank.data.reading.sources import Joined, Part, Source, Sources, checked_format, format_of, named_sources
 from lowrank.data.supervision.check_supervision import check_fits, check_supervision
-from lowrank.data.supervision.options import Options
+from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.tokenise import Tokeniser
 from lowrank.errors import InputError
 

@@ -17,7 +17,7 @@ from lowrank.data.loading.store import TableWriter, cache_key, cache_root, forge
 from lowrank.data.loading.workers import tables
 from lowrank.data.reading.columns import check_columns
 from lowrank.data.reading.sources import Joined, Sources, open_sources
-from lowrank.data.supervision.options import Options
+from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.tokenise import Tokeniser, concatenated
 from lowrank.errors import InputError
 

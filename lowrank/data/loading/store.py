@@ -23,7 +23,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from lowrank.data.examples.token_table import TokenTable
-from lowrank.data.supervision.options import Options
+from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.template import writes_date
 from lowrank.paths import expanded
 

@@ -14,7 +14,7 @@ from lowrank.data.reading.conversation import Conversation, Plain, Preference
 from lowrank.data.reading.formats import Content, detect, read_row
 from lowrank.data.reading.row_error import RowError
 from lowrank.data.reading.sources import Joined
-from lowrank.data.supervision.options import Options
+from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.tokenise import Tokeniser
 from lowrank.errors import InputError
 

@@ -20,7 +20,7 @@ from lowrank.data.reading.rows import Row, as_json
 from lowrank.data.reading.sources import Joined
 from lowrank.data.supervision.align import Encoder
 from lowrank.data.supervision.choose_template import fitting_templates
-from lowrank.data.supervision.options import Options
+from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.template import ChatTemplate, special_pattern
 from lowrank.data.supervision.turns import Rendered, RenderedRow, plain_text, render_turns
 from lowrank.errors import InputError
