@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from cases import CASES, model_of
+from cases import CASES, model_of, rows_file_of
 from finetune_report import Outcome, write
 from yardstick import product_rate
 
@@ -54,6 +54,7 @@ class Contestant:
 
 CONTESTANTS = {
     "lowrank": Contestant("lowrank_run.py"),
+    "lowrank, rows apart": Contestant("lowrank_apart.py"),
     "lowrank, compiled": Contestant("lowrank_compiled.py"),
     "peft + Trainer": Contestant("peft_trainer.py"),
     "TRL SFT + packing": Contestant("trl_sft.py"),
@@ -132,6 +133,9 @@ def main() -> None:
         mean_length=case.mean_length,
         spread=case.spread,
         longest=case.longest,
+        system=case.system,
+        rows_file=rows_file_of(options.case),
+        pack_tokens=case.pack_tokens,
     )
     repeats = options.repeats or case.repeats
     outcomes, rates = contest(names, job, repeats)

@@ -41,6 +41,9 @@ class Job:
         mean_length: Of the rows, in tokens.
         spread: Of the logarithm of the lengths, which are lognormal; 0 for rows of one length.
         longest: Of a row, in tokens.
+        system: So many tokens at the beginning of every row are the same.
+        rows_file: JSON Lines of rows to draw from, instead of random ones; see `rows_of`.
+        pack_tokens: In a pack; by default as many as a padded batch holds.
         learning_rate: AdamW's, constant.
         launched: When the process was started, in seconds of `time.time`.
     """
@@ -56,6 +59,9 @@ class Job:
     mean_length: int = 200
     spread: float = 0.6
     longest: int = 1000
+    system: int = 0
+    rows_file: str | None = None
+    pack_tokens: int | None = None
     learning_rate: float = 1e-3
     launched: float = 0.0
 
@@ -67,7 +73,7 @@ class Job:
     @property
     def pack(self) -> int:
         """Tokens in a pack: as many as a padded batch holds on average without its padding."""
-        return max(self.longest, self.padded_together * self.mean_length)
+        return self.pack_tokens or max(self.longest, self.padded_together * self.mean_length)
 
 
 def read_job() -> Job:
@@ -84,21 +90,30 @@ def rows_of(job: Job, vocabulary: int) -> list[Row]:
     """The rows of all steps, chat-shaped: the second half of each carries loss.
 
     What carries loss is drawn from `ALPHABET` tokens alone, the same in all rows: there is something to learn, and as
-    much in every row. Ids below 10 do not occur, so that padding can be told from tokens.
+    much in every row. Ids below 10 do not occur, so that padding can be told from tokens. Behind a system prompt, which
+    carries none, it is half of the turn. Rows of a file are `[input_ids, labels]` each, drawn from it without repeats.
     """
     rng = np.random.default_rng(job.seed)
+    if job.rows_file is not None:
+        lines = Path(job.rows_file).read_text(encoding="utf-8").splitlines()
+        drawn = rng.permutation(len(lines))[: job.rows * job.steps]
+        return [(ids, labels) for ids, labels in (json.loads(lines[at]) for at in drawn)]
     lengths = _lengths(job, rng)
     alphabet = rng.choice(np.arange(10, vocabulary), ALPHABET, replace=False)
+    system = rng.integers(10, vocabulary, job.system).tolist()
     rows = []
     for length in lengths:
-        asked = rng.integers(10, vocabulary, length // 2).tolist()
-        answered = rng.choice(alphabet, length - length // 2).tolist()
+        turn = length - job.system
+        asked = system + rng.integers(10, vocabulary, turn // 2).tolist()
+        answered = rng.choice(alphabet, turn - turn // 2).tolist()
         rows.append((asked + answered, [IGNORED] * len(asked) + answered))
     return rows
 
 
 def lengths_of(job: Job) -> list[int]:
     """Tokens of each of `rows_of`."""
+    if job.rows_file is not None:
+        return [len(ids) for ids, _ in rows_of(job, 0)]
     return _lengths(job, np.random.default_rng(job.seed))
 
 

@@ -42,7 +42,7 @@ def wrapped(job: Job) -> PreTrainedModel:
     return lowrank.wrap(model, config)
 
 
-def main(*, compiled: bool = False) -> None:
+def main(*, compiled: bool = False, share: bool = True) -> None:
     job = read_job()
     few_kernels_kept()
     torch.manual_seed(job.seed)
@@ -54,8 +54,18 @@ def main(*, compiled: bool = False) -> None:
         lean_norms(model)
     rows = rows_of(job, model.config.vocab_size)
     examples = Examples.of([Example(ids, [label != IGNORED for label in labels]) for ids, labels in rows], "all")
-    plan = plan_batches(examples, packing=True, batch_size=1, max_tokens=job.pack, pad_token_id=0, seed=job.seed)
-    size = StepSize(tokens=counted(rows)[0] // job.steps)  # as many tokens in a step as the others have on average
+    step = counted(rows)[0] // job.steps  # as many tokens as the others have on average
+    plan = plan_batches(
+        examples,
+        packing=True,
+        batch_size=1,
+        max_tokens=job.pack,
+        pad_token_id=0,
+        seed=job.seed,
+        share_prefixes=share,
+        step_tokens=step,
+    )
+    size = StepSize(tokens=step)
     optimizer = build_optimizer(model, OptimizerSettings(job.learning_rate))
     schedule = build_schedule(optimizer, "constant", warmup_steps=0, total_steps=job.steps)
     watch = Watch()

@@ -11,13 +11,13 @@ import lowrank
 from lowrank.attention import set_attention
 from lowrank.training.evaluation import answers
 from lowrank.training.evaluation.answers import answer_all, greedy
+from lowrank.training.evaluation.begun import Begun
 from lowrank.training.evaluation.greedy import (
     RoomyLayer,
     can_continue_rows,
     can_share,
     contiguous_head,
     continue_rows,
-    shared_length,
 )
 
 BEGINNING = list(range(20, 60))
@@ -150,12 +150,47 @@ def test_the_head_is_given_contiguous_states():
     assert given == [True, False]
 
 
+def begun_of(model, prompts) -> list[int]:
+    """How many tokens each prompt begins with that have gone through the model before it."""
+    begun = Begun(model, prompts, share=True)
+    assert sorted(begun.order) == list(range(len(prompts)))
+    caches = {at: begun.of(at) for at in begun.order}
+    return [0 if caches[at] is None else caches[at].get_seq_length() for at in range(len(prompts))]
+
+
 def test_what_is_shared():
-    assert shared_length(prompts_of(9, BEGINNING)) >= len(BEGINNING)
-    assert shared_length([BEGINNING, BEGINNING]) == len(BEGINNING) - 1  # something is left to each
-    assert shared_length([BEGINNING]) == 0
-    assert shared_length([BEGINNING[:5], BEGINNING[:6]]) == 0
-    assert shared_length([BEGINNING, [1, *BEGINNING]]) == 0
+    model, other = MODELS["llama"](), [token + 1 for token in BEGINNING]
+    assert begun_of(model, [[*BEGINNING, 5], [*BEGINNING, 6, 7], [*BEGINNING, 6]]) == [len(BEGINNING)] * 3
+    assert begun_of(model, [BEGINNING, BEGINNING]) == [len(BEGINNING) - 1] * 2  # something is left to each
+    assert begun_of(model, [BEGINNING]) == [0]
+    assert begun_of(model, [BEGINNING[:5], BEGINNING[:6]]) == [0, 0]
+    assert begun_of(model, [BEGINNING, [1, *BEGINNING]]) == [0, 0]
+    apart = [[*BEGINNING, 5], [*other, 5], [7, 8], [*BEGINNING, 6], [*other, 6]]
+    assert begun_of(model, apart) == [len(BEGINNING), len(other), 0, len(BEGINNING), len(other)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "segments"])
+def test_prompts_of_several_beginnings_are_answered_as_one_by_one(backend):
+    """Two documents with questions, one of them with a beginning of its own inside, and prompts that share nothing."""
+    model, tokenizer = adapted(MODELS["qwen2"]()), tiny.tiny_tokenizer()
+    rng = torch.Generator().manual_seed(4)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, tiny.VOCAB, (count,), generator=rng).tolist()
+
+    documents = [tokens(30), tokens(21)]
+    documents.append([*documents[0], *tokens(18)])
+    prompts = [[*document, *tokens(n)] for document in documents for n in (3, 1, 7)] + [tokens(9), tokens(25)]
+    prompts = prompts[::2] + prompts[1::2]
+    expected = one_by_one(model, tokenizer, prompts)
+    set_attention(model, backend)
+    passed = []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: passed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    assert answer_all(model, tokenizer, prompts, max_new_tokens=12, batch_size=4) == expected
+    assert len(set(expected)) > 3
+    assert sum(passed) < sum(map(len, prompts)) - 100 + 12 * len(prompts)
 
 
 def test_a_sliding_window_counts_padding_and_does_not_share():

@@ -98,7 +98,7 @@ def _generated(
         routed(model, [voice.adapter for voice in speakers]),
     ):
         config.eos_token_id = None  # each row has its own
-        ids, mask = padded(rows, 0, config.pad_token_id or 0, model.device)
+        ids, mask = padded(rows, [0] * len(rows), config.pad_token_id or 0, model.device)
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,

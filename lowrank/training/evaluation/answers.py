@@ -10,15 +10,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lowrank.attention.paged import generate_paged, paged_is_faster
-from lowrank.training.evaluation.greedy import (
-    begin_with,
-    can_continue_rows,
-    can_share,
-    contiguous_head,
-    continue_rows,
-    padded,
-    shared_length,
-)
+from lowrank.training.evaluation.begun import Begun
+from lowrank.training.evaluation.greedy import can_continue_rows, can_share, contiguous_head, continue_rows, padded
 
 
 @torch.no_grad()
@@ -59,27 +52,26 @@ def answer_all(
 def _answered(
     model: Any, prompts: Sequence[Sequence[int]], generation: GenerationConfig, batch_size: int
 ) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
-    """(which prompts, the new tokens of each), until all are answered. Prompts of like length share a batch."""
+    """(which prompts, the new tokens of each), until all are answered. Prompts that begin alike or are of like length
+    share a batch."""
     if paged_is_faster(model):
         yield range(len(prompts)), generate_paged(model, prompts, generation)
         return
     by_rows = can_continue_rows(model)
-    shared = shared_length(prompts) if by_rows and can_share(model) else 0
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what needs the most memory first
+    begun = Begun(model, prompts, share=by_rows and can_share(model))
     with contiguous_head(model):
-        begun = begin_with(model, prompts[0][:shared]) if shared else None
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for start in range(0, len(begun.order), batch_size):
+            chosen = begun.order[start : start + batch_size]
             batch = [prompts[i] for i in chosen]
-            yield (
-                chosen,
-                continue_rows(model, batch, generation, begun) if by_rows else _generated(model, batch, generation),
-            )
+            if by_rows:
+                yield chosen, continue_rows(model, batch, generation, [begun.of(i) for i in chosen])
+            else:
+                yield chosen, _generated(model, batch, generation)
 
 
 def _generated(model: Any, prompts: Sequence[Sequence[int]], generation: GenerationConfig) -> list[list[int]]:
     """By transformers' own loop, which knows every model."""
-    ids, mask = padded(prompts, 0, generation.pad_token_id, model.device)
+    ids, mask = padded(prompts, [0] * len(prompts), generation.pad_token_id, model.device)
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
     return output[:, ids.shape[1] :].tolist()
 

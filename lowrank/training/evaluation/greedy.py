@@ -3,8 +3,8 @@
 `generate` serves every model. Where no more than tokens, mask, positions and a cache of keys and values goes into a
 step, `continue_rows` gives the same tokens for less:
 
-    prompts   s s s s a a       s, what all begin with, goes through the model once, not once for each row;
-              s s s s . b       rows are filled up behind it, so that all end alike;
+    prompts   s s s s a a       s, what several begin with, goes through the model once, not once for each (`begun`);
+              . . t t . b       rows are filled up before and behind it, so that all end alike;
     answers   x x x             a row that is done leaves the batch at once;
               y y y y y y       keys and values have room for the whole answer: a step writes its own and copies none.
 """
@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-_WORTH_SHARING = 16  # tokens
 
 
 class RoomyLayer(DynamicLayer):
@@ -68,36 +66,21 @@ def can_continue_rows(model: Any) -> bool:
     """Whether `continue_rows` knows all that goes into a step of this model, and can take rows out of its cache."""
     own_inputs = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
     told = {"attention_mask", "position_ids", "past_key_values", "use_cache"} <= _arguments(model)
-    kinds = {type(layer) for layer in _new_cache(model).layers}
+    kinds = {type(layer) for layer in new_cache(model).layers}
     return not own_inputs and told and bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def can_share(model: Any) -> bool:
     """Whether padding may stand between a shared beginning and the rest: no layer looks back a fixed number of places,
     padding counted."""
-    return all(type(layer) is DynamicLayer for layer in _new_cache(model).layers)
-
-
-def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, one at least left to each; 0 where it is not worth the while."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all share
-    same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    same = min(same, min(map(len, prompts)) - 1)
-    return same if same >= _WORTH_SHARING else 0
-
-
-def begin_with(model: Any, tokens: Sequence[int]) -> DynamicCache:
-    """Keys and values of a beginning, one row."""
-    cache = _new_cache(model)
-    ids = torch.tensor([list(tokens)], device=model.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, **_last_logits(model))
-    return cache
+    return all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
 
 
 def continue_rows(
-    model: Any, prompts: Sequence[Sequence[int]], generation: GenerationConfig, begun: DynamicCache | None = None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    generation: GenerationConfig,
+    begun: Sequence[DynamicCache | None] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and without the end token.
 
@@ -105,19 +88,21 @@ def continue_rows(
         model: One that `can_continue_rows`.
         prompts: Token ids; all go through the model together.
         generation: `max_new_tokens`, `eos_token_id` (a list) and `pad_token_id`.
-        begun: What `begin_with` gave for tokens that all prompts begin with, where the model `can_share`.
+        begun: For each prompt the keys and values of what it begins with, one row, or None; where the model
+            `can_share`.
     """
     assert generation.max_new_tokens is not None
-    shared = 0 if begun is None else begun.get_seq_length()
+    begun = begun or [None] * len(prompts)
+    shared = [0 if cache is None else cache.get_seq_length() for cache in begun]
     ids, mask = padded(prompts, shared, generation.pad_token_id, model.device)
     columns = ids.shape[1]
-    cache = _roomy_cache(model, begun, len(prompts), columns + generation.max_new_tokens)
+    cache = _roomy_cache(model, begun, max(shared), columns + generation.max_new_tokens)
     mask = torch.nn.functional.pad(mask, (0, generation.max_new_tokens), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     ends = torch.tensor(generation.eos_token_id, device=model.device)
     answers: list[list[int]] = [[] for _ in prompts]
     writing = list(range(len(prompts)))
-    step = ids[:, shared:]
+    step = ids[:, max(shared) :]
     for stop in range(columns, columns + generation.max_new_tokens):
         logits = model(
             input_ids=step,
@@ -125,7 +110,7 @@ def continue_rows(
             position_ids=positions[:, stop - step.shape[1] : stop],
             past_key_values=cache,
             use_cache=True,
-            **_last_logits(model),
+            **last_logits(model),
         ).logits
         tokens = logits[:, -1].argmax(-1)
         goes_on = (~torch.isin(tokens, ends)).tolist()
@@ -170,33 +155,48 @@ def contiguous_head(model: Any) -> Iterator[None]:
 
 
 def padded(
-    prompts: Sequence[Sequence[int]], shared: int, pad: int, device: torch.device
+    prompts: Sequence[Sequence[int]], shared: Sequence[int], pad: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, (b, longest) each, padded behind the `shared` first tokens: all rows end alike."""
-    longest = max(map(len, prompts))
-    gaps = [longest - len(prompt) for prompt in prompts]
-    ids = [[*prompt[:shared], *[pad] * gap, *prompt[shared:]] for prompt, gap in zip(prompts, gaps, strict=True)]
-    mask = [[1] * shared + [0] * gap + [1] * (longest - shared - gap) for gap in gaps]
+    """Token ids and attention mask, (b, n) each: all prompts' `shared` first tokens end alike, and so their rests."""
+    most, longest = max(shared), max(len(prompt) - own for prompt, own in zip(prompts, shared, strict=True))
+    ids, mask = [], []
+    for prompt, own in zip(prompts, shared, strict=True):
+        before, gap, rest = most - own, longest - (len(prompt) - own), len(prompt) - own
+        ids.append([*[pad] * before, *prompt[:own], *[pad] * gap, *prompt[own:]])
+        mask.append([0] * before + [1] * own + [0] * gap + [1] * rest)
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _new_cache(model: Any) -> DynamicCache:
+def new_cache(model: Any) -> DynamicCache:
+    """An empty one, of layers as the model has them."""
     return DynamicCache(config=model.config.get_text_config())
 
 
-def _roomy_cache(model: Any, begun: DynamicCache | None, rows: int, room: int) -> DynamicCache:
-    """A cache for `rows` rows of at most `room` tokens, all beginning with what has begun."""
-    cache = _new_cache(model)
+def _roomy_cache(model: Any, begun: Sequence[DynamicCache | None], shared: int, room: int) -> DynamicCache:
+    """A cache for rows of at most `room` tokens, in which what has begun of each ends at place `shared`."""
+    cache = new_cache(model)
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    for number, layer in enumerate(begun.layers if begun is not None else ()):
-        assert isinstance(layer, DynamicLayer), "the model can share"
-        assert layer.keys is not None, "the beginning has gone through"
-        assert layer.values is not None
-        cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
+    for number in range(len(cache.layers) if shared else 0):
+        known = [(one if one is None else _keys_and_values(one, number)) for one in begun]
+        first = next(pair for pair in known if pair is not None)
+        states = [x.new_zeros(len(begun), x.shape[1], shared, x.shape[3]) for x in first]
+        for row, pair in enumerate(known):
+            for block, x in zip(states, pair or (), strict=False):
+                block[row, :, shared - x.shape[2] :] = x[0]
+        cache.update(states[0], states[1], number)
     return cache
 
 
-def _last_logits(model: Any) -> dict[str, int]:
+def _keys_and_values(cache: DynamicCache, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = cache.layers[number]
+    assert isinstance(layer, DynamicLayer), "the model can share"
+    assert layer.keys is not None, "the beginning has gone through"
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
+def last_logits(model: Any) -> dict[str, int]:
+    """What a call is given for the logits of the last tokens alone, where the model can be told."""
     return {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
 
 
