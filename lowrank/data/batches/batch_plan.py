@@ -88,8 +88,8 @@ class BatchPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for the same examples in the same order."""
-        return self.examples.fingerprint
+        """Equal for the same examples in the same order, in packs of the same room where they share beginnings."""
+        return self.examples.fingerprint + ("" if self.sharing is None else f" {self.sharing.room}")
 
     def passing(self, epoch: int = 0) -> int:
         """Tokens of an epoch that go through the model."""

@@ -89,8 +89,10 @@ class BatchStream:
 
     @property
     def fingerprint(self) -> str:
-        """Of where the rows come from, and of what the files there hold as far as a glance tells."""
+        """Of where the rows come from, of what the files there hold as far as a glance tells, and of the room of packs
+        that share beginnings."""
         told = [f"{stream_fingerprint(each.path, each.split, each.subset)} {each.weight}" for each in self.sources]
+        told += [] if self.room is None else [str(self.room)]
         return digest("\n".join(told).encode())
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:

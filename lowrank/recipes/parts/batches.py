@@ -175,9 +175,10 @@ def _step_tokens(data: DataSection, training: TrainingSection, ranks: Ranks) -> 
 def step_size(data: DataSection, training: TrainingSection, ranks: Ranks, plan: BatchPlan | BatchStream) -> StepSize:
     """By tokens or by batches, over all processes. Where examples share beginnings a pack may hold more of them: a step
     holds as many tokens of examples as it would without."""
-    if training.tokens_per_step is not None or plan.shares:
-        return StepSize(tokens=_step_tokens(data, training, ranks))
-    return StepSize(training.gradient_accumulation_steps * ranks.count)
+    if training.tokens_per_step is not None:
+        return StepSize(tokens=training.tokens_per_step)
+    batches = training.gradient_accumulation_steps * ranks.count
+    return StepSize(batches, _step_tokens(data, training, ranks) if plan.shares else None)
 
 
 def first_examples(plan: BatchPlan | BatchStream) -> Examples:

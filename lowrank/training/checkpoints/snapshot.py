@@ -48,7 +48,8 @@ def restore(run: Run, state: dict[str, Any], ranks: Ranks = ALONE) -> None:
     """
     if state["data"] != run.data:
         raise InputError(
-            "the training rows are not those that the run was started with (or the tokenizer or its chat template)",
+            "the training rows are not those that the run was started with (or the tokenizer, its chat template, or "
+            "whether shared beginnings are computed once)",
             fix="Put them back, or start anew in another folder.",
         )
     if state["batches"] != run.batches:
