@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +26,15 @@ _CHATTY = ("torchao", "torch.utils._pytree")  # kernels for other machines; enum
 DEFAULT = next(iter(QUANTISERS))
 
 
-@cache
-def quantisers() -> tuple[Quantiser, ...]:
+_loaded: list[Quantiser] = []
+
+
+def quantisers() -> Sequence[Quantiser]:
     """All of them."""
-    return tuple(getattr(import_module(f"lowrank.quantisers.{file}"), name)() for file, name in QUANTISERS.items())
+    if not _loaded:  # by hand: torch.compile looks through functools.cache, and cannot follow an import
+        pairs = QUANTISERS.items()
+        _loaded[:] = [getattr(import_module(f"lowrank.quantisers.{file}"), name)() for file, name in pairs]
+    return _loaded
 
 
 def quantiser_named(method: object) -> Quantiser | None:
@@ -40,7 +44,10 @@ def quantiser_named(method: object) -> Quantiser | None:
 
 def quantiser_of(module: nn.Module) -> Quantiser | None:
     """The quantiser that holds a linear layer's weight; None for every other module."""
-    return next((quantiser for quantiser in quantisers() if quantiser.holds(module)), None)
+    for quantiser in quantisers():
+        if quantiser.holds(module):
+            return quantiser
+    return None
 
 
 def parametrises(step: nn.Module) -> bool:
