@@ -99,7 +99,7 @@ def _measure(adapter: AdapterFile, module: str, names: dict[str, str], fused: bo
     if method.of_base:
         return method.rank(config, module), None
     whole = module.removesuffix(f".{OUT_PROJ}")
-    term = method.low_rank(flat_factors(adapter, names), method.scale(config, whole), 0)
+    term = method.low_rank(flat_factors(adapter, names), method.scale(config, whole), None)
     A, B = term.A, term.B
     groups = max(1, A.shape[0] // max(1, B.shape[1]))  # of a convolution: each group's outputs have ranks of their own
     sizes = [norm(Product(*pair)) for pair in zip(A.chunk(groups), B.chunk(groups), strict=True)]

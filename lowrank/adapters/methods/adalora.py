@@ -128,11 +128,11 @@ class AdaLora(Method):
         layer.lora_E.zero_() if config.init_lora_weights else layer.lora_E.normal_()
         layer.register_buffer("kept", torch.ones(len(layer.lora_E), dtype=torch.bool, device=layer.lora_E.device))
 
-    def low_rank(self, tensors: Tensors, scale: float, into: int) -> LowRank:
+    def low_rank(self, tensors: Tensors, scale: float, matrix: Matrix | None) -> LowRank:
         """Λ is folded into A, (r, in): small beside a product with the inputs."""
         return LowRank(tensors["lora_A"] * tensors["lora_E"], tensors["lora_B"], scale)
 
-    def product(self, config: AdaLoraConfig, path: str, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+    def product(self, config: AdaLoraConfig, matrix: Matrix, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
         """s · P · (Λ · (Q · x))."""
         A, E, B = (tensors[name].to(x.dtype) for name in ("lora_A", "lora_E", "lora_B"))
         return config.lora_alpha / (config.init_r + 1e-5) * (B @ (E[:, 0] * (A @ x)))

@@ -88,7 +88,7 @@ class LowRankLayer(nn.Module):
     Attributes:
         method: The adapter's.
         kind: The module's.
-        into: How many columns W has.
+        matrix: The module's W.
         trained_scale: s of ΔW = s · B · A, as it was trained.
         dropout: The probability that an input of the low-rank path is dropped in training.
         strength: What the scale that was trained is multiplied with; one object for all layers of an adapter.
@@ -97,9 +97,9 @@ class LowRankLayer(nn.Module):
 
     replaces = False
 
-    def __init__(self, method: Method, kind: Kind, into: int, scale: float, dropout: float) -> None:
+    def __init__(self, method: Method, kind: Kind, matrix: Matrix, scale: float, dropout: float) -> None:
         super().__init__()
-        self.method, self.kind, self.into = method, kind, into
+        self.method, self.kind, self.matrix = method, kind, matrix
         self.trained_scale, self.dropout = scale, dropout
         self.strength = Setting(1.0)
         self.bias: nn.Parameter | None = None
@@ -131,7 +131,7 @@ class LowRankLayer(nn.Module):
             InputError: the method, the rank or the initialisation does not fit the module.
         """
         matrix = matrix_of(path, module, kind)
-        layer = cls(method, kind, matrix.into, method.scale(config, path), method.dropout(config))
+        layer = cls(method, kind, matrix, method.scale(config, path), method.dropout(config))
         layer.bias, layer.shared = own_bias(config, module), shared
         for name, shape in method.shapes(config, matrix, method.rank(config, path)).items():
             layer.register_parameter(name, factor_parameter(shape, module))

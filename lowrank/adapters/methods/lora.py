@@ -180,14 +180,14 @@ class Lora(Method):
             )
         return {"lora_A": (r, matrix.into), "lora_B": (matrix.out, r // matrix.groups)}
 
-    def low_rank(self, tensors: Tensors, scale: float, into: int) -> LowRank:
+    def low_rank(self, tensors: Tensors, scale: float, matrix: Matrix | None) -> LowRank:
         """A and B themselves."""
         return LowRank(tensors["lora_A"], tensors["lora_B"], scale)
 
-    def product(self, config: LoraConfig, path: str, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+    def product(self, config: LoraConfig, matrix: Matrix, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
         """s · B · (A · x), the rank that of A."""
         A, B = tensors["lora_A"].to(x.dtype), tensors["lora_B"].to(x.dtype)
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        alpha = pattern_value(config.alpha_pattern, matrix.path, config.lora_alpha)
         return alpha / (math.sqrt(len(A)) if config.use_rslora else len(A)) * (B @ (A @ x))
 
     def prepare(

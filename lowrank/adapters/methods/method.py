@@ -137,13 +137,13 @@ class Method:
         """
         raise NotImplementedError
 
-    def low_rank(self, tensors: Tensors, scale: float, into: int) -> LowRank:
+    def low_rank(self, tensors: Tensors, scale: float, matrix: Matrix | None) -> LowRank:
         """The term that a module's tensors stand for.
 
         Args:
             tensors: By bare name.
             scale: As it acts now.
-            into: How many columns W has; 0 where that is not known, unless the method is `of_base`.
+            matrix: W; None where it is not known, unless the method is `of_base`.
         """
         raise NotImplementedError
 
@@ -159,7 +159,7 @@ class Method:
 
     # What a finished file means, said once more for the proof of a merge: it shares nothing with the above.
 
-    def product(self, config: Any, path: str, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
+    def product(self, config: Any, matrix: Matrix, tensors: Tensors, x: torch.Tensor) -> torch.Tensor:
         """ΔW · x (out,), by the method's formula from the file's own tensors."""
         raise NotImplementedError
 
@@ -203,7 +203,7 @@ class Method:
 
     def term(self, layer: Holder, module: Any) -> LowRank:
         """The term that acts on the module's W now."""
-        return self.low_rank(layer.tensors(), layer.scale, layer.into)
+        return self.low_rank(layer.tensors(), layer.scale, layer.matrix)
 
     def own_bias(self, layer: Holder) -> torch.Tensor | None:
         """What the layer adds to the module's bias, None for nothing."""

@@ -105,7 +105,7 @@ def _read(adapter: AdapterFile, path: str, names: dict[str, str], embedding: boo
     if any(len(shape) < 2 for shape in shapes.values()):
         raise apart
     try:
-        term = method.low_rank(flat_factors(adapter, names), method.scale(adapter.config, path), 0)
+        term = method.low_rank(flat_factors(adapter, names), method.scale(adapter.config, path), None)
     except RuntimeError:  # torch's, of sizes that cannot be multiplied
         raise apart from None
     sides = {factor.side: shapes[factor.name] for factor in method.factors}

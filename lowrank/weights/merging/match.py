@@ -131,9 +131,9 @@ class _Fit:
         matrix = Matrix(path, stored[0], stored[1]) if module is None or kind is None else matrix_of(path, module, kind)
         if not self._sizes_fit(matrix, names):
             return
-        load = partial(self.load, path, tuple(sorted(names.items())), matrix.into, 1.0)
+        load = partial(self.load, matrix, tuple(sorted(names.items())), 1.0)
         transposed = isinstance(module, Conv1D | nn.Embedding)
-        self._add(f"{path}.weight", LowRankUpdate(self.config, path, load, matrix.into, transposed))
+        self._add(f"{path}.weight", LowRankUpdate(self.config, matrix, load, transposed))
 
     def _sizes_fit(self, matrix: Matrix, names: dict[str, str]) -> bool:
         """Whether a module's tensors are of W's sizes, and of the rank that the config says."""
@@ -162,15 +162,16 @@ class _Fit:
         if module is None or not is_multihead(module) or module.in_proj_weight is None or names.keys() != _LORA:
             self.problems.append(f"{path} is no attention of the base with one width, or has not {_LORA}")
             return
-        out, into = (1 if outer else 3) * module.embed_dim, module.embed_dim
+        matrix = Matrix(whole, (1 if outer else 3) * module.embed_dim, module.embed_dim)
+        out, into = matrix.out, matrix.into
         rank = self.method.rank(self.config, whole)
         if shapes != {"lora_A": (rank, into), "lora_B": (out, rank)}:
             self.problems.append(f"{path} has W ({out}, {into}), which at rank {rank} does not go with {shapes}")
             return
         times = OUT_PROJ_TWICE if outer else 1.0
-        load = partial(self.load, whole, tuple(sorted(names.items())), into, times)
+        load = partial(self.load, matrix, tuple(sorted(names.items())), times)
         key = f"{whole}.out_proj.weight" if outer else f"{whole}.in_proj_weight"
-        self._add(key, LowRankUpdate(self.config, whole, load, into, transposed=False, times=times))
+        self._add(key, LowRankUpdate(self.config, matrix, load, transposed=False, times=times))
 
     def _lacking(self, factors: Mapping[str, object]) -> None:
         """Modules that the config's patterns name and the file holds nothing for."""
@@ -194,10 +195,10 @@ class _Fit:
         else:
             self._add(key, Shift(partial(self.adapter.read, name), self.method.scale(self.config, path)))
 
-    def _load(self, path: str, names: tuple[tuple[str, str], ...], into: int, times: float) -> Loaded:
+    def _load(self, matrix: Matrix, names: tuple[tuple[str, str], ...], times: float) -> Loaded:
         tensors = {**flat_factors(self.adapter, dict(names)), **self.shared}
-        scale = times * self.method.scale(self.config, path)
-        return Loaded(tensors, self.method.low_rank(tensors, scale, into))
+        scale = times * self.method.scale(self.config, matrix.path)
+        return Loaded(tensors, self.method.low_rank(tensors, scale, matrix))
 
     @cached_property
     def shared(self) -> dict[str, torch.Tensor]:

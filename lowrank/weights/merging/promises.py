@@ -71,7 +71,7 @@ def _(update: LowRankUpdate, weight: torch.Tensor, x: torch.Tensor, first: int, 
     columns, rows = slice(None), slice(first, first + len(weight))
     if update.transposed:
         columns, rows = slice(first, first + len(x)), slice(None)
-        whole = x.new_zeros(update.into)
+        whole = x.new_zeros(update.matrix.into)
         whole[columns] = x
         hoped = torch.addmv(_product(update, whole), weight, x)
     else:
@@ -135,4 +135,4 @@ def magnitudes(update: LowRankUpdate, first: int, count: int) -> torch.Tensor:
 
 def _product(update: LowRankUpdate, x: torch.Tensor) -> torch.Tensor:
     """ΔW · x by the method's formula, which is written down apart from what merges."""
-    return update.times * update.method.product(update.config, update.path, update.load().tensors, x)
+    return update.times * update.method.product(update.config, update.matrix, update.load().tensors, x)

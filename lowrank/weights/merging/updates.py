@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from lowrank.adapters.config import AdapterConfig
-from lowrank.adapters.methods.method import Method
+from lowrank.adapters.methods.method import Matrix, Method
 from lowrank.adapters.registry import method_of
 from lowrank.ops.low_rank import LowRank
 from lowrank.ops.merged import merged_weight
@@ -92,17 +92,16 @@ class LowRankUpdate(Whole):
     """W' = gain · (W + s·B·A) for the weight of one module.
 
     Attributes:
+        matrix: W.
         load: Reads the module's part of the file.
-        into: How many columns W has.
         transposed: The parameter is stored as Wᵀ (Conv1D, embeddings).
         times: What ΔW is multiplied with besides.
         tied: What is tied to the parameter stays so (`ensure_weight_tying`).
     """
 
     config: AdapterConfig
-    path: str
+    matrix: Matrix
     load: Callable[[], Loaded]
-    into: int
     transposed: bool
     times: float = 1.0
     tied: bool = False
