@@ -30,7 +30,7 @@ def portable(model: nn.Module, adapter: str) -> tuple[AdapterConfig, dict[str, t
 
 
 def as_lora(model: nn.Module, adapter: str) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """An adapter of another method as an ordinary LoRA; AdaLoRA's with a rank pattern, what is pruned cut off.
+    """An adapter of another method as an ordinary LoRA: AdaLoRA's with a rank pattern, what is pruned cut off; MiSS's.
 
     Raises:
         InputError: it is one, or its method is more than a low-rank sum.
@@ -38,7 +38,7 @@ def as_lora(model: nn.Module, adapter: str) -> tuple[AdapterConfig, dict[str, to
     method = method_of(config_of(model, adapter))
     made = method.as_lora(*portable(model, adapter), layers_of(model, adapter))
     if made is None:
-        raise InputError(f"as_lora is for methods that become a LoRA (AdaLoRA), and {adapter!r} is of {method.name}")
+        raise InputError(f"as_lora is for methods that become a LoRA, and {adapter!r} is of {method.name}")
     return made
 
 

@@ -11,7 +11,7 @@ from lowrank.adapters.dense_base import is_quantised
 from lowrank.adapters.experts.fused import ExpertFactors, experts_layers
 from lowrank.adapters.experts.single import SinglePlace, single_experts_layers
 from lowrank.adapters.install import hosts, install
-from lowrank.adapters.kinds.kind import is_multihead
+from lowrank.adapters.kinds.kind import HostModule, is_multihead
 from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.methods.layer import LowRankLayer, SharedTensors, matrix_of
 from lowrank.adapters.methods.method import Outset
@@ -74,12 +74,15 @@ def put_in(
     place(single_experts_layers(model, config, singles))
 
 
-def _shared(outset: Outset, targets: Mapping[str, nn.Module]) -> SharedTensors | None:
-    """What all layers of the adapter have in common, None where its method has no such tensors."""
+def _shared(outset: Outset, targets: Mapping[str, HostModule]) -> SharedTensors | None:
+    """What all layers of the adapter have in common, beside the first weight; None where its method has no such."""
     kinds = {path: kind_of(module) for path, module in targets.items()}
     matrices = [matrix_of(path, targets[path], kind) for path, kind in kinds.items() if kind is not None]
     tensors = method_of(outset.config).shared_for(outset.config, matrices)
-    return SharedTensors(tensors) if tensors else None
+    if not tensors:
+        return None
+    weights = [targets[matrix.path].weight for matrix in matrices]
+    return SharedTensors(tensors).to(next((weight.device for weight in weights if not weight.is_meta), None))
 
 
 def _with_factors(path: str, module: nn.Module, outset: Outset, shared: SharedTensors | None) -> nn.Module:

@@ -21,7 +21,7 @@ from lowrank.errors import InputError
 from lowrank.storage.folders import new_file, new_folder, refuse_inside
 from lowrank.storage.hub import local_folder
 from lowrank.storage.tensorfile import save_tensors
-from lowrank.weights.arithmetic.module_factors import Factors, read_factors
+from lowrank.weights.arithmetic.module_factors import SAVE_AS_LORA, Factors, read_factors
 from lowrank.weights.export_targets import Target
 from lowrank.weights.files.adapter_file import (
     CONFIG_KEY,
@@ -227,7 +227,7 @@ def _refuse_others(adapter: AdapterFile, program: str, allowed: Callable[[str], 
         raise InputError(
             f"{program} cannot express {'; '.join(cannot)}",
             where=str(adapter.path),
-            fix="Merge the adapter into its base instead (lowrank merge).",
+            fix=SAVE_AS_LORA if method.of_base else "Merge the adapter into its base instead (lowrank merge).",
         )
 
 

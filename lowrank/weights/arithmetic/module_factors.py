@@ -17,6 +17,8 @@ from lowrank.weights.files.adapter_file import AdapterFile, refuse_taken_out, sh
 from lowrank.weights.files.factor_names import factor_of
 from lowrank.weights.files.factor_values import flat_factors
 
+SAVE_AS_LORA = "Load it into its base and save it as an ordinary LoRA first: lowrank.save(..., as_lora=True)."
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -83,6 +85,13 @@ def read_factors(adapter: AdapterFile, skip: frozenset[str] = frozenset()) -> di
             tables |= {factor.path} if factor.on_table else set()
     if getattr(adapter.config, "target_parameters", None):
         others.append("target_parameters")
+    if method.of_base:
+        raise InputError(
+            f"the factors of method {method.name} say what they stand for beside their base alone, "
+            "and that cannot be done without it",
+            where=str(adapter.path),
+            fix=SAVE_AS_LORA,
+        )
     if others or not method.composes:
         raise InputError(
             f"the adapter is more than a low-rank sum (method {method.name}; {shorten(others)}), "

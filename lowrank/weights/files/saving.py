@@ -55,7 +55,7 @@ def save(
         path: The folder.
         adapter: The adapter's name; it does not occur in the files.
         overwrite: Whether to replace an adapter that the folder holds already.
-        as_lora: Write an AdaLoRA adapter as an ordinary LoRA with a rank pattern, which more programs read.
+        as_lora: Write an adapter of another method (AdaLoRA, MiSS) as an ordinary LoRA, which more programs read.
         save_embedding_layers: Whether the base's own embedding and head go into the file too; "auto": where training
             changed their number of tokens, for then no checkpoint of the base has these rows.
 
