@@ -14,11 +14,13 @@ from lowrank.adapters.methods.adalora import AdaLora
 from lowrank.adapters.methods.dora import Dora
 from lowrank.adapters.methods.lora import Lora
 from lowrank.adapters.methods.method import Method
+from lowrank.adapters.methods.miss import Miss
 
 METHODS: dict[str, Method] = {
     "lora": Lora(),
     "dora": Dora(),
     "adalora": AdaLora(),
+    "miss": Miss(),
 }
 
 
