@@ -15,12 +15,14 @@ from lowrank.adapters.methods.dora import Dora
 from lowrank.adapters.methods.lora import Lora
 from lowrank.adapters.methods.method import Method
 from lowrank.adapters.methods.miss import Miss
+from lowrank.adapters.methods.vera import Vera
 
 METHODS: dict[str, Method] = {
     "lora": Lora(),
     "dora": Dora(),
     "adalora": AdaLora(),
     "miss": Miss(),
+    "vera": Vera(),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from lowrank.adapters import METHODS
 from lowrank.config import RunConfig
 
 CASES = [
@@ -21,7 +22,7 @@ CASES = [
     (["quantization={quant_method: torchao}"], "--set quantization: quantization.bits: is not set, and torchao is told by it how many "
      "to take"),
     (["quantization.load_in_4bit=true", "adapter={method: full}"], "--set adapter: adapter.method: full trains the base's own "
-     "weights, and quantization holds them in few bits; take one of lora, dora, adalora, or leave the section quantization out"),
+     f"weights, and quantization holds them in few bits; take one of {', '.join(METHODS)}, or leave the section quantization out"),
     (["adapter.init_lora_weights=loftq"], "--set adapter.init_lora_weights: loftq begins with the error of a 4-bit base; set "
      "quantization.load_in_4bit: true"),
     (["adapter={method: adalora, total_step: 9}"], "--set adapter: adapter.total_step: a run counts its own steps; leave it out"),
