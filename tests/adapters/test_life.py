@@ -133,7 +133,7 @@ def test_one_model_is_wrapped_through_one_module():
         lowrank.wrap(model, CONFIGS["lora"], "second")
 
 
-@pytest.mark.parametrize("name", ["kind", "activity", "training", "keys", "a.b", ""])
+@pytest.mark.parametrize("name", ["activity", "training", "keys", "a.b", ""])
 def test_names_that_a_module_needs_itself_are_refused(name):
     with pytest.raises(InputError, match="is no name for an adapter"):
         lowrank.wrap(tiny_llama(), CONFIGS["lora"], name)
@@ -170,9 +170,9 @@ def test_routing_costs_what_the_batch_holds_and_not_what_is_loaded(three):
     assert calls == [("a", 3)] * len(modules)
 
 
-def _counted(calls, name, delta, module, kind, x, y):
+def _counted(calls, name, delta, module, x, y):
     calls.append((name, x.shape[0]))
-    return delta(module, kind, x, y)
+    return delta(module, x, y)
 
 
 @pytest.mark.parametrize("method", CONFIGS)
