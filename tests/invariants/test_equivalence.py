@@ -9,6 +9,7 @@ every step is the same to `LOSS`.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,49 @@ def test_resumed_half_way_is_the_same_file(config, tmp_path):
     assert killed.exitcode < 0
     run([*halves, "--resume"])
     assert (tmp_path / "resumed" / ADAPTER).read_bytes() == (tmp_path / "batch" / ADAPTER).read_bytes()
+
+
+class TestSharedBeginnings:
+    """Rows behind one long system prompt: computed once, they train as apart."""
+
+    SHARED = ("data.share_prefixes=true", "data.max_length=256", "training.tokens_per_batch=100000")
+    SEVERAL = ("data.share_prefixes=true", "data.max_length=256", "training.tokens_per_batch=256")
+    APART = ("data.share_prefixes=false", "data.max_length=256", "training.tokens_per_batch=100000")
+    WHOLE = ("training.tokens_per_step=100000",)
+
+    @pytest.fixture
+    def config(self, config, tmp_path):
+        system = {"role": "system", "content": " ".join(f"rule {n}: say {n}." for n in range(8))}
+        rows = [{"messages": [system, *row["messages"]]} for row in chats(ROWS)]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return config
+
+    @pytest.fixture
+    def expected(self, config, tmp_path):
+        run(command(config, *self.APART, output="batch"))
+        return load_file(tmp_path / "batch" / ADAPTER)
+
+    @pytest.mark.parametrize("way", ["SHARED", "SEVERAL"])
+    def test_shared_is_apart(self, config, tmp_path, expected, way, capsys):
+        run(command(config, *getattr(self, way), *self.WHOLE, output="other"))
+        assert re.search(r"tokens as [\d,]+; \d\.\d\d times", capsys.readouterr().out)
+        assert_same(tmp_path / "other", expected)
+
+    def test_two_processes(self, config, tmp_path, expected):
+        processes = start_ranks(tmp_path, command(config, *self.SEVERAL, *self.WHOLE, output="two"), 2)
+        for process in processes:
+            process.join(200)
+        assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "out.txt").read_text()
+        assert_same(tmp_path / "two", expected)
+
+    def test_resumed_half_way_is_the_same_file(self, config, tmp_path):
+        steps = command(config, *self.SEVERAL, "training.save_steps=3", output="resumed")
+        run(command(config, *self.SEVERAL, output="whole"))
+        killed = start(tmp_path, steps, dies=("step", 4))
+        killed.join(100)
+        assert killed.exitcode < 0
+        run([*steps, "--resume"])
+        assert (tmp_path / "resumed" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
 def test_the_same_run_twice_is_the_same_file(config, tmp_path):
