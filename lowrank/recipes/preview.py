@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.config import RunConfig, load_config
-from lowrank.data import BatchStream
 from lowrank.data.preview.gathered import preview_of
 from lowrank.data.preview.preview_html import preview_html
 from lowrank.data.preview.preview_text import preview_text
 from lowrank.errors import InputError
 from lowrank.paths import expanded
-from lowrank.recipes.parts.batches import batch_plan, first_examples, read_batches, step_size
+from lowrank.recipes.parts.batches import SAMPLE_ROWS, batch_plan, read_batches, step_size
 from lowrank.recipes.parts.prepare import base_tokenizer
 from lowrank.recipes.parts.sharing import drawing
 from lowrank.recipes.parts.show import open_console
 from lowrank.training.machine.ranks import Ranks
-from lowrank.training.steps import run_length
 
 
 def preview(
@@ -48,14 +46,10 @@ def preview(
         raise InputError(f"{html} exists already; nothing was written", where="--html", fix="Give another file.")
     tokenizer = base_tokenizer(config.model, config.data.chat_template)
     ranks, drawn = Ranks(count=config.training.num_processes or 1), drawing(config.adapter, config.training)
-    plan, steps = read_batches(config.data, config.training, tokenizer, ranks, drawn)[0], None
-    of_stream = isinstance(plan, BatchStream)
-    if isinstance(plan, BatchStream):
-        plan = batch_plan(config.data, config.training, first_examples(plan), tokenizer, ranks, drawn)
-    else:
-        size = step_size(config.data, config.training, ranks, plan)
-        steps = run_length(plan, size, epochs=1, max_steps=-1).per_epoch
-    shown = preview_of(plan, tokenizer, row=row, steps_per_epoch=steps, of_stream=of_stream)
+    batches, _ = read_batches(config.data, config.training, tokenizer, ranks, drawn)
+    steps = step_size(config.data, config.training, ranks, batches).steps(batches, 0)
+    plan = batch_plan(config.data, config.training, batches.sample(SAMPLE_ROWS), tokenizer, ranks, drawn)
+    shown = preview_of(plan, tokenizer, row=row, steps_per_epoch=steps, of_stream=config.data.streaming)
     console = open_console()
     if html is None:
         console.print(preview_text(shown))

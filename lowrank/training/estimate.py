@@ -6,16 +6,15 @@ unpacked to, how large a compiled kernel is, and what the heap loses to holes, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
-from typing import cast
+from itertools import cycle, islice, pairwise
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
-from lowrank.data import Batch, BatchPlan, BatchStream, Members
+from lowrank.data import Batch
+from lowrank.data.batches.order import Batches
 from lowrank.ops.parts import parts_of
 from lowrank.training.loop import fit
 from lowrank.training.losses.supervised import Loss
@@ -75,7 +74,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def take_trial_steps(
     run: Run,
-    plan: BatchPlan | BatchStream,
+    plan: Batches,
     loss: Loss,
     *,
     accelerator: Accelerator,
@@ -94,12 +93,9 @@ def take_trial_steps(
         max_grad_norm: As in the run.
         penalty: As in the run.
     """
-    if isinstance(plan, BatchStream):
-        batches, most = [plan.largest()], size.batches if size.tokens is None else ACCUMULATED
-    else:
-        batches, most = _demanding(plan), int(np.diff([0, *size.ends(plan, 0)]).max())
-    together = min(ACCUMULATED, most)
-    trial = cast("BatchPlan", _Trial(list(islice(cycle(batches), SETTLING_STEPS * together))))
+    together = min(ACCUMULATED, _in_a_step(size, plan.sizes(0)))
+    batches = plan.demanding(SETTLING_STEPS * ACCUMULATED)
+    trial = _Trial(list(islice(cycle(batches), SETTLING_STEPS * together)))
     run.callbacks = [*run.callbacks, _Ends()]
     size = StepSize(together)
     with freed_blocks_kept():
@@ -108,24 +104,15 @@ def take_trial_steps(
 
 @dataclass(frozen=True)
 class _Trial:
-    """What `fit` asks a plan for, over a few batches."""
+    """A few batches as an order."""
 
     of: list[Batch]
 
-    def epoch(self, epoch: int) -> list[Members]:
-        return [Members(np.array([at])) for at in range(len(self.of))]
+    def sizes(self, epoch: int) -> list[int]:
+        return [batch.tokens for batch in self.of]
 
-    def batch(self, members: Members) -> Batch:
-        return self.of[members.rows[0]]
-
-    def tokens(self, members: Members) -> int:
-        return self.batch(members).tokens
-
-    def computed(self, members: Members) -> int:
-        return self.batch(members).computed
-
-    def supervised(self, members: Members) -> int:
-        return self.batch(members).supervised
+    def upcoming(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        yield from self.of[start:]
 
 
 class _Ends(Callback):
@@ -136,19 +123,8 @@ class _Ends(Callback):
         run.stop |= run.step >= SETTLING_STEPS
 
 
-def _demanding(plan: BatchPlan) -> list[Batch]:
-    """Of the first epoch: the batch of the most tokens, of the longest example, of the most loss, and any others."""
-    batches, lengths = plan.epoch(0), plan.examples.lengths
-
-    def computed(at: int) -> int:
-        return plan.computed(batches[at])
-
-    def longest(at: int) -> int:
-        return int(lengths[batches[at].rows].max())
-
-    def supervised(at: int) -> int:
-        return plan.supervised(batches[at])
-
-    first = [max(range(len(batches)), key=measure) for measure in (computed, longest, supervised)]
-    order = list(dict.fromkeys([*first, *range(len(batches))]))
-    return [plan.batch(batches[at]) for at in order[: SETTLING_STEPS * ACCUMULATED]]
+def _in_a_step(size: StepSize, sizes: Sequence[int] | None) -> int:
+    """The most batches of a step, as far as it matters here, where the first epoch's have so many tokens."""
+    if sizes is None:
+        return size.batches if size.tokens is None else ACCUMULATED
+    return max(end - begin for begin, end in pairwise([0, *size.ends(sizes)]))

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lowrank.attention import segments
-from lowrank.data import BatchPlan, BatchStream
+from lowrank.data.batches.order import Order
 from lowrank.errors import JobError
 from lowrank.training.losses.supervised import Loss
 from lowrank.training.machine.memory import HeapKeeper, peak_bytes
@@ -23,7 +23,7 @@ from lowrank.training.steps import ONE_BATCH, Group, StepSize, groups
 
 def fit(
     run: Run,
-    plan: BatchPlan | BatchStream,
+    order: Order,
     loss: Loss,
     *,
     accelerator: Accelerator,
@@ -43,7 +43,7 @@ def fit(
 
     Args:
         run: Model, optimiser and position; its callbacks are told of every step.
-        plan: The order of the batches.
+        order: Of the batches.
         loss: Sums over a batch's supervised tokens.
         accelerator: Runs the backward pass.
         ranks: The processes that share each step's batches; all see the same losses and take the same steps.
@@ -57,7 +57,7 @@ def fit(
     """
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
-    upcoming = groups(plan, size, run.position, ranks)
+    upcoming = groups(order, size, run.position, ranks)
     heap = HeapKeeper()
     in_a_row = 0
     run.model.train()

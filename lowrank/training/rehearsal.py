@@ -9,16 +9,14 @@ import torch
 from accelerate import Accelerator
 
 from lowrank.attention import segments
-from lowrank.data import BatchPlan, BatchStream
+from lowrank.data.batches.order import Batches
 from lowrank.training.checkpoints.snapshot import random_state, set_random_state
 from lowrank.training.diagnosis import first_not_finite, refuse_broken_weights
 from lowrank.training.losses.supervised import Loss
 from lowrank.training.reach import refuse_unreached, unreached
 
 
-def rehearse(
-    model: Any, plan: BatchPlan | BatchStream, loss: Loss, accelerator: Accelerator, base: str = "the base"
-) -> str | None:
+def rehearse(model: Any, plan: Batches, loss: Loss, accelerator: Accelerator, base: str = "the base") -> str | None:
     """One forward and backward pass over the longest training batch; the gradients are dropped, and the random state is
     what it was.
 
@@ -65,7 +63,7 @@ def _why(model: Any, base: str, value: float, forward: Callable[[], object]) -> 
 
 
 @torch.no_grad()
-def rehearse_evaluation(model: Any, plan: BatchPlan, loss: Loss) -> None:
+def rehearse_evaluation(model: Any, plan: Batches, loss: Loss) -> None:
     """One forward pass over the longest evaluation batch."""
     was_training = model.training
     model.eval()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 
-from lowrank.data import Batch, BatchPlan, BatchStream, Members, Prefetched
+from lowrank.data import Batch
+from lowrank.data.batches.order import Order, Upcoming
 from lowrank.errors import JobError
 from lowrank.training.machine.ranks import ALONE, Ranks, share
 
@@ -58,25 +60,28 @@ class StepSize:
     batches: int = 1
     tokens: int | None = None
 
-    def fits(self, held: list[Batch], more: Batch) -> bool:
+    def fits(self, held: Sequence[Upcoming], more: Upcoming) -> bool:
         """Whether a step that holds these batches takes one more."""
         if self.tokens is None:
             return len(held) < self.batches
         return sum(batch.tokens for batch in held) + more.tokens <= self.tokens
 
-    def ends(self, plan: BatchPlan, epoch: int) -> list[int]:
-        """After which batches of an epoch its steps end. A step does not reach across epochs."""
-        indices = plan.epoch(epoch)
+    def ends(self, sizes: Sequence[int]) -> list[int]:
+        """After which batches of an epoch its steps end, from their tokens. A step does not reach across epochs."""
         if self.tokens is None:
-            return [*range(self.batches, len(indices), self.batches), len(indices)]
+            return [*range(self.batches, len(sizes), self.batches), len(sizes)]
         ends, held = [], 0
-        for at, part in enumerate(indices):
-            size = plan.tokens(part)
+        for at, size in enumerate(sizes):
             if held and held + size > self.tokens:
                 ends.append(at)
                 held = 0
             held += size
-        return [*ends, len(indices)]
+        return [*ends, len(sizes)]
+
+    def steps(self, order: Order, epoch: int) -> int | None:
+        """How many an epoch has; None where that shows only at its end."""
+        sizes = order.sizes(epoch)
+        return None if sizes is None else len(self.ends(sizes))
 
     def __str__(self) -> str:
         return f"{self.batches} in a step" if self.tokens is None else f"up to {self.tokens:,} tokens in a step"
@@ -98,88 +103,55 @@ class Length:
     per_epoch: int | None
 
 
-def run_length(plan: BatchPlan | BatchStream, size: StepSize, *, epochs: float, max_steps: int) -> Length:
+def run_length(order: Order, size: StepSize, *, epochs: float, max_steps: int) -> Length:
     """From `epochs`, each counted by itself (shuffled packs differ in number), or from a positive `max_steps`."""
-    if isinstance(plan, BatchStream):
-        assert max_steps > 0, "how long an epoch of a stream is shows only at its end"
-        return Length(max_steps, None)
-
-    def steps_in(epoch: int) -> int:
-        return len(size.ends(plan, epoch))
-
     if max_steps > 0:
-        return Length(max_steps, steps_in(0))
+        return Length(max_steps, size.steps(order, 0))
+    counts = [size.steps(order, epoch) for epoch in range(math.ceil(epochs))]
+    known = [count for count in counts if count is not None]
+    assert len(known) == len(counts), "how long an epoch of a stream is shows only at its end"
     part, whole = math.modf(epochs)
-    steps = sum(map(steps_in, range(int(whole)))) + (math.ceil(part * steps_in(int(whole))) if part else 0)
-    return Length(steps, steps_in(0))
+    return Length(sum(known[: int(whole)]) + (math.ceil(part * known[-1]) if part else 0), size.steps(order, 0))
 
 
-def groups(
-    plan: BatchPlan | BatchStream, size: StepSize, start: Position = Position(), ranks: Ranks = ALONE
-) -> Iterator[Group]:
+def groups(order: Order, size: StepSize, start: Position = Position(), ranks: Ranks = ALONE) -> Iterator[Group]:
     """One optimiser step's batches after another, without end.
 
     Args:
-        plan: The order of the batches.
+        order: Of the batches.
         size: Of a step.
         start: Where to begin.
         ranks: The processes that a step's batches are shared between.
+
+    Raises:
+        JobError: an epoch has no batch.
     """
-    if isinstance(plan, BatchStream):
-        yield from _streamed(plan, size, start, ranks)
-        return
-    epoch, first = start.epoch, start.batch
-    while True:
-        indices = plan.epoch(epoch)
-        for end in size.ends(plan, epoch):
-            if end <= first:
-                continue
-            after = Position(epoch, end) if end < len(indices) else Position(epoch + 1)
-            yield _group(plan, indices[first:end], after, epoch + end / len(indices), ranks)
-            first = end
-        epoch, first = epoch + 1, 0
-
-
-def _streamed(stream: BatchStream, size: StepSize, start: Position, ranks: Ranks) -> Iterator[Group]:
-    """The same from a stream, which is read ahead while the model works."""
     epoch, done = start.epoch, start.batch
     while True:
-        with Prefetched(stream.batches(epoch, done)) as batches:
-            upcoming = next(batches, None)
-            if upcoming is None and done == 0:
+        sizes = order.sizes(epoch)
+        with closing(order.upcoming(epoch, done)) as batches:
+            following = next(batches, None)
+            if following is None and done == 0:
                 raise JobError("there are no rows to train on", where="data.train")
-            while upcoming is not None:
-                held = [upcoming]
-                while (upcoming := next(batches, None)) is not None and size.fits(held, upcoming):
-                    held.append(upcoming)
+            while following is not None:
+                held = [following]
+                while (following := next(batches, None)) is not None and size.fits(held, following):
+                    held.append(following)
                 done += len(held)
-                after = Position(epoch, done) if upcoming is not None else Position(epoch + 1)
-                yield _shared(held, after, float(epoch), ranks)
+                after = Position(epoch, done) if following is not None else Position(epoch + 1)
+                yield _group(held, after, float(epoch) if sizes is None else epoch + done / len(sizes), ranks)
         epoch, done = epoch + 1, 0
 
 
-def _shared(held: list[Batch], after: Position, epochs: float, ranks: Ranks) -> Group:
-    mine = [held[at] for at in share([batch.computed for batch in held], ranks)]
-    idle = -(-len(held) // ranks.count) - len(mine)
+def _group(held: list[Upcoming], after: Position, epochs: float, ranks: Ranks) -> Group:
+    sizes = [batch.computed for batch in held]
+    mine = [held[at] for at in share(sizes, ranks)]
+    idle = -(-len(held) // ranks.count) - len(mine)  # all must go through the model equally often: layers are gathered
+    smallest = held[min(range(len(held)), key=sizes.__getitem__)]
     return Group(
-        [*mine, *[held[0]] * idle],
+        [batch.built() for batch in [*mine, *[smallest] * idle]],
         tokens=sum(batch.tokens for batch in held),
         supervised=sum(batch.supervised for batch in held),
-        after=after,
-        epochs=epochs,
-        idle=idle,
-    )
-
-
-def _group(plan: BatchPlan, parts: list[Members], after: Position, epochs: float, ranks: Ranks) -> Group:
-    sizes = [plan.computed(part) for part in parts]
-    mine = [parts[at] for at in share(sizes, ranks)]
-    idle = -(-len(parts) // ranks.count) - len(mine)  # all must go through the model equally often: layers are gathered
-    smallest = parts[min(range(len(parts)), key=sizes.__getitem__)]
-    return Group(
-        [plan.batch(part) for part in [*mine, *[smallest] * idle]],
-        tokens=sum(map(plan.tokens, parts)),
-        supervised=sum(map(plan.supervised, parts)),
         after=after,
         epochs=epochs,
         idle=idle,

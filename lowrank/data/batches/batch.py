@@ -77,6 +77,10 @@ class Batch:
     tokens: int
     supervised: int
 
+    def built(self) -> Batch:
+        """Itself: it is."""
+        return self
+
     @property
     def computed(self) -> int:
         """Tokens that go through the model: padding too, and what examples share once."""

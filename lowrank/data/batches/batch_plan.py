@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from lowrank.data.batches.beginnings import Beginnings, beginnings
 from lowrank.data.batches.bin_packing import WINDOW, pack
 from lowrank.data.batches.grouping import Members, Room, pack_forests, room_for
 from lowrank.data.examples.example import Examples
+from lowrank.data.examples.figures import DataReport
 from lowrank.errors import InputError
 
 # Batches of padded rows are cut from so many batches' worth of rows sorted by length.
@@ -82,9 +84,56 @@ class BatchPlan:
         """Tokens of one batch's examples that carry loss."""
         return sum(int(self.examples.arrays(int(index))[1].sum()) for index in members.rows)
 
+    def sizes(self, epoch: int) -> list[int]:
+        """Tokens of the examples of each of an epoch's batches."""
+        batches = self.epoch(epoch)
+        begins = np.cumsum([0, *map(len, batches[:-1])])
+        rows = [members.rows for members in batches]
+        return np.add.reduceat(self.examples.lengths[np.concatenate(rows)], begins).tolist() if batches else []
+
+    def upcoming(self, epoch: int, start: int = 0) -> Generator[_Planned, None, None]:
+        """The batches of an epoch from number `start` on, each built when it is asked to be."""
+        for members in self.epoch(epoch)[start:]:
+            yield _Planned(self, members)
+
     def largest(self) -> Batch:
         """The batch of the first epoch with the most tokens that go through the model."""
         return self.batch(max(self.epoch(0), key=self.computed))
+
+    def demanding(self, count: int) -> list[Batch]:
+        """Of the first epoch: the batch of the most tokens, of the longest example, of the most loss, then others."""
+        batches = self.epoch(0)
+
+        def longest(members: Members) -> int:
+            return int(self.examples.lengths[members.rows].max())
+
+        measures = (self.computed, longest, self.supervised)
+        first = [max(range(len(batches)), key=lambda at: measure(batches[at])) for measure in measures]
+        order = list(dict.fromkeys([*first, *range(len(batches))]))
+        return [self.batch(batches[at]) for at in order[:count]]
+
+    def sample(self, rows: int) -> Examples:
+        """All examples: they are here."""
+        return self.examples
+
+    def for_model(self, vocabulary: int, positions: int | None) -> Self:
+        """Itself: no row is still to be read."""
+        return self
+
+    @property
+    def origin(self) -> str:
+        """What has been read, in numbers."""
+        return str(self.counts)
+
+    @property
+    def counts(self) -> DataReport:
+        """What has been read and what became of it."""
+        return self.examples.report
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the first rows that were left out as bad cannot be used."""
+        return self.examples.reasons
 
     @property
     def fingerprint(self) -> str:
@@ -107,7 +156,7 @@ class BatchPlan:
         """Whether what examples begin with in common is computed once."""
         return self.sharing is not None
 
-    def without_sharing(self, why: str | None = None) -> BatchPlan:
+    def without_sharing(self, why: str | None = None) -> Self:
         """The same examples, each of them computed from its beginning."""
         return replace(self, sharing=None, unshared=why, _epochs={})
 
@@ -123,6 +172,29 @@ class BatchPlan:
         else:
             batches = [Members(rows) for rows in _bucketed(order, lengths, self.batch_size)]
         return [batches[at] for at in rng.permutation(len(batches))] if self.shuffle else batches
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A batch of a plan, before it is built."""
+
+    plan: BatchPlan
+    members: Members
+
+    @property
+    def tokens(self) -> int:
+        return self.plan.tokens(self.members)
+
+    @property
+    def computed(self) -> int:
+        return self.plan.computed(self.members)
+
+    @property
+    def supervised(self) -> int:
+        return self.plan.supervised(self.members)
+
+    def built(self) -> Batch:
+        return self.plan.batch(self.members)
 
 
 def _bucketed(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:

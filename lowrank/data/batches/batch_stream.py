@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from typing import Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -83,9 +84,33 @@ class BatchStream:
         parts = [(np.zeros(length, dtype=np.int32), np.arange(length) > 0) for length in lengths]
         return packed_batch(parts) if self.packing else padded_batch(parts, self.pad_token_id)
 
-    def for_model(self, vocabulary: int, positions: int | None) -> BatchStream:
-        """The stream with every row proved to fit a model as it is read; see `check_fits`."""
+    def for_model(self, vocabulary: int, positions: int | None) -> Self:
+        """The stream with every row proved to fit a model as it is read (as `check_fits` does)."""
         return replace(self, limits=(vocabulary, positions))
+
+    def demanding(self, count: int) -> list[Batch]:
+        """The largest alone."""
+        return [self.largest()]
+
+    def passing(self) -> None:
+        """Not known before rows are packed."""
+
+    def fill(self) -> None:
+        """Not known before rows are packed."""
+
+    @property
+    def examples(self) -> None:
+        """Never all here."""
+
+    @property
+    def origin(self) -> str:
+        """Where the rows come from."""
+        return f"streamed from {', '.join(source.path for source in self.sources)}"
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the first rows that were left out as bad cannot be used."""
+        return self.counts.reasons
 
     @property
     def fingerprint(self) -> str:
@@ -100,6 +125,14 @@ class BatchStream:
         for parts, shared in islice(self._groups(epoch), start, None):
             yield packed_batch(parts, shared) if self.packing else padded_batch(parts, self.pad_token_id)
 
+    def sizes(self, epoch: int) -> None:
+        """Not known: how many batches an epoch has shows at its end."""
+
+    def upcoming(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """As `batches`, read ahead by a thread; close it to stop that before the end."""
+        with Prefetched(self.batches(epoch, start)) as ahead:
+            yield from ahead
+
     @property
     def shares(self) -> bool:
         """Whether what examples begin with in common is computed once."""
@@ -110,7 +143,7 @@ class BatchStream:
         room = None if plan.sharing is None else plan.sharing.room
         return replace(self, room=room, unshared=plan.unshared)
 
-    def without_sharing(self, why: str | None = None) -> BatchStream:
+    def without_sharing(self, why: str | None = None) -> Self:
         """The same rows, each of them computed from its beginning."""
         return replace(self, room=None, unshared=why)
 

@@ -68,6 +68,17 @@ class DataReport:
         """Supervised tokens over all tokens."""
         return self.supervised_tokens / max(self.tokens, 1)
 
+    def __str__(self) -> str:
+        counts = {"truncated": self.truncated, "split": self.split, "dropped": self.dropped}
+        counts |= {"duplicates": self.duplicates, "empty": self.empty}
+        counts |= {"with no turn to train": self.marked, "left out as bad": self.bad}
+        counts |= {"with a special token in their own text": self.control_text}
+        counts |= {"whose prompt and answer are encoded apart": self.uneven}
+        counts |= {"answered behind another header than the template asks with": self.unasked}
+        counts |= {"turns left out of the loss, as they cannot be aligned": self.masked_turns}
+        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
+        return ", ".join([text, *(f"{count:,} {what}" for what, count in counts.items() if count)])
+
 
 @dataclass(slots=True)
 class StreamCounts:

@@ -18,6 +18,7 @@ from lowrank.data import (
     plan_batches,
     stream_batches,
 )
+from lowrank.data.batches.order import Batches
 from lowrank.models import positions_of, vocabulary_of
 from lowrank.recipes.parts.sharing import if_worth_it
 from lowrank.training.machine.ranks import ALONE, Ranks
@@ -32,7 +33,7 @@ def read_batches(
     tokenizer: PreTrainedTokenizerBase,
     ranks: Ranks = ALONE,
     drawn: str | None = None,
-) -> tuple[BatchPlan | BatchStream, BatchPlan | None]:
+) -> tuple[Batches, BatchPlan | None]:
     """The training batches, and those held out (None where the config names none); their supervision is proved.
 
     Args:
@@ -172,7 +173,7 @@ def _step_tokens(data: DataSection, training: TrainingSection, ranks: Ranks) -> 
     return training.tokens_per_step or packs * _pack_tokens(data, training)
 
 
-def step_size(data: DataSection, training: TrainingSection, ranks: Ranks, plan: BatchPlan | BatchStream) -> StepSize:
+def step_size(data: DataSection, training: TrainingSection, ranks: Ranks, plan: Batches) -> StepSize:
     """By tokens or by batches, over all processes. Where examples share beginnings a pack may hold more of them: a step
     holds as many tokens of examples as it would without."""
     if training.tokens_per_step is not None:
@@ -181,17 +182,12 @@ def step_size(data: DataSection, training: TrainingSection, ranks: Ranks, plan: 
     return StepSize(batches, _step_tokens(data, training, ranks) if plan.shares else None)
 
 
-def first_examples(plan: BatchPlan | BatchStream) -> Examples:
-    """What a plan's batches are made of; of a stream, its first rows."""
-    return plan.sample(SAMPLE_ROWS) if isinstance(plan, BatchStream) else plan.examples
-
-
 def fitting(
-    plan: BatchPlan | BatchStream,
+    plan: Batches,
     held_out: BatchPlan | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-) -> BatchPlan | BatchStream:
+) -> Batches:
     """The training batches, proved to hold nothing that the model has no embedding or no position for; so are those
     held out. A stream proves each row as it is read.
 
@@ -199,9 +195,9 @@ def fitting(
         InputError: a row does not fit.
     """
     limits = vocabulary_of(model), positions_of(model)
-    for examples in (first_examples(plan), *([] if held_out is None else [held_out.examples])):
+    for examples in (plan.sample(SAMPLE_ROWS), *([] if held_out is None else [held_out.examples])):
         check_fits(examples, tokenizer, *limits)
-    return plan.for_model(*limits) if isinstance(plan, BatchStream) else plan
+    return plan.for_model(*limits)
 
 
 def _sources(given: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from lowrank.config.sections import (
     ModelSection,
     QuantizationSection,
 )
-from lowrank.data import BatchPlan, BatchStream, complete_template, use_template
+from lowrank.data import complete_template, use_template
+from lowrank.data.batches.order import Batches
 from lowrank.errors import InputError
 from lowrank.models import load_model, load_tokenizer
 from lowrank.training.diagnosis import refuse_broken_weights
@@ -69,7 +71,7 @@ def _quantization_options(section: QuantizationSection | None) -> Mapping[str, A
     return {"load_in_8bit": True} if section.load_in_8bit else section.model_dump(exclude={"quant_method", "bits"})
 
 
-def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, plan: BatchPlan | BatchStream) -> None:
+def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, plan: Batches) -> None:
     """Puts the adapter in, or makes the model's own parameters trainable.
 
     Args:
@@ -109,12 +111,11 @@ def adapter_config(section: MethodSection) -> AdapterConfig:
     return METHODS[section.method].config.model_validate(section.model_dump(exclude={"method"}))
 
 
-def _eva_batches(section: AdapterConfig, plan: BatchPlan | BatchStream) -> list[dict[str, torch.Tensor]] | None:
+def _eva_batches(section: AdapterConfig, plan: Batches) -> list[dict[str, torch.Tensor]] | None:
     if getattr(section, "init_lora_weights", None) != "eva":
         return None
-    assert isinstance(plan, BatchPlan), "the config has refused it"
     plan = plan.without_sharing()  # what examples share would count once, and the model is not told of segments
-    batches = map(plan.batch, plan.epoch(0)[:EVA_BATCHES])
+    batches = [batch.built() for batch in islice(plan.upcoming(0), EVA_BATCHES)]
     return [{"input_ids": batch.input_ids, "position_ids": batch.position_ids} for batch in batches]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lowrank.adapters import describe
 from lowrank.config import RunConfig
-from lowrank.data import BatchPlan, BatchStream
+from lowrank.data.batches.order import Batches
 from lowrank.data.supervision.shared_opening import shared_system
 from lowrank.recipes.parts.followers import save_adapter
 from lowrank.recipes.parts.model_card import write_card
@@ -71,7 +71,7 @@ def save_result(run: Run, setup: Setup, format: str | None) -> None:
     else:
         model.to(setup.dtype).save_pretrained(run.output_dir)
         setup.tokenizer.save_pretrained(run.output_dir)
-    if isinstance(setup.plan, BatchPlan):
+    if setup.plan.examples is not None:
         note_system(run.output_dir, shared_system(setup.plan.examples, format))
 
 
@@ -91,7 +91,7 @@ def try_to_write_card(
     return f"{run.output_dir / CARD} was written or changed by a person: it stays as it is"
 
 
-def farewell(run: Run, best: Best | None, plan: BatchPlan | BatchStream) -> str:
+def farewell(run: Run, best: Best | None, plan: Batches) -> str:
     """The last lines: where everything is, what was out of the ordinary, and how to go on."""
     report = f"open {run.output_dir / REPORT}"
     if run.interrupted:
@@ -104,9 +104,9 @@ def farewell(run: Run, best: Best | None, plan: BatchPlan | BatchStream) -> str:
         ended += f" The weights are those of step {best.step}, with the best {best.metric} ({best.value:.4f})."
     if run.skipped:
         ended += f" {run.skipped} steps were skipped."
-    if isinstance(plan, BatchStream):
+    if plan.examples is None:
         ended += f" From the stream: {plan.counts}."
-        ended += "".join(f"\nleft out: {reason}" for reason in plan.counts.reasons)
+        ended += "".join(f"\nleft out: {reason}" for reason in plan.reasons)
     place = shlex.quote(str(run.output_dir))
     how = f"To go on: lowrank train {place} --resume" if run.interrupted else f"To talk to it: lowrank chat {place}"
     return f"{ended}\n{how}"

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
-from lowrank.data import BatchPlan, BatchStream, end_tokens
+from lowrank.data import BatchPlan, end_tokens
+from lowrank.data.batches.order import Batches
 from lowrank.data.supervision.choose_template import added_prompt, missing_prompt
 from lowrank.data.supervision.template import writes_date
 from lowrank.models import positions_of, usable_device
 from lowrank.ops.cross_entropy import LossOptions
-from lowrank.recipes.parts.batches import first_examples, fitting, read_batches, step_size
+from lowrank.recipes.parts.batches import SAMPLE_ROWS, fitting, read_batches, step_size
 from lowrank.recipes.parts.exam import Exam, exam_of
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
 from lowrank.recipes.parts.sharing import drawing, if_exact, unless_it_drops_out
@@ -51,7 +52,7 @@ class Setup:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    plan: BatchPlan | BatchStream
+    plan: Batches
     size: StepSize
     length: Length
     held_out: BatchPlan | None
@@ -121,7 +122,7 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
     loss = _exact_loss(model, dtype, options)
     plain = loss if options == LossOptions() else _exact_loss(model, dtype)
-    ends = stop_at(model, tokenizer, end_tokens(first_examples(plan), tokenizer))
+    ends = stop_at(model, tokenizer, end_tokens(plan.sample(SAMPLE_ROWS), tokenizer))
     exam = None
     if training.predict_with_generate and held_out is not None:
         exam = exam_of(held_out.examples, tokenizer, data, training, positions_of(model))

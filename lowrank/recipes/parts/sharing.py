@@ -9,14 +9,15 @@ from torch import nn
 from lowrank.adapters import METHODS
 from lowrank.attention import check_sharing
 from lowrank.config.sections import AdapterSection, MethodSection, TrainingSection
-from lowrank.data import BatchPlan, BatchStream
+from lowrank.data import BatchPlan
+from lowrank.data.batches.order import Batches
 from lowrank.errors import InputError
 
 Asked = Literal["auto"] | bool
 WORTH = 0.05
 """Of the tokens: what sharing saves at least where it is not asked for."""
 
-Plan = TypeVar("Plan", BatchPlan, BatchStream, BatchPlan | BatchStream)
+Plan = TypeVar("Plan", bound=Batches)
 
 
 def drawing(adapter: AdapterSection, training: TrainingSection) -> str | None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lowrank.adapters import describe, method_of
 from lowrank.config import RunConfig
-from lowrank.data import BatchPlan, BatchStream
+from lowrank.data.batches.order import Batches
 from lowrank.quantisers.registry import parameter_count
 from lowrank.recipes.parts.optimisation import remarks
 from lowrank.recipes.parts.setup import Setup
@@ -56,7 +56,7 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
         "loss": setup.loss.why,
         "adapter": _adapter(config.adapter.method, model),
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
-        "data": _data(plan),
+        "data": plan.origin,
         **setup.asking,
         "batches": f"{_batches(plan, drawing(config.adapter, training))}; {setup.size}",
         "steps": f"{length.steps:,}{epoch}, learning rate {training.learning_rate:g}, {training.lr_scheduler_type}",
@@ -66,35 +66,17 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
     }
 
 
-def _data(plan: BatchPlan | BatchStream) -> str:
-    if isinstance(plan, BatchStream):
-        return f"streamed from {', '.join(source.path for source in plan.sources)}"
-    return rows_of(plan)
-
-
-def rows_of(plan: BatchPlan | BatchStream) -> str:
+def rows_of(plan: Batches) -> str:
     """What was read, in numbers: rows, tokens, and what was left out; of a stream, so far."""
-    if isinstance(plan, BatchStream):
-        return f"streamed: {plan.counts}"
-    report = plan.examples.report
-    text = f"{report.rows:,} rows, {report.tokens:,} tokens, {report.supervised_tokens:,} of them supervised"
-    counts = {"truncated": report.truncated, "split": report.split, "dropped": report.dropped}
-    counts |= {"duplicates": report.duplicates, "empty": report.empty}
-    counts |= {"with no turn to train": report.marked, "left out as bad": report.bad}
-    counts |= {"with a special token in their own text": report.control_text}
-    counts |= {"whose prompt and answer are encoded apart": report.uneven}
-    counts |= {"answered behind another header than the template asks with": report.unasked}
-    counts |= {"turns left out of the loss, as they cannot be aligned": report.masked_turns}
-    return ", ".join([text, *(f"{count:,} {what}" for what, count in counts.items() if count)])
+    return f"streamed: {plan.counts}" if plan.examples is None else str(plan.counts)
 
 
-def _left_out(plan: BatchPlan | BatchStream) -> dict[str, str]:
-    reasons = plan.counts.reasons if isinstance(plan, BatchStream) else plan.examples.reasons
-    return {"left out": "\n".join(reasons)} if reasons else {}
+def _left_out(plan: Batches) -> dict[str, str]:
+    return {"left out": "\n".join(plan.reasons)} if plan.reasons else {}
 
 
-def _batches(plan: BatchPlan | BatchStream, drawn: str | None) -> str:
-    fill = None if isinstance(plan, BatchStream) else plan.fill()
+def _batches(plan: Batches, drawn: str | None) -> str:
+    fill = plan.fill()
     if not plan.packing:
         return f"{plan.batch_size} rows a batch" + ("" if fill is None else f", padding {1 - fill:.1%}")
     packs = f"packs of up to {plan.max_tokens} tokens"
@@ -104,11 +86,12 @@ def _batches(plan: BatchPlan | BatchStream, drawn: str | None) -> str:
     return told if plan.unshared is None else f"{told}, what examples share computed for each: {plan.unshared}"
 
 
-def _shared(plan: BatchPlan | BatchStream) -> str:
+def _shared(plan: Batches) -> str:
     """What sharing the beginnings of examples saves; of a stream there is no telling how much."""
-    if isinstance(plan, BatchStream):
+    passing = plan.passing()
+    if plan.examples is None or passing is None:
         return "what examples begin with in common is computed once"
-    tokens, passing = int(plan.examples.lengths.sum()), plan.passing()
+    tokens = int(plan.examples.lengths.sum())
     return f"{tokens:,} tokens as {passing:,}; {tokens / passing:.2f} times"
 
 
