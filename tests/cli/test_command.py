@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import subprocess
 import sys
 
@@ -69,17 +68,14 @@ def test_every_verb_has_help_with_an_example(verb, capsys):
 
 
 def test_help_answers_at_once():
-    """Under half a second of work, and nothing heavy loaded on the way."""
+    """Nothing heavy is loaded on the way."""
     code = (
         "import sys; from lowrank.cli import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'transformers', 'yaml'}.intersection(sys.modules)"
+        "assert not {'torch', 'transformers', 'datasets', 'numpy', 'yaml'}.intersection(sys.modules)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 @pytest.mark.parametrize(

@@ -202,8 +202,8 @@ def test_another_method_takes_what_it_has_use_for(method, rate, models, tmp_path
     asked += ["training.learning_rate=0.1"]
     path = init("rows.jsonl", models / "small", "b.yaml", machine=LAPTOP, overrides=asked, checked=False)
     assert load_config(path).training.learning_rate == 0.1
-    with pytest.raises(InputError, match="'vera' is no method"):
-        init("rows.jsonl", models / "small", "c.yaml", machine=LAPTOP, overrides=["adapter.method=vera"])
+    with pytest.raises(InputError, match="'bitfit' is no method"):
+        init("rows.jsonl", models / "small", "c.yaml", machine=LAPTOP, overrides=["adapter.method=bitfit"])
 
 
 @pytest.mark.parametrize(
