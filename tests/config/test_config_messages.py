@@ -29,9 +29,12 @@ IN_ADAPTER = [
     ("learning_rates: 4", "adapter.learning_rates: is not known; did you mean training.learning_rate?"),
     ("init_r: 4", "adapter.init_r: belongs to adapter.method: adalora"),
     ("load_in_4bit: true", "adapter.load_in_4bit: belongs under `quantization:`"),
-    ("method: lorra", "adapter.method: 'lorra' is no method; it is one of lora, dora, adalora, full, bias"),
-    ("method: [lora]", "adapter.method: ['lora'] is no method; it is one of lora, dora, adalora, full, bias"),
-    ("method:", "adapter.method: is empty; it is one of lora, dora, adalora, full, bias"),
+    ("method: lorra", "adapter.method: 'lorra' is no method; it is one of lora, dora, adalora, miss, vera, full, bias"),
+    (
+        "method: [lora]",
+        "adapter.method: ['lora'] is no method; it is one of lora, dora, adalora, miss, vera, full, bias",
+    ),
+    ("method:", "adapter.method: is empty; it is one of lora, dora, adalora, miss, vera, full, bias"),
     ("target_modules: 3", 'adapter.target_modules: 3 is not a list of texts or a text (in quotes it is one: "3")'),
     ("target_modules: [q_proj, 3]", 'adapter.target_modules[1]: 3 is not a text (in quotes it is one: "3")'),
     ("rank_pattern: {q_proj: x, k_proj: 3}", "adapter.rank_pattern.q_proj: 'x' is not a whole number"),
@@ -100,9 +103,9 @@ def test_a_mistake_in_the_training_section(told, good, line, message):
          "model.name_or_path: base"),
         ("adapter:\n  r: 4", "adapter: dora", "run.yaml:3: adapter: 'dora' is no section; its keys go below it, one a line: "
          "adapter.method: dora"),
-        ("adapter:\n  r: 4", "adapter:", "run.yaml:3: adapter: is empty; name a method: lora, dora, adalora, full, bias (full trains "
+        ("adapter:\n  r: 4", "adapter:", "run.yaml:3: adapter: is empty; name a method: lora, dora, adalora, miss, vera, full, bias (full trains "
          "every weight)"),
-        ("  r: 4", "  method: full\n  r: 4", "run.yaml:5: adapter.r: belongs to adapter.method: lora or dora"),
+        ("  r: 4", "  method: full\n  r: 4", "run.yaml:5: adapter.r: belongs to adapter.method: lora or dora or miss or vera"),
         ("  r: 4", "  method: dora\n  use_dora: false", "run.yaml:5: adapter.use_dora: false is not true"),
         ("  r: 4", "  method: adalora\n  target_r: 20", "run.yaml:5: adapter.target_r: 20 is above init_r (12): ranks only shrink"),
     ],

@@ -18,7 +18,7 @@ from lowrank.config import RunConfig
 from lowrank.data import Examples, end_tokens, load_examples, questions_of
 from lowrank.errors import InputError
 from lowrank.recipes.parts.assess import assess
-from lowrank.recipes.parts.batches import batch_plan
+from lowrank.recipes.parts.batches import evaluation_plan
 from lowrank.recipes.parts.exam import exam_of
 from lowrank.training.evaluation.comparisons import same_json
 from lowrank.training.losses.supervised import supervised_loss
@@ -109,7 +109,7 @@ def score(examples, tokenizer, model, match="text"):
     stop_at(model, tokenizer, end_tokens(examples, tokenizer))
     config = RunConfig(**sections)
     exam = exam_of(examples, tokenizer, config.data, config.training, None)
-    held_out = batch_plan(config.data, config.training, examples, tokenizer, shuffle=False)
+    held_out = evaluation_plan(config.data, config.training, examples, tokenizer)
     return assess(model, tokenizer, held_out, supervised_loss(model), quiet, exam)
 
 
