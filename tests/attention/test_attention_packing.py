@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import zoo
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank.attention import flash, packing, segments, set_attention, strips
 from lowrank.attention.announced import ANNOUNCED
@@ -207,7 +208,7 @@ def test_flash_is_handed_the_borders(monkeypatch):
         return torch.zeros_like(query).transpose(1, 2), None
 
     monkeypatch.setattr(packing, "is_flash_attention_requested", lambda config: True)
-    monkeypatch.setitem(transformers_attention(), "flash_attention_2", attention)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", attention)
     model.config._attn_implementation = "flash_attention_2"
     ids = torch.cat(zoo.examples((5, 2, 4)), dim=1)
     with segments(model, [5, 2, 4]):
@@ -219,12 +220,6 @@ def test_flash_is_handed_the_borders(monkeypatch):
         assert arguments["cu_seq_lens_q"].dtype == torch.int32
         assert arguments["max_length_q"] == arguments["max_length_k"] == 5
     assert not any("cu_seq_lens_q" in arguments for arguments in outside)
-
-
-def transformers_attention():
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ALL_ATTENTION_FUNCTIONS
 
 
 def test_memory_of_attention_with_checkpointing_grows_linearly():
