@@ -41,7 +41,7 @@ class Dora(Lora):
         """m / ‖W + ΔW‖."""
         from lowrank.ops.dora_norm import dora_norm
 
-        return _gain(tensors["lora_magnitude_vector"], dora_norm(weight, term.A, term.B, term.scale))
+        return _gain(tensors["lora_magnitude_vector"], dora_norm(weight.to(term.A.dtype), term.A, term.B, term.scale))
 
     def row_norms(self, tensors: Tensors) -> torch.Tensor:
         """m."""
