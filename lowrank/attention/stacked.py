@@ -11,6 +11,7 @@ from lowrank.attention import strips
 from lowrank.attention.spans import Spans
 from lowrank.attention.stacking import Stack, stacks_of
 from lowrank.attention.strips import Rule
+from lowrank.ops.precision import precise
 
 
 class StackedAttention(torch.autograd.Function):
@@ -31,13 +32,14 @@ class StackedAttention(torch.autograd.Function):
         rule: Rule,
     ) -> torch.Tensor:
         """Stack by stack."""
-        stacks, kept = stacks_of(spans, q.device, q[0].numel()), []
+        stacks, gathered = stacks_of(spans, q.device, q[0].numel()), []
         out = _whole(q, (*q.shape[:2], v.shape[-1]), stacks)
         for stack in stacks:
             inputs = _inputs(stack, q, k, v, sinks)
             _write(strips.attend(*inputs, rule), stack, out)
-            kept = [*kept, *inputs] if spans.parents is None else [q, k, v, sinks]
-        ctx.save_for_backward(*kept)
+            if spans.parents is None:
+                gathered += inputs
+        ctx.save_for_backward(*(gathered if spans.parents is None else (q, k, v, sinks)))
         ctx.spans, ctx.rule, ctx.shapes = spans, rule, (q.shape, k.shape, v.shape)
         return out[:-1]
 
@@ -51,8 +53,7 @@ class StackedAttention(torch.autograd.Function):
         stacks = stacks_of(ctx.spans, grad.device, ctx.shapes[0][1:].numel())
         wholes = [_whole(grad, shape, stacks) for shape in ctx.shapes]
         if shared:
-            sums = torch.promote_types(grad.dtype, torch.float32)
-            wholes[1:] = [torch.zeros_like(whole, dtype=sums) for whole in wholes[1:]]
+            wholes[1:] = [torch.zeros_like(whole, dtype=precise(grad.dtype)) for whole in wholes[1:]]
         of_sinks = []
         for number, stack in enumerate(stacks):
             q, k, v, sinks = _inputs(stack, *kept) if shared else kept[4 * number : 4 * number + 4]

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lowrank.ops.precision import precise
+
 STRIP = 64  # queries of a short span, in 32 bits
 LONGEST_STRIP = 4 * STRIP
 SCORES_AT_ONCE = 1 << 20
@@ -60,7 +62,7 @@ def gradients(
     """Those of `attend`'s inputs, given its output's; all but the queries' summed in 32 bits or more, and left so."""
     scaled_k = _scaled(k, rule.scale)
     grad_q = q.new_empty(q.shape)
-    sums = torch.promote_types(q.dtype, torch.float32)
+    sums = precise(q.dtype)
     grad_k, grad_v = torch.zeros_like(scaled_k, dtype=sums), torch.zeros_like(v, dtype=sums)
     grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=sums)
     for pairs, queries, keys in _strips(q, k.shape[1], rule.window):

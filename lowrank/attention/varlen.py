@@ -17,6 +17,7 @@ import torch
 
 from lowrank.attention.spans import Spans
 from lowrank.attention.strips import Rule
+from lowrank.ops.precision import precise
 
 # (q (tokens, h, d), k, v (keys, h_kv, d), spans, rule) -> (tokens, h, d)
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Spans, Rule], torch.Tensor]
@@ -67,7 +68,7 @@ class _Along(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # pyrefly: ignore[bad-override]
         """(keys, h, d) -> (tokens, h, d)."""
-        sums = torch.promote_types(grads[0].dtype, torch.float32)
+        sums = precise(grads[0].dtype)
         whole = grads[0].new_zeros(ctx.shape, dtype=sums)
         return whole.index_add_(0, ctx.saved_tensors[0], grads[0].to(sums)).to(grads[0].dtype), None
 
