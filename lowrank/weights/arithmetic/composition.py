@@ -17,7 +17,16 @@ from lowrank.storage.folders import refuse_inside
 from lowrank.weights.arithmetic.combine import FACTOR_METHODS
 from lowrank.weights.arithmetic.compose_methods import ComposeMethod, MajoritySign
 from lowrank.weights.arithmetic.composition_rest import Rest, compose_rest, rest_of
-from lowrank.weights.arithmetic.factors import Product, distance, norm, total, truncated
+from lowrank.weights.arithmetic.factors import (
+    Product,
+    check_limits,
+    distance,
+    norm,
+    padded,
+    rank_fields,
+    total,
+    truncated,
+)
 from lowrank.weights.arithmetic.module_factors import Factors, read_factors
 from lowrank.weights.files.adapter_file import AdapterFile, open_adapter, shorten
 from lowrank.weights.files.target_names import targets_of
@@ -175,8 +184,8 @@ def _on_factors(
     signed = torch.tensor([weight * factors.scale for factors, weight in present])
     roots = signed.abs().sqrt()
     rank = max(factors.A.shape[0] for factors, _ in present)
-    stacked_A = torch.stack([_padded(factors.A, rank, 0) for factors, _ in present])
-    stacked_B = torch.stack([_padded(factors.B, rank, 1) for factors, _ in present])
+    equal = [padded(Product(factors.A, factors.B), rank) for factors, _ in present]
+    stacked_A, stacked_B = torch.stack([each.A for each in equal]), torch.stack([each.B for each in equal])
     combine = FACTOR_METHODS[method]
     A = combine(stacked_A, torch.where(signed < 0, -roots, roots), density, sign, generator)
     return Product(A, combine(stacked_B, roots, density, sign, generator))
@@ -197,22 +206,11 @@ def _on_products(
     return Product(combined, torch.eye(out)) if out <= into else Product(torch.eye(into), combined)
 
 
-def _padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    missing = rank - tensor.shape[dim]
-    return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing))
-
-
 def _write(out: Path, files: list[AdapterFile], composed: dict[str, Factors], rest: Rest) -> None:
     first = files[0]
-    ranks = {path: factors.product.rank for path, factors in composed.items()}
-    common = max(ranks.values(), key=list(ranks.values()).count)
-    others = {path: rank for path, rank in ranks.items() if rank != common}
     config = LoraConfig(
-        r=common,
-        lora_alpha=common,
+        **rank_fields({path: factors.product.rank for path, factors in composed.items()}),
         target_modules=targets_of([file.config for file in files], list(composed)),
-        rank_pattern=others,
-        alpha_pattern={path: float(rank) for path, rank in others.items()},
         fan_in_fan_out=first.config.fan_in_fan_out,
         task_type=first.config.task_type,
         **rest.fields,
@@ -254,10 +252,7 @@ def _check_arguments(
         raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters; one finite number each")
     if (rank is not None or energy is not None) and not method.endswith("svd"):
         raise InputError(f"a rank or an energy is chosen by the method svd and its kin, not by {method}")
-    if rank is not None and rank < 1:
-        raise InputError(f"the rank is {rank}; it is at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise InputError(f"the energy is {energy}; it is above 0 and at most 1")
+    check_limits(rank, energy)
     if (density is None) == (method in _PRUNING):
         raise InputError(f"{method} {'needs a' if method in _PRUNING else 'has no'} density")
     if density is not None and not 0 < density <= 1:

@@ -14,7 +14,7 @@ from lowrank.adapters.kinds.known import kind_of
 from lowrank.adapters.targeting.parameters import parameter_names
 from lowrank.errors import InputError
 from lowrank.weights.arithmetic.approximate import leading
-from lowrank.weights.arithmetic.factors import Product
+from lowrank.weights.arithmetic.factors import Product, padded
 from lowrank.weights.arithmetic.pairs import Pair
 
 
@@ -68,7 +68,7 @@ def differing_experts(pair: Pair, name: str, r: int | None, energy: float | None
     if whole == 0.0:
         return None
     rank = max(product.rank for product in products)
-    return ExpertMatrices([_padded(product, rank) for product in products], (kept_of_all, whole))
+    return ExpertMatrices([padded(product, rank) for product in products], (kept_of_all, whole))
 
 
 def experts_in_file(
@@ -88,9 +88,3 @@ def experts_in_file(
         # (out, r, experts): an expert's columns stand `experts` apart
         tensors[f"{prefix}lora_B.weight"] = torch.stack(B, dim=2).flatten(1).to(dtype).contiguous()
     return tensors
-
-
-def _padded(product: Product, rank: int) -> Product:
-    missing = rank - product.rank
-    A = torch.nn.functional.pad(product.A, (0, 0, 0, missing))
-    return Product(A, torch.nn.functional.pad(product.B, (0, missing)))

@@ -14,6 +14,7 @@ from lowrank.errors import InputError
 from lowrank.storage.folders import into_folder, refuse_inside
 from lowrank.weights.arithmetic.carriers import Carriers
 from lowrank.weights.arithmetic.extract_proof import prove
+from lowrank.weights.arithmetic.factors import check_limits, rank_fields
 from lowrank.weights.arithmetic.pairs import Pair
 from lowrank.weights.files.adapter_file import CONFIG_NAME
 from lowrank.weights.files.fingerprint import Fingerprint, commit_of
@@ -80,10 +81,7 @@ def extract(
     """
     if r is None and energy is None:
         raise InputError("neither a rank nor an energy is given", fix="Give r (--r) or energy (--energy).")
-    if r is not None and r < 1:
-        raise InputError(f"the rank is {r}; it is at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise InputError(f"the energy is {energy}; it is above 0 and at most 1")
+    check_limits(r, energy)
     started = time.monotonic()
     models = [open_base(name, trust_remote_code=trust_remote_code) for name in (base, tuned)]
     for model in models:
@@ -108,19 +106,13 @@ def extract(
 
 
 def _write(out: Path, found: Carriers, base: str) -> None:
-    ranks = list(found.ranks.values())
-    common = max(ranks, key=ranks.count)
-    others = {path: rank for path, rank in found.ranks.items() if rank != common}
     pair = found.pair
     config = LoraConfig(
-        r=common,
-        lora_alpha=common,
+        **rank_fields(found.ranks),
         target_modules=target_names(pair.base.skeleton, [path for path in found.ranks if path not in found.stacks]),
         target_parameters=list(found.stacks) or None,
         modules_to_save=found.whole or None,
         bias="lora_only" if found.biases else "none",
-        rank_pattern=others,
-        alpha_pattern={path: float(rank) for path, rank in others.items()},
         task_type="CAUSAL_LM" if type(pair.base.skeleton).__name__.endswith("ForCausalLM") else None,
     )
     sizes = Fingerprint.of(pair.tuned.config if found.resized else pair.base.config)

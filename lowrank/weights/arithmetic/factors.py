@@ -5,9 +5,13 @@ Throughout, ΔW = B · A with B (out, r) and A (r, in).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from lowrank.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,33 @@ class Product:
     def times(self, weight: float) -> Product:
         """weight · ΔW, the weight folded into A."""
         return Product(self.A * weight, self.B)
+
+
+def padded(product: Product, rank: int) -> Product:
+    """The same at a higher rank: rows and columns of zeros follow."""
+    missing = rank - product.rank
+    A = torch.nn.functional.pad(product.A, (0, 0, 0, missing))
+    return Product(A, torch.nn.functional.pad(product.B, (0, missing)))
+
+
+def check_limits(rank: int | None, energy: float | None) -> None:
+    """Raises InputError for a rank or an energy to keep that there is not; None is not asked for."""
+    if rank is not None and rank < 1:
+        raise InputError(f"the rank is {rank}; it is at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise InputError(f"the energy is {energy}; it is above 0 and at most 1")
+
+
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """LoRA's fields for modules of these ranks, at scale 1: the commonest rank, and the others as patterns.
+
+    Args:
+        ranks: By path; not none.
+    """
+    common = max(ranks.values(), key=list(ranks.values()).count)
+    others = {path: rank for path, rank in ranks.items() if rank != common}
+    alphas = {path: float(rank) for path, rank in others.items()}
+    return {"r": common, "lora_alpha": common, "rank_pattern": others, "alpha_pattern": alphas}
 
 
 def total(products: list[Product]) -> Product:
