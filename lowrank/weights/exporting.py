@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.methods.lora import LoraConfig
 from lowrank.adapters.registry import method_of
 from lowrank.errors import InputError
@@ -108,16 +109,7 @@ def _for_vllm(adapter: AdapterFile, out: Path, base: str | Path | None) -> Expor
             fix="Bring it to a lower rank first (lowrank resize), or merge it into its base (lowrank merge).",
         )
     with new_folder(out) as work:
-        write_adapter(
-            work,
-            _plain_config(adapter, rank, factors),
-            tensors,
-            base=adapter.base,
-            revision=adapter.revision,
-            fingerprint=adapter.fingerprint,
-            quantization=adapter.quantization,
-            notes=adapter.path,
-        )
+        _write(work, adapter, _plain_config(adapter, rank, factors), tensors)
     revision = f" --revision {adapter.revision}" if adapter.revision else ""
     command = (
         f"vllm serve {adapter.base or 'BASE'}{revision} --enable-lora --lora-modules name={out} --max-lora-rank {limit}"
@@ -140,15 +132,8 @@ def _for_llama_cpp(adapter: AdapterFile, out: Path, base: str | Path | None) -> 
         raise InputError("llama.cpp has no head of its own where the base's is tied, and the adapter is on lm_head")
     rank, notes, tensors = _one_scale(factors)
     with new_folder(out) as work:
-        write_adapter(
-            work,
-            _plain_config(adapter, rank, factors),
-            tensors | {name: adapter.read(name) for name in norms},
-            base=adapter.base,
-            revision=adapter.revision,
-            fingerprint=adapter.fingerprint,
-            quantization=adapter.quantization,
-            notes=adapter.path,
+        _write(
+            work, adapter, _plain_config(adapter, rank, factors), tensors | {name: adapter.read(name) for name in norms}
         )
         (work / "base").mkdir()
         copy_model_notes(folder, work / "base")
@@ -185,16 +170,7 @@ def _layer(path: str) -> str:
 
 def _as_peft(adapter: AdapterFile, out: Path, base: str | Path | None) -> ExportReport:
     with new_folder(out) as work:
-        write_adapter(
-            work,
-            adapter.config,
-            {name: adapter.read(name) for name in adapter.tensors},
-            base=adapter.base,
-            revision=adapter.revision,
-            fingerprint=adapter.fingerprint,
-            quantization=adapter.quantization,
-            notes=adapter.path,
-        )
+        _write(work, adapter, adapter.config, {name: adapter.read(name) for name in adapter.tensors})
     return ExportReport(out, None, f'peft.PeftModel.from_pretrained(model, "{out}")')
 
 
@@ -254,6 +230,20 @@ def _one_scale(factors: dict[str, Factors]) -> tuple[int, list[str], dict[str, t
         A = torch.nn.functional.pad(f.A * f.scale, (0, 0, 0, missing))
         tensors |= f.with_factors(A, torch.nn.functional.pad(f.B, (0, missing))).in_file()
     return rank, notes, tensors
+
+
+def _write(folder: Path, adapter: AdapterFile, config: AdapterConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes what an adapter has become, as belonging to the base that it was trained on."""
+    write_adapter(
+        folder,
+        config,
+        tensors,
+        base=adapter.base,
+        revision=adapter.revision,
+        fingerprint=adapter.fingerprint,
+        quantization=adapter.quantization,
+        notes=adapter.path,
+    )
 
 
 def _plain_config(adapter: AdapterFile, rank: int, factors: dict[str, Factors]) -> LoraConfig:
