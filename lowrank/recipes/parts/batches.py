@@ -59,13 +59,7 @@ def read_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> tupl
         _sources(data.train),
         data.eval if isinstance(data.eval, float) else _sources(data.eval),
         tokenizer,
-        train_on=data.train_on,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        format=data.format,
-        columns=data.columns,
-        bad_rows=data.bad_rows,
-        today=data.date,
+        **_as_read(data),
         max_train_rows=data.max_train_rows,
         max_eval_rows=data.max_eval_rows,
     )
@@ -75,6 +69,19 @@ def read_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> tupl
     return train, held_out
 
 
+def _as_read(data: DataSection) -> dict[str, Any]:
+    """How rows become examples, whoever reads them."""
+    return {
+        "train_on": data.train_on,
+        "max_length": data.max_length,
+        "too_long": data.too_long,
+        "format": data.format,
+        "columns": data.columns,
+        "bad_rows": data.bad_rows,
+        "today": data.date,
+    }
+
+
 def _read_held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
     """The examples held out from a stream, which has them in files of their own."""
     if data.eval is None:
@@ -82,13 +89,7 @@ def _read_held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Exa
     held_out = load_examples(
         _sources(data.eval),
         tokenizer,
-        train_on=data.train_on,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        format=data.format,
-        columns=data.columns,
-        bad_rows=data.bad_rows,
-        today=data.date,
+        **_as_read(data),
         max_rows=data.max_eval_rows,
     )
     check_supervision(held_out, tokenizer)
@@ -102,13 +103,7 @@ def _stream(
     stream = stream_batches(
         _sources(data.train),
         tokenizer,
-        train_on=data.train_on,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        format=data.format,
-        columns=data.columns,
-        bad_rows=data.bad_rows,
-        today=data.date,
+        **_as_read(data),
         packing=data.packing,
         batch_size=training.per_device_train_batch_size,
         max_tokens=_pack_tokens(data, training),
