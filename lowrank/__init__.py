@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lowrank.lazily import on_first_use
+
 if TYPE_CHECKING:
     from lowrank.adapters import AdaLoraConfig as AdaLoraConfig
     from lowrank.adapters import LoraConfig as LoraConfig
@@ -33,41 +35,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "LoraConfig": "lowrank.adapters",
-    "AdaLoraConfig": "lowrank.adapters",
-    "describe": "lowrank.adapters",
-    "wrap": "lowrank.weights",
-    "unwrap": "lowrank.adapters",
-    "merge": "lowrank.adapters",
-    "scaled": "lowrank.adapters",
-    "set_active": "lowrank.adapters",
-    "set_scale": "lowrank.adapters",
-    "using": "lowrank.adapters",
-    "disabled": "lowrank.adapters",
-    "routed": "lowrank.adapters",
-    "segments": "lowrank.attention",
-    "set_attention": "lowrank.attention",
-    "train": "lowrank.recipes.train",
-    "Callback": "lowrank.training.run",
-    "save": "lowrank.weights",
-    "compose": "lowrank.weights",
-    "extract": "lowrank.weights",
-    "load": "lowrank.recipes.parts.opened",
-    "merge_checkpoint": "lowrank.weights",
-}
-
 _ROOMS = ("adapters", "attention", "config", "data", "errors", "models", "ops", "recipes", "training", "weights")
 
-__all__ = sorted(_HOME)
+_named, _, __all__ = on_first_use(__name__, __file__)
 
 
 def __getattr__(name: str) -> object:
-    if name in _ROOMS:
-        return import_module(f"lowrank.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'lowrank' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return import_module(f"lowrank.{name}") if name in _ROOMS else _named(name)
 
 
 def __dir__() -> list[str]:

@@ -5,8 +5,9 @@ Names are loaded when they are first used: reading a config needs the fields of 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lowrank.lazily import on_first_use
 
 if TYPE_CHECKING:
     from lowrank.adapters.activation import disabled as disabled
@@ -37,26 +38,4 @@ if TYPE_CHECKING:
     from lowrank.adapters.wrapping import wrap as wrap
     from lowrank.ops.low_rank import LowRank as LowRank
 
-_HOME = {
-    "lowrank.adapters.activation": ("disabled", "routed", "scaled", "set_active", "set_scale", "using"),
-    "lowrank.adapters.companions": ("RankBudget", "companion", "orthogonality"),
-    "lowrank.adapters.config": ("AdapterConfig",),
-    "lowrank.adapters.conversion": ("as_lora", "portable"),
-    "lowrank.adapters.inspection": ("AdapterInfo", "adapter_tensors", "config_of", "describe"),
-    "lowrank.adapters.kinds.known": ("register_kind",),
-    "lowrank.adapters.merging": ("merge",),
-    "lowrank.adapters.methods.adalora": ("AdaLoraConfig",),
-    "lowrank.adapters.methods.lora": ("LoraConfig",),
-    "lowrank.adapters.registry": ("METHODS", "method_of"),
-    "lowrank.adapters.wrapping": ("delete", "rename", "unwrap", "wrap"),
-    "lowrank.ops.low_rank": ("LowRank",),
-}
-_MODULE = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = sorted(_MODULE)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE:
-        raise AttributeError(f"module 'lowrank.adapters' has no attribute {name!r}")
-    return getattr(import_module(_MODULE[name]), name)
+__getattr__, __dir__, __all__ = on_first_use(__name__, __file__)
