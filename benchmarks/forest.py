@@ -7,7 +7,8 @@ The layer is one of SmolLM2-135M's (9 heads of 64 over 3, its weights frozen as 
 and its attention alone. `system`: a prompt of 1,500 tokens before 16 turns of 100. `tools`: groups of 16 rows of
 examples/data/toolcalls_train.jsonl at random, in the tree of what they have in common. Both are measured in turn, in
 seconds of the CPU (others on the machine take none of them), and the medians' ratio is what counts. `nothing`: rows
-that share nothing, announced with parents and without. Writes benchmarks/results/forest-cpu-<dtype>.md.
+that share nothing, announced with parents and without. `n alike`: pairs of rows of 300 tokens of which the first n are
+the same, for how long a beginning must be to be worth a segment. Writes benchmarks/results/forest-cpu-<dtype>.md.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ HERE = Path(__file__).parent
 ROWS = HERE.parent / "examples" / "data" / "toolcalls_train.jsonl"
 LEAST = 16  # a shared stretch of fewer tokens is no segment of its own
 GROUP, GROUPS = 16, 3
+ALIKE = 4, 8, 16, 32, 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
     cases = {"system": [system()], "tools": tools(options.tokenizer), "nothing": [nothing()]}
+    cases |= {f"{tokens} alike": [alike(tokens)] for tokens in ALIKE}
     title = f"# A layer over forests and over plain packs, {machine(torch.device('cpu'))}, {options.dtype}"
     lines = [
         f"{title}\n\n{platform.machine()}; torch {torch.__version__}, transformers {transformers.__version__}; "
@@ -78,6 +81,13 @@ def nothing() -> tuple[Pack, Pack]:
     """Rows of unlike lengths, which have nothing in common."""
     lengths = tuple(random.Random(0).randint(200, 400) for _ in range(GROUP))
     return Pack(lengths), Pack(lengths, (-1,) * GROUP)
+
+
+def alike(tokens: int) -> tuple[Pack, Pack]:
+    """Pairs of rows of 300 tokens, each of which begins with the same ones, where a segment costs the most."""
+    pairs = GROUP // 2
+    parents = tuple(parent for first in range(0, 3 * pairs, 3) for parent in (-1, first, first))
+    return Pack((300,) * GROUP), Pack((tokens, 300 - tokens, 300 - tokens) * pairs, parents)
 
 
 def tools(tokenizer: str) -> list[tuple[Pack, Pack]]:
