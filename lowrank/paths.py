@@ -81,6 +81,11 @@ def _from_home(written: str, where: str | None, environment: Mapping[str, str]) 
     return home.rstrip("/") if _behind_home(written) else home
 
 
+def cache_folder() -> Path:
+    """Where lowrank keeps what it can make again: `$LOWRANK_CACHE`, or `~/.cache/lowrank`."""
+    return Path(expanded(os.environ.get("LOWRANK_CACHE") or "~/.cache/lowrank", "LOWRANK_CACHE"))
+
+
 def hub_commit(name_or_path: str | Path, revision: str | None = None) -> str | None:
     """The commit of a hub's repository that lies in the hub's cache; None for any other folder.
 

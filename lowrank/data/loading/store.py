@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.data.examples.token_table import TokenTable
 from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.template import writes_date
-from lowrank.paths import expanded
+from lowrank.paths import cache_folder
 
 # Raised whenever the same rows give other tokens than before, or the files another layout.
 VERSION = 3
@@ -53,8 +53,8 @@ assert [field.name for field in fields(TokenTable)] == list(DTYPES)
 
 
 def cache_root() -> Path:
-    """Where cached tables lie: `$LOWRANK_CACHE`, or `~/.cache/lowrank`."""
-    return Path(expanded(os.environ.get("LOWRANK_CACHE") or "~/.cache/lowrank", "LOWRANK_CACHE")) / "tokens"
+    """Where cached tables lie."""
+    return cache_folder() / "tokens"
 
 
 def cache_key(rows_fingerprint: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> str:

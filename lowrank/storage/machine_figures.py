@@ -1,0 +1,66 @@
+"""What was measured on this machine once, kept for the processes to come.
+
+A machine is known by its processor's name, the threads that torch computes with, and torch's version.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lowrank.paths import cache_folder
+from lowrank.storage.whole_file import write_whole
+
+_known: dict[tuple[Path, str], float] = {}
+
+
+def figure(what: str, measure: Callable[[], float]) -> float:
+    """What was measured under a name on this machine; where it never was, `measure` is asked, and its answer kept.
+
+    A cache that cannot be written, or read, keeps nothing from one process to the next.
+
+    Args:
+        what: All that the answer depends on beside the machine.
+        measure: Takes its time.
+    """
+    file = _file()
+    if (file, what) not in _known:
+        kept = _read(file)
+        if what not in kept:
+            kept[what] = measure()
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, json.dumps(_read(file) | kept, indent=1))
+        _known.update({(file, name): value for name, value in kept.items()})
+    return _known[file, what]
+
+
+def _file() -> Path:
+    name = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return cache_folder() / "machines" / f"{name.replace('/', ' ')}.json"
+
+
+@cache
+def processor() -> str:
+    """The processor's name, family and model, as the kernel tells them: a name alone may stand for several."""
+    told: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            told.setdefault(name.strip(), value.strip())
+    found = [told[name] for name in ("model name", "cpu family", "model") if name in told]
+    return " ".join(found) or platform.processor() or platform.machine()
+
+
+def _read(file: Path) -> dict[str, float]:
+    with suppress(OSError, ValueError, TypeError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return {name: float(value) for name, value in found.items()}
+    return {}
