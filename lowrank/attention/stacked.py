@@ -1,4 +1,4 @@
-"""Attention over stacks of spans, one after the other: what is gathered for one is gone before the next."""
+"""Attention over stacks of spans and over long ones, one after the other: what is gathered for one is gone then."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lowrank.attention import strips
+from lowrank.attention import long_spans, strips
 from lowrank.attention.spans import Spans
 from lowrank.attention.stacking import Stack, stacks_of
 from lowrank.attention.strips import Rule
@@ -17,8 +17,7 @@ from lowrank.ops.precision import precise
 class StackedAttention(torch.autograd.Function):
     """q (tokens, h, d), k (tokens, h_kv, d), v (tokens, h_kv, e), sinks (h,) or None -> (tokens, h, e), 0 at padding.
 
-    For the backward pass it keeps what it has gathered; over spans with ancestors its inputs alone, which are gathered
-    again, since what many spans see would be kept for each of them.
+    For the backward pass it keeps its inputs alone, and gathers from them again; beside long spans its output too.
     """
 
     @staticmethod
@@ -31,17 +30,19 @@ class StackedAttention(torch.autograd.Function):
         spans: Spans,
         rule: Rule,
     ) -> torch.Tensor:
-        """Stack by stack."""
-        stacks, gathered = stacks_of(spans, q.device, q[0].numel()), []
-        out = _whole(q, (*q.shape[:2], v.shape[-1]), stacks)
+        """Long spans one by one, and stack by stack what else there is."""
+        apart = long_spans.apart(spans, q, k, v, sinks, rule)
+        stacks, log_sums = stacks_of(spans, q.device, q[0].numel(), apart), []
+        whole = _whole(q, (*q.shape[:2], v.shape[-1]), _written(stacks, spans, apart))
+        for span in (slice(*spans.spans[n]) for n in apart):
+            whole[span], of_span = long_spans.attend(q[span], k[span], v[span], rule.scale)
+            log_sums.append(of_span)
         for stack in stacks:
-            inputs = _inputs(stack, q, k, v, sinks)
-            _write(strips.attend(*inputs, rule), stack, out)
-            if spans.parents is None:
-                gathered += inputs
-        ctx.save_for_backward(*(gathered if spans.parents is None else (q, k, v, sinks)))
-        ctx.spans, ctx.rule, ctx.shapes = spans, rule, (q.shape, k.shape, v.shape)
-        return out[:-1]
+            _write(strips.attend(*_inputs(stack, q, k, v, sinks), rule), stack, whole)
+        out = whole[:-1]
+        ctx.save_for_backward(q, k, v, sinks, *([out, *log_sums] if apart else []))
+        ctx.spans, ctx.rule, ctx.apart = spans, rule, apart
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -49,19 +50,27 @@ class StackedAttention(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         """Keys' and values' gradients are summed over the spans that see them in 32 bits or more."""
-        shared, kept, grad = ctx.spans.parents is not None, ctx.saved_tensors, grads[0]
-        stacks = stacks_of(ctx.spans, grad.device, ctx.shapes[0][1:].numel())
-        wholes = [_whole(grad, shape, stacks) for shape in ctx.shapes]
-        if shared:
+        (q, k, v, sinks, *kept), grad = ctx.saved_tensors, grads[0]
+        stacks = stacks_of(ctx.spans, grad.device, q[0].numel(), ctx.apart)
+        written = _written(stacks, ctx.spans, ctx.apart)
+        wholes = [_whole(grad, x.shape, written) for x in (q, k, v)]
+        add = _write
+        if ctx.spans.parents is not None:
             wholes[1:] = [torch.zeros_like(whole, dtype=precise(grad.dtype)) for whole in wholes[1:]]
+            add = _add
+        for number, of_span in zip(ctx.apart, kept[1:], strict=True):
+            span = slice(*ctx.spans.spans[number])
+            inputs = (x[span] for x in (grad, q, k, v, kept[0]))
+            for part, whole in zip(long_spans.gradients(*inputs, of_span, ctx.rule.scale), wholes, strict=True):
+                whole[span] = part
         of_sinks = []
-        for number, stack in enumerate(stacks):
-            q, k, v, sinks = _inputs(stack, *kept) if shared else kept[4 * number : 4 * number + 4]
-            of_out = _queries(grad, stack, len(q) // stack.count, zero_fill=True)
-            of_q, of_k, of_v, of_pairs = strips.gradients(of_out, q, k, v, sinks, ctx.rule)
+        for stack in stacks:
+            inputs = _inputs(stack, q, k, v, sinks)
+            of_out = _queries(grad, stack, k.shape[1], zero_fill=True)
+            of_q, of_k, of_v, of_pairs = strips.gradients(of_out, *inputs, ctx.rule)
             _write(of_q, stack, wholes[0])
             for part, whole in ((of_k, wholes[1]), (of_v, wholes[2])):
-                (_add if shared else _write)(part.unsqueeze(2), stack, whole)
+                add(part.unsqueeze(2), stack, whole)
             if of_pairs is not None:
                 of_sinks.append(of_pairs.view(stack.count, -1).sum(0))
         of_all = torch.stack(of_sinks).sum(0) if of_sinks else None
@@ -104,10 +113,16 @@ def _capacity(length: int) -> int:
     return max(256, 1 << (length - 1).bit_length())
 
 
-def _whole(like: torch.Tensor, shape: Sequence[int], stacks: list[Stack]) -> torch.Tensor:
-    """Room for a shape and one row more, which fills are written to; 0 if the stacks do not write all of it."""
+def _written(stacks: list[Stack], spans: Spans, apart: Sequence[int]) -> int:
+    """How many tokens the stacks and the spans apart have."""
+    stacked = sum(stack.count * stack.length - len(stack.fill) for stack in stacks)
+    return stacked + sum(spans.lengths[number] for number in apart)
+
+
+def _whole(like: torch.Tensor, shape: Sequence[int], written: int) -> torch.Tensor:
+    """Room for a shape and one row more, which fills are written to; 0 if not all of it is written."""
     whole = like.new_empty(shape[0] + 1, *shape[1:])
-    return whole.zero_() if sum(stack.count * stack.length - len(stack.fill) for stack in stacks) < shape[0] else whole
+    return whole.zero_() if written < shape[0] else whole
 
 
 def _write(part: torch.Tensor, stack: Stack, whole: torch.Tensor) -> None:

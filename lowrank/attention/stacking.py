@@ -55,29 +55,32 @@ class Stack:
     keys: torch.Tensor
 
 
-_KEPT: WeakKeyDictionary[Spans, dict[tuple[torch.device, int], list[Stack]]] = WeakKeyDictionary()
+_Asked = tuple[torch.device, int, tuple[int, ...]]
+_KEPT: WeakKeyDictionary[Spans, dict[_Asked, list[Stack]]] = WeakKeyDictionary()
 
 
-def stacks_of(spans: Spans, device: torch.device, width: int) -> list[Stack]:
-    """All spans in stacks, longest first; kept as long as the spans, since every layer asks for the same.
+def stacks_of(spans: Spans, device: torch.device, width: int, apart: tuple[int, ...] = ()) -> list[Stack]:
+    """The spans in stacks, longest first; kept as long as the spans, since every layer asks for the same.
 
     Args:
         spans: Not none.
         device: Where the indices shall be.
         width: Elements of a token's queries, which products take their time by.
+        apart: Spans that shall be in no stack.
     """
-    kept = _KEPT.setdefault(spans, {})
-    if (device, width) not in kept:
-        kept[device, width] = _stacked(spans, device, width)
-    return kept[device, width]
+    kept, asked = _KEPT.setdefault(spans, {}), (device, width, apart)
+    if asked not in kept:
+        kept[asked] = _stacked(spans, *asked)
+    return kept[asked]
 
 
-def _stacked(spans: Spans, device: torch.device, width: int) -> list[Stack]:
+def _stacked(spans: Spans, device: torch.device, width: int, apart: tuple[int, ...]) -> list[Stack]:
     places = list(zip(spans.before, spans.lengths, strict=True))
-    orders = [sorted(range(len(places)), key=lambda n: (-places[n][1], -places[n][0], n))]
+    members = sorted(set(range(len(places))) - set(apart))
+    orders = [sorted(members, key=lambda n: (-places[n][1], -places[n][0], n))]
     if spans.parents is not None:
-        orders.append(sorted(range(len(places)), key=lambda n: (-places[n][0], -places[n][1], n)))
-        orders.append(sorted(range(len(places)), key=lambda n: (-sum(places[n]), -places[n][0], n)))
+        orders.append(sorted(members, key=lambda n: (-places[n][0], -places[n][1], n)))
+        orders.append(sorted(members, key=lambda n: (-sum(places[n]), -places[n][0], n)))
     plans = [(*_counts([places[n] for n in order], width), order) for order in orders]
     _, counts, order = min(plans)
     stacks, first = [], 0

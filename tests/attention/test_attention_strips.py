@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank.attention import strips
+from lowrank.attention import long_spans, strips
 from lowrank.attention.segmentwise import attend_spans
 from lowrank.attention.spans import Spans, from_lengths
 from lowrank.attention.strips import Rule
@@ -92,12 +92,78 @@ def test_heads(heads, key_heads):
     torch.testing.assert_close(attend_spans(q, k, v, None, spans, rule), _formula(q, k, v, None, spans, rule))
 
 
+@pytest.mark.parametrize("ratio", [2.0, 0.5], ids=["strips", "torchs"])
 @pytest.mark.parametrize("parents", [None, (-1, *[0] * 16)], ids=["pack", "forest"])
-def test_keeps_no_more_than_its_inputs(parents):
-    """Between the passes nothing of size (queries x keys) stays, nor keys once for each span that sees them."""
+def test_keeps_no_more_than_its_inputs(parents, ratio, monkeypatch):
+    """Between the passes nothing of size (queries x keys) stays, nor keys once for each span that sees them.
+
+    Beside a long span its output does, which the layer after it keeps too, and a number for each head of its queries.
+    """
+    monkeypatch.setattr(long_spans, "figure", lambda what, measure: ratio)
     spans, rule = from_lengths([512, *[16] * 16], None, parents), Rule(0.3, None, None)
     q, k, v, _ = _inputs(768, 2, 2, 8, 8, False, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         attend_spans(q, k, v, None, spans, rule)
-    assert sum(kept) <= q.numel() + k.numel() + v.numel()
+    long = q.numel() + 512 * 2 if ratio < 1 else 0
+    assert sum(kept) <= q.numel() + k.numel() + v.numel() + long
+
+
+@pytest.fixture
+def _torchs_kernel(monkeypatch):
+    """Takes spans of 32 tokens and more, whatever is faster here; in float64 too."""
+    monkeypatch.setattr(long_spans, "SHORTEST", 32)
+    monkeypatch.setattr(long_spans, "DTYPES", (torch.float32, torch.bfloat16, torch.float64))
+    monkeypatch.setattr(long_spans, "figure", lambda what, measure: 0.5)
+
+
+@pytest.mark.usefixtures("_torchs_kernel")
+@pytest.mark.parametrize(("heads", "key_heads"), [(6, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("spans", SPANS)
+def test_long_spans_equal_the_formula(spans, heads, key_heads):
+    spans, rule = SPANS[spans](None), Rule(0.7, None, None)
+    q, k, v, _ = _inputs(spans.batch * spans.length, heads, key_heads, 8, 8, False)
+    assert long_spans.apart(spans, q, k, v, None, rule)
+    direction = torch.randn(q.shape, dtype=torch.float64)
+    out, expected = attend_spans(q, k, v, None, spans, rule), _formula(q, k, v, None, spans, rule)
+    torch.testing.assert_close(out, expected)
+    grads, of_formula = (torch.autograd.grad((o * direction).sum(), (q, k, v)) for o in (out, expected))
+    torch.testing.assert_close(grads, of_formula)
+
+
+@pytest.mark.usefixtures("_torchs_kernel")
+def test_long_spans_gradcheck():
+    spans, rule = from_lengths([33, 5, 7, 40], None, (-1, 0, 0, -1)), Rule(0.7, None, None)
+    inputs = _inputs(85, 4, 2, 4, 4, False)[:3]
+    assert torch.autograd.gradcheck(lambda q, k, v: attend_spans(q, k, v, None, spans, rule), inputs)
+
+
+@pytest.mark.usefixtures("_torchs_kernel")
+@pytest.mark.parametrize(
+    ("rule", "sinks", "e"),
+    [
+        (Rule(0.7, 20, None), False, 8),
+        (Rule(0.7, None, 1.5), False, 8),
+        (Rule(0.7, None, None), True, 8),
+        (Rule(0.7, None, None), False, 4),
+    ],
+    ids=["window", "softcap", "sinks", "values-of-another-size"],
+)
+def test_what_torchs_kernel_does_not_know_is_left_to_strips(rule, sinks, e):
+    spans = from_lengths([130, 3], rule.window)
+    q, k, v, s = _inputs(133, 4, 2, 8, e, sinks)
+    assert long_spans.apart(spans, q, k, v, s, rule) == ()
+
+
+def test_the_machine_is_asked_which_kernel_is_faster(monkeypatch):
+    """Once for each doubling of the length, without a draw from the run's own random numbers."""
+    asked = []
+    monkeypatch.setattr(long_spans, "figure", lambda what, measure: asked.append((what, measure())) or asked[-1][1])
+    q, k, v, _ = _inputs(1400, 4, 2, 8, 8, False, torch.float32)
+    before = torch.get_rng_state()
+    found = long_spans.apart(from_lengths([800, 600], None), q, k, v, None, Rule(0.7, None, None))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [what.split(", ")[1:] for what, _ in asked] == [
+        ["torch.float32", "2 heads of 8", f"{length} tokens"] for length in (1024, 512)
+    ]
+    assert found == tuple(n for n, (_, ratio) in enumerate(asked) if ratio <= long_spans.WORTH)
