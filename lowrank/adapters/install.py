@@ -102,7 +102,7 @@ def install(module: nn.Module, activity: Activity) -> AdapterSet:
         )
     adapters = AdapterSet(activity).train(module.training)
     module.add_module(AdapterSet.CHILD, adapters)
-    module.__dict__[_slot(module)] = functools.partial(adapted_forward, module)
+    module.__dict__[_slot(module)] = functools.partial(_adapted_forward, module)
     return adapters
 
 
@@ -113,7 +113,7 @@ def bind_for_compiler(model: nn.Module) -> None:
     function. A model is copied with them, but no longer pickled.
     """
     for _, module, _ in hosts(model):
-        module.__dict__[_slot(module)] = MethodType(adapted_forward, module)
+        module.__dict__[_slot(module)] = MethodType(_adapted_forward, module)
 
 
 def remove(module: nn.Module) -> None:
@@ -146,7 +146,7 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSet]]:
             yield path, module, child
 
 
-def adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
+def _adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
     """Stands in the place of the module's own forward."""
     adapters: AdapterSet = module.adapters
     choice = adapters.activity.now

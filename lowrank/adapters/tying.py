@@ -25,7 +25,7 @@ _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _Found = TypeVar("_Found", bound=dict[str, nn.Module])
 
 
-class TiedLayer(nn.Module):
+class _TiedLayer(nn.Module):
     """The embedding's adapter on a module that is tied to it: a head's W is the embedding's table, so ΔW is too."""
 
     replaces = False
@@ -62,7 +62,7 @@ class TiedLayer(nn.Module):
         self.source.merge_into(module)
 
 
-class TiedCopy(WholeCopy):
+class _TiedCopy(WholeCopy):
     """A trained copy of a module whose weight is that of the embedding's trained copy."""
 
     def __init__(self, module: HostModule, source: WholeCopy) -> None:
@@ -116,7 +116,7 @@ def followers(model: nn.Module, adapter: str, group: tuple[str, list[str]] | Non
     modules: dict[str, HostModule] = {path: submodule(model, path) for path in group[1]}
     if isinstance(source, LowRankLayer) and isinstance(source.kind, EmbeddingKind):
         kinds = {path: kind_of(module) for path, module in modules.items()}
-        return {path: TiedLayer(source, kind) for path, kind in kinds.items() if kind is not None}
+        return {path: _TiedLayer(source, kind) for path, kind in kinds.items() if kind is not None}
     if isinstance(source, WholeCopy):
-        return {path: TiedCopy(module, source) for path, module in modules.items()}
+        return {path: _TiedCopy(module, source) for path, module in modules.items()}
     return {}

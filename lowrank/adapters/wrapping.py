@@ -109,7 +109,7 @@ def _find(model: nn.Module, config: AdapterConfig) -> _Found:
     if config.target_modules == ALL_LINEAR:
         check_none_hidden(base_modules(model))
     parameters, counts = find_parameters(model, config)
-    check_patterns(config, base_modules(model), [*adapted_paths(targets, parameters), *singles])
+    check_patterns(config, base_modules(model), [*_adapted_paths(targets, parameters), *singles])
     for path, names in parameters.items():
         check_called(calls, path, names)
     _check_layout(config, targets.modules)
@@ -169,10 +169,10 @@ def for_this_model(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     modules = base_modules(model)
     config = without_missing(config, modules)
     targets = find_targets(model, config, Calls(model))
-    return without_idle(config, modules, adapted_paths(targets, find_parameters(model, config)[0]))
+    return without_idle(config, modules, _adapted_paths(targets, find_parameters(model, config)[0]))
 
 
-def adapted_paths(targets: Targets, parameters: dict[str, list[str]]) -> list[str]:
+def _adapted_paths(targets: Targets, parameters: dict[str, list[str]]) -> list[str]:
     """What factors go to: the paths of modules, and of parameters."""
     return [*targets.modules, *(f"{path}.{name}" for path, names in parameters.items() for name in names)]
 

@@ -50,7 +50,7 @@ class SinglePlace:
     width: int
 
 
-class SingleFactors(nn.ModuleDict):
+class _SingleFactors(nn.ModuleDict):
     """Factors for some of the matrices in one parameter, by the matrix's name ("3/up_proj").
 
     Attributes:
@@ -171,12 +171,12 @@ def single_experts_layers(
         layer = layers.setdefault(place.path, ExpertsLayer())
         weight = getattr(submodule(model, place.path), place.parameter)
         if place.parameter not in layer:
-            layer[place.parameter] = SingleFactors(weight.shape[0], weight.shape[1], config.lora_dropout)
+            layer[place.parameter] = _SingleFactors(weight.shape[0], weight.shape[1], config.lora_dropout)
         r, scale = config.rank_and_scale(full)
         matrix = ExpertFactors(torch.Size((place.rows, place.width)), False, r, scale, weight)
         matrix.initialise(config.init_lora_weights, r)
         factors = layer[place.parameter]
-        assert isinstance(factors, SingleFactors)
+        assert isinstance(factors, _SingleFactors)
         factors.add(place, matrix)
     return layers
 

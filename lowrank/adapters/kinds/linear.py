@@ -15,13 +15,15 @@ from lowrank.ops.low_rank import LowRank
 from lowrank.quantisers.registry import quantiser_of
 
 
-def low_rank_output(x: torch.Tensor, term: LowRank) -> torch.Tensor:
+def _low_rank_output(x: torch.Tensor, term: LowRank) -> torch.Tensor:
     """s · drop(x)·Aᵀ·Bᵀ, (..., in) -> (..., out), in x's dtype."""
     dropped = F.dropout(x, term.dropout) if term.dropout else x
     return F.linear(F.linear(dropped, term.A.to(x.dtype)), term.B.to(x.dtype)) * term.scale
 
 
-def combine(y: torch.Tensor, added: torch.Tensor, gain: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+def _combine(
+    y: torch.Tensor, added: torch.Tensor, gain: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
     """gain · (base + added) - base for a base output y = base + bias (last dimension out)."""
     added = added.to(y.dtype)
     if gain is None:
@@ -73,7 +75,7 @@ class LinearKind:
         return self._delta(x, y, term, module.bias)
 
     def _delta(self, x: torch.Tensor, y: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
-        return combine(y, low_rank_output(x, term), term.gain, bias)
+        return _combine(y, _low_rank_output(x, term), term.gain, bias)
 
     def spread(self, module: HostModule, values: torch.Tensor) -> torch.Tensor:
         """As they are: features come last."""
@@ -113,7 +115,7 @@ class Conv1DKind:
 
     def delta(self, module: HostModule, x: torch.Tensor, y: torch.Tensor, term: LowRank) -> torch.Tensor:
         """What the term adds to the module's own output y."""
-        return combine(y, low_rank_output(x, term), term.gain, module.bias)
+        return _combine(y, _low_rank_output(x, term), term.gain, module.bias)
 
     def spread(self, module: HostModule, values: torch.Tensor) -> torch.Tensor:
         """As they are: features come last."""

@@ -134,7 +134,7 @@ class LowRankLayer(nn.Module):
         layer = cls(method, kind, matrix, method.scale(config, path), method.dropout(config))
         layer.bias, layer.shared = own_bias(config, module), shared
         for name, shape in method.shapes(config, matrix, method.rank(config, path)).items():
-            layer.register_parameter(name, factor_parameter(shape, module))
+            layer.register_parameter(name, _factor_parameter(shape, module))
         with torch.no_grad():
             method.start(layer, config, module, matrix, outset or Outset(config))
         return layer
@@ -224,7 +224,7 @@ def merge_obstacle(module: HostModule) -> str | None:
     return None
 
 
-def factor_parameter(shape: tuple[int, ...], module: HostModule) -> nn.Parameter:
+def _factor_parameter(shape: tuple[int, ...], module: HostModule) -> nn.Parameter:
     """An empty trainable float32 parameter beside the module's weight (float64 beside a float64 one)."""
     return nn.Parameter(torch.empty(shape, device=module.weight.device, dtype=precise(module.weight.dtype)))
 

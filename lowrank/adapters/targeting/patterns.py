@@ -34,11 +34,11 @@ def check_patterns(config: AdapterConfig, modules: Mapping[str, nn.Module], adap
         modules: All of the model's, by path.
         adapted: The paths of the modules and parameters that the adapter goes to.
     """
-    if idle := [f"{field}: {key!r} {hint}" for field, key, hint in idle_patterns(config, modules, adapted)]:
+    if idle := [f"{field}: {key!r} {hint}" for field, key, hint in _idle_patterns(config, modules, adapted)]:
         raise InputError("; ".join(idle), fix="Correct it, or leave it out.")
 
 
-def idle_patterns(
+def _idle_patterns(
     config: AdapterConfig, modules: Mapping[str, nn.Module], adapted: Collection[str]
 ) -> list[tuple[str, object, str]]:
     """Those entries: the field, the entry, and what is wrong with it."""
@@ -71,7 +71,7 @@ def without_idle(config: AdapterConfig, modules: Mapping[str, nn.Module], adapte
     Other programs write them and pass over them. That the file's tensors all have a place is proved when they are
     filled in.
     """
-    idle = {(field, str(key)) for field, key, _ in idle_patterns(config, modules, adapted)}
+    idle = {(field, str(key)) for field, key, _ in _idle_patterns(config, modules, adapted)}
     update: dict[str, object] = {}
     for field in {field for field, _ in idle}:
         value = getattr(config, field)

@@ -28,7 +28,7 @@ def routers(modules: Mapping[str, nn.Module]) -> set[str]:
             linear[path.rpartition(".")[0]].append(path)
     found = set()
     for path, module in modules.items():
-        counts = expert_counts(path, module)
+        counts = _expert_counts(path, module)
         if not counts:
             continue
         block = path.rpartition(".")[0]
@@ -39,7 +39,7 @@ def routers(modules: Mapping[str, nn.Module]) -> set[str]:
     return found
 
 
-def expert_counts(path: str, module: HostModule) -> set[int]:
+def _expert_counts(path: str, module: HostModule) -> set[int]:
     """How many experts a module holds, by all that it says of that; empty where it holds none."""
     children = list(module.children())
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
