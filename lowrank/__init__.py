@@ -13,6 +13,8 @@ from lowrank.lazily import on_first_use
 if TYPE_CHECKING:
     from lowrank.adapters import AdaLoraConfig as AdaLoraConfig
     from lowrank.adapters import LoraConfig as LoraConfig
+    from lowrank.adapters import MissConfig as MissConfig
+    from lowrank.adapters import VeraConfig as VeraConfig
     from lowrank.adapters import describe as describe
     from lowrank.adapters import disabled as disabled
     from lowrank.adapters import merge as merge

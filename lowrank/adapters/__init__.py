@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lowrank.adapters.merging import merge as merge
     from lowrank.adapters.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from lowrank.adapters.methods.lora import LoraConfig as LoraConfig
+    from lowrank.adapters.methods.miss import MissConfig as MissConfig
+    from lowrank.adapters.methods.vera import VeraConfig as VeraConfig
     from lowrank.adapters.registry import METHODS as METHODS
     from lowrank.adapters.registry import method_of as method_of
     from lowrank.adapters.wrapping import delete as delete

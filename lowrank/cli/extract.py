@@ -15,10 +15,10 @@ def extract(
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The tuned model's folder or name.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's folder.")],
     r: Annotated[
-        int | None, typer.Option(min=1, help="The rank of every module; no default, unless --energy is given.")
+        int | None, typer.Option("--rank", "--r", min=1, help="Of every module; no default, unless --energy is given.")
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(min=0, max=1, help="The share of ‖ΔW‖² to keep; by default --r says how much.")
+        float | None, typer.Option(min=0, max=1, help="The share of ‖ΔW‖² to keep; by default --rank says how much.")
     ] = None,
 ) -> None:
     """Make a LoRA of the difference of two models."""

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
 from lowrank.cli.options import TrustRemoteCode
-from lowrank.weights.merging.merge_choices import MergedDtype, Rounding
+from lowrank.weights.merging.merge_choices import MergedDtype, Rounding, Tried
 
 EXAMPLE = "Example: lowrank merge runs/quickstart"
-
-
-class Verify(StrEnum):
-    """What of the result is tried."""
-
-    tensors = "tensors"
-    answers = "answers"
 
 
 def merge(
@@ -51,12 +43,12 @@ def merge(
         ),
     ] = None,
     verify: Annotated[
-        Verify,
+        Tried,
         typer.Option(
             help="tensors: each changed one is tried on a random vector as it is made. answers: base and adapter, and "
             "then the merged model, are loaded and answer a few prompts besides.",
         ),
-    ] = Verify.tensors,
+    ] = "tensors",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Try nothing.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -71,6 +63,6 @@ def merge(
         rounding=rounding,
         onto=cast("Onto", onto),  # checked there, with a reason that a list of choices could not give
         quantization=trained_over,
-        verify=False if no_verify else "answers" if verify is Verify.answers else True,
+        verify=False if no_verify else "answers" if verify == "answers" else True,
         trust_remote_code=trust_remote_code,
     )

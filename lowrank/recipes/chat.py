@@ -20,6 +20,7 @@ from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.recipes.parts.asking import prompt_ids, room
 from lowrank.recipes.parts.interrupt import Ended, ended_by_interrupt
+from lowrank.recipes.parts.one_pass import ROWS
 from lowrank.recipes.parts.opened import adapter_folder, open_model
 from lowrank.recipes.parts.sampling import GREEDY, Sampling
 from lowrank.recipes.parts.show import open_console
@@ -31,7 +32,6 @@ from lowrank.weights.files.notes import noted_system
 
 _FINAL = re.compile(r"\s*(?:analysis.*?assistant)?final(.*)", re.DOTALL)
 _QUOTES = '"""'
-_AT_A_TIME = 16  # prompts
 
 
 def chat(
@@ -180,7 +180,7 @@ def found_answers(
     with Screen(Console(stderr=True)) as screen, screen.task("answering", len(prompts)) as advance:
         if not sampling.draws:
             return answer_all(
-                model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=_AT_A_TIME, on_batch=advance
+                model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=ROWS, on_batch=advance
             )
         found = []
         for messages in asked:

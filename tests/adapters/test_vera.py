@@ -149,10 +149,10 @@ def test_excluded_modules_which_peft_cannot_say_are_left_out_by_name(tmp_path):
 
 def test_as_an_ordinary_lora_and_at_half_strength(tmp_path):
     base = tiny_llama()
-    model = lowrank.wrap(copy.deepcopy(base), VeraConfig(r=4, init_weights=False)).eval()
+    model = lowrank.wrap(copy.deepcopy(base), VeraConfig(r=4, init_weights=False, vera_dropout=0.1)).eval()
     lowrank.set_scale(model, "default", 0.5)
     config, _ = as_lora(model, "default")
-    assert (config.method_name, config.r) == ("lora", 4)
+    assert (config.method_name, config.r, config.lora_dropout) == ("lora", 4, 0.1)
     lowrank.save(model, tmp_path / "vera")
     lowrank.save(model, tmp_path / "lora", as_lora=True)
     for kind in ("vera", "lora"):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lowrank
 from lowrank.config import RunConfig, load_config
-from lowrank.recipes.parts.model_card import _license, write_card
+from lowrank.recipes.parts.model_card import license_of, write_card
 from lowrank.training.evaluation.evaluation import Evaluation
 from lowrank.weights.cards import FILE, is_made
 
@@ -96,10 +96,10 @@ def test_a_base_on_the_hub_is_named_with_its_revision(tmp_path):
 
 
 def test_the_license_is_the_bases(tmp_path):
-    assert _license(str(tmp_path), None) == {}
+    assert license_of(str(tmp_path), None) == {}
     (tmp_path / FILE).write_text(BASE_CARD)
-    assert _license(str(tmp_path), None) == {"license": "other", "license_name": "mine", "license_link": "LICENSE"}
+    assert license_of(str(tmp_path), None) == {"license": "other", "license_name": "mine", "license_link": "LICENSE"}
     for strange in ("---\nlicense: [\n---\n", "no front matter", "---\nlicense: [a, b]\n---\n", "---\n- a list\n---\n"):
         (tmp_path / FILE).write_text(strange)
-        assert _license(str(tmp_path), None) == {}
-    assert _license("nobody/nothing", None) == {}
+        assert license_of(str(tmp_path), None) == {}
+    assert license_of("nobody/nothing", None) == {}

@@ -324,6 +324,19 @@ def lora_fields(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if name not in dropped}
 
 
+def plain_lora(config: AdapterConfig, r: int, dropout: float, bias: str) -> LoraConfig:
+    """The config of a plain LoRA at scale 1 in the place of another method's adapter, which trains on as that one did.
+
+    Args:
+        config: The other method's.
+        r: The rank.
+        dropout: Of what goes into A.
+        bias: As LoRA's is called.
+    """
+    fields: dict[str, Any] = {name: getattr(config, name) for name in AdapterConfig.model_fields}
+    return LoraConfig.model_validate(fields | {"r": r, "lora_alpha": r, "lora_dropout": dropout, "bias": bias})
+
+
 def whole(alpha: float) -> float | int:
     """An integer where it is one."""
     return int(alpha) if float(alpha).is_integer() else alpha

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds.factor import Factor
-from lowrank.adapters.methods.lora import LORA_A, LORA_B, LoraConfig
+from lowrank.adapters.methods.lora import LORA_A, LORA_B, LoraConfig, plain_lora
 from lowrank.adapters.methods.method import Holder, Holders, Matrix, Method, Named, Outset, Tensors
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
@@ -155,11 +155,7 @@ class Miss(Method):
             for factor, values in ((LORA_A, term.A), (LORA_B, term.B)):
                 name, shaped = layer.kind.in_file(module, factor, values.clone(memory_format=torch.contiguous_format))
                 tensors[f"{path}.{name}"] = shaped
-        shared = set(AdapterConfig.model_fields) - {"bias"}
-        fields: dict[str, Any] = {name: getattr(config, name) for name in shared}
-        fields |= {"r": config.r, "lora_alpha": config.r, "lora_dropout": config.miss_dropout}
-        fields["bias"] = config.bias.replace("MiSS", "lora")
-        return LoraConfig.model_validate(fields), tensors
+        return plain_lora(config, config.r, config.miss_dropout, config.bias.replace("MiSS", "lora")), tensors
 
     def headline(self, config: MissConfig) -> str:
         """Into how many outputs "mini" gathers them."""

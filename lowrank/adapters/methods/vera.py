@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lowrank.adapters.config import AdapterConfig
 from lowrank.adapters.kinds.factor import Factor
-from lowrank.adapters.methods.lora import LORA_A, LORA_B, LoraConfig
+from lowrank.adapters.methods.lora import LORA_A, LORA_B, LoraConfig, plain_lora
 from lowrank.adapters.methods.method import Holder, Holders, Matrix, Method, Named, Outset, Tensors
 from lowrank.errors import InputError
 from lowrank.ops.low_rank import LowRank
@@ -132,10 +132,7 @@ class Vera(Method):
             term = layer.term(module)
             rest[f"{path}.{LORA_A.in_file}"] = (term.A * term.scale).detach()
             rest[f"{path}.{LORA_B.in_file}"] = term.B.detach()
-        taken = set(AdapterConfig.model_fields) - {"bias"}
-        fields = {name: getattr(config, name) for name in taken}
-        bias = "lora_only" if config.bias == "vera_only" else config.bias
-        return LoraConfig(**fields, bias=bias, r=config.r, lora_alpha=config.r), rest
+        return plain_lora(config, config.r, config.vera_dropout, config.bias.replace("vera", "lora")), rest
 
     def headline(self, config: VeraConfig) -> str:
         """Its seed."""

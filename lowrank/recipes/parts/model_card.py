@@ -117,7 +117,7 @@ def _front(model: ModelSection, method: str, data: DataSection, title: str, afte
     known: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_hub_name(base) else {}
     return ModelCardData(
         **known,
-        **_license(base, model.revision),
+        **license_of(base, model.revision),
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lowrank", method],
@@ -126,7 +126,7 @@ def _front(model: ModelSection, method: str, data: DataSection, title: str, afte
     )
 
 
-def _license(base: str, revision: str | None) -> dict[str, Any]:
+def license_of(base: str, revision: str | None) -> dict[str, Any]:
     """What the base's own card says of it, as far as that lies here; nothing is fetched."""
     place: Any = Path(base) / FILE
     if not Path(base).is_dir():

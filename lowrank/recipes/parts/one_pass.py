@@ -22,7 +22,8 @@ from lowrank.recipes.parts.voices import Voice
 from lowrank.training.evaluation.answers import answer_text, greedy, up_to_end
 from lowrank.training.evaluation.greedy import can_continue_rows, padded
 
-_AT_A_TIME = 16  # rows
+ROWS = 16
+"""That are asked at a time."""
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Of a logit, in relation to 1 and its size: well above what batches differ by."""
 
@@ -73,8 +74,8 @@ def answers_together(
     if len(set(rooms)) > 1:  # one is at the end of the model's positions before the others are
         return found
     places = [(v, i) for i in range(len(asked[0])) for v in range(len(voices))]
-    for start in range(0, len(places), _AT_A_TIME):
-        some = places[start : start + _AT_A_TIME]
+    for start in range(0, len(places), ROWS):
+        some = places[start : start + ROWS]
         speakers, rows = [voices[v] for v, _ in some], [prompts[v][i] for v, i in some]
         try:
             texts = _generated(speakers, rows, rooms[0], ended)

@@ -80,7 +80,7 @@ def extract(
         JobError: The written adapter does not give the tuned model.
     """
     if r is None and energy is None:
-        raise InputError("neither a rank nor an energy is given", fix="Give r (--r) or energy (--energy).")
+        raise InputError("neither a rank nor an energy is given", fix="Give r (--rank) or energy (--energy).")
     check_limits(r, energy)
     started = time.monotonic()
     models = [open_base(name, trust_remote_code=trust_remote_code) for name in (base, tuned)]

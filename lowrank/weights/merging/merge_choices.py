@@ -9,3 +9,6 @@ MergedDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 Rounding = Literal["nearest", "stochastic"]
 """How sums become the weights' dtype."""
+
+Tried = Literal["tensors", "answers"]
+"""What of the result is tried: each changed tensor on a random vector, or what the model answers besides."""
