@@ -16,6 +16,7 @@ from torch import nn
 
 from lowrank.adapters.activity import Setting
 from lowrank.adapters.kinds.kind import HostModule
+from lowrank.adapters.kinds.wide import own_output
 from lowrank.adapters.methods.layer import JointLayer, Layer
 from lowrank.adapters.modules import ADAPTERS, named_modules
 from lowrank.adapters.recomputation import pin_recomputation
@@ -151,13 +152,13 @@ def _adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
     adapters: AdapterSet = module.adapters
     choice = adapters.activity.now
     if choice.routing is not None:
-        y = type(module).forward(module, *args, **kwargs)
+        y = own_output(module, *args, **kwargs)
         return choice.routing.add(module, adapters.layers(), y, args, kwargs)
     layers = adapters.acting(choice.names)
     if len(layers) == 1:
         return layers[0].output(module, *args, **kwargs)
     if (joint := next((layer for layer in layers if isinstance(layer, JointLayer)), None)) is not None:
         return joint.output_together(module, layers, *args, **kwargs)
-    y = type(module).forward(module, *args, **kwargs)
+    y = own_output(module, *args, **kwargs)
     for_each = [layer.delta(module, args[0], y) for layer in layers]
     return sum(for_each, start=y)

@@ -16,6 +16,7 @@ from lowrank.recipes.parts.assess import assess
 from lowrank.recipes.parts.batches import evaluation_plan, read_examples
 from lowrank.recipes.parts.exam import exam_of
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, swap_attention
+from lowrank.recipes.parts.products import choose_products
 from lowrank.recipes.parts.sharing import if_exact
 from lowrank.recipes.parts.show import open_console
 from lowrank.training.callbacks.progress import Screen
@@ -62,6 +63,7 @@ def evaluate(
     if file is not None:
         load(model, file.path)
     noted = [] if file is None else noted_ends(file.path)
+    choose_products(config.model, model, model.dtype, None)
     stop_at(model, tokenizer, list(dict.fromkeys([*noted, *end_tokens(examples, tokenizer)])))
     swap_attention(model, config.model, packing=data.packing)
     held_out = if_exact(data.share_prefixes, model, evaluation_plan(data, training, examples, tokenizer))

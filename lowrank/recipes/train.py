@@ -18,6 +18,7 @@ from lowrank.config.sections import TrainingSection
 from lowrank.recipes.parts.beginning import joined_accelerator, new_run, try_the_longest
 from lowrank.recipes.parts.followers import Followers, followers_of, trackers_of
 from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
+from lowrank.recipes.parts.products import begun_in, computing_in
 from lowrank.recipes.parts.result import RunResult, farewell, save_result, try_to_write_card
 from lowrank.recipes.parts.resume import (
     day_of,
@@ -73,7 +74,8 @@ def train(
     accelerator = joined_accelerator(training, config.model.device)
     ranks, device = joined_ranks(training.num_processes), own_device(config.model.device)
     console = open_console(quiet=not ranks.main)
-    given, config = config, on_day(config, ranks.first(day_of(config.data.date, output if resume else None)))
+    given = begun_in(config, output if resume else None)
+    config = on_day(given, ranks.first(day_of(given.data.date, output if resume else None)))
     with own_folder(config, output, ranks, resume=resume) as checkpoint:
         if resume:
             show_line(console, describe_start(checkpoint, output))
@@ -83,8 +85,7 @@ def train(
         with told_when_short(device, "loading the model and its data", less_to_load(config)):
             setup = set_up(config, ranks)
         run = new_run(training, setup)
-        plan = plan_of(config, setup)
-        show_plan(console, plan)
+        show_plan(console, plan := plan_of(config, setup))
         with told_when_short(device, "trying the longest batch", less_to_train(config)):
             remark = try_the_longest(setup, accelerator, config.model.name_or_path)
         if remark is not None:
@@ -94,7 +95,7 @@ def train(
         trackers = trackers_of(accelerator, output, flat(config.model_dump(mode="json")), console)
         followers = followers_of(training, setup, run, console, plan, ranks, [*trackers, *callbacks])
         run.callbacks = followers.callbacks
-        _begin(run, config if setup.writes_date else given, checkpoint, ranks)
+        _begin(run, computing_in(config if setup.writes_date else given, setup.products), checkpoint, ranks)
         with run.underway(), told_when_short(device, "training", less_to_train(config)):
             if training.eval_on_start and run.step == 0:
                 _evaluate_the_base(run, followers)

@@ -22,7 +22,7 @@ class EmbeddingKind:
         """An embedding that is looked up with token ids and perhaps scaled, nothing cleverer."""
         if not isinstance(module, nn.Embedding) or module.max_norm is not None or not holds_weight(module):
             return False
-        return acts_as(module, nn.Embedding.forward, tokens_in, _scaled_rows)
+        return acts_as(module, nn.Embedding.forward, tokens_in, scaled_rows)
 
     def shape(self, module: HostModule) -> tuple[int, int]:
         """(dim, vocabulary)."""
@@ -63,7 +63,8 @@ class EmbeddingKind:
         return factor.on_table or factor.in_file, values
 
 
-def _scaled_rows(module: HostModule, ids: torch.Tensor) -> torch.Tensor:
+def scaled_rows(module: HostModule, ids: torch.Tensor) -> torch.Tensor:
+    """The rows of some tokens, scaled where the module says so (Gemma)."""
     rows = module.weight[ids]
     scale = getattr(module, "embed_scale", None)
     return rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, torch.Tensor) else scale)

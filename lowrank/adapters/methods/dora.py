@@ -62,10 +62,12 @@ def _norm(layer: Holder, module: Any, term: LowRank) -> torch.Tensor:
     """‖W + ΔW‖. ‖W‖² is kept for as long as W is the same; the whole norm too, where the factors are frozen."""
     import torch
 
+    from lowrank.adapters.kinds.wide import products_in
     from lowrank.adapters.methods.kept import Kept
     from lowrank.ops.dora_norm import dora_norm, row_norm2
 
     weight = layer.kind.weight(module).detach()
+    weight = weight.to(products_in(module, weight.dtype))
     if torch.compiler.is_compiling():
         return dora_norm(weight, term.A, term.B, term.scale)
     still = not (layer.training or layer.lora_A.requires_grad or layer.lora_B.requires_grad)

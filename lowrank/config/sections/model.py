@@ -24,6 +24,10 @@ class ModelSection(Section):
     dtype: Literal["auto", Dtype] = "auto"
     """What the base's weights are held in; auto takes the checkpoint's."""
 
+    compute_dtype: Literal["auto", Dtype] = "auto"
+    """What products are computed in; auto takes what is fastest on this machine of what loses nothing against `dtype`:
+    float32 beside 16-bit weights where that is faster, else the weights' own."""
+
     attention: Attention = "auto"
     """Attention backend: auto takes the fastest that is exact for this model and machine."""
 

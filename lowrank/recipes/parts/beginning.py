@@ -54,7 +54,7 @@ def new_run(training: TrainingSection, setup: Setup) -> Run:
         setup.model,
         optimizer,
         schedule_for(training, optimizer, steps),
-        torch.amp.GradScaler(setup.model.device.type, enabled=setup.dtype == torch.float16),
+        torch.amp.GradScaler(setup.model.device.type, enabled=setup.products.dtype == torch.float16),
         output_dir=Path(training.output_dir),
         total_steps=steps,
         data=setup.plan.fingerprint,

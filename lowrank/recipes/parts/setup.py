@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
+from lowrank.config.sections import TrainingSection
 from lowrank.data import BatchPlan, end_tokens
 from lowrank.data.batches.order import Batches
 from lowrank.data.supervision.choose_template import added_prompt, missing_prompt
@@ -19,6 +20,7 @@ from lowrank.ops.cross_entropy import LossOptions
 from lowrank.recipes.parts.batches import SAMPLE_ROWS, fitting, read_batches, step_size
 from lowrank.recipes.parts.exam import Exam, exam_of
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
+from lowrank.recipes.parts.products import Products, choose_products
 from lowrank.recipes.parts.sharing import drawing, if_exact, unless_it_drops_out
 from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
@@ -43,7 +45,8 @@ class Setup:
         held_out: The evaluation's batches, None where the config names no rows for it.
         exam: The questions whose answers evaluations compare, None where the config asks for the loss alone.
         model: Adapter in, attention swapped.
-        dtype: What the model is computed and saved in.
+        dtype: What the base was loaded in, and is saved in.
+        products: What it is computed in.
         attention: What was chosen, and why.
         loss: Exact for this model.
         plain_loss: The same without label smoothing and z-loss, for evaluations.
@@ -59,6 +62,7 @@ class Setup:
     exam: Exam | None
     model: PreTrainedModel
     dtype: torch.dtype
+    products: Products
     attention: AttentionChoice
     loss: Loss
     plain_loss: Loss
@@ -103,6 +107,7 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     dtype = model.dtype
     plan = fitting(plan, held_out, model, tokenizer)
     put_in(model, config.adapter, config.model, plan)
+    products = choose_products(config.model, model, dtype, _rigid(training))
     if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
         lean_norms(model)
     if training.fsdp:
@@ -120,13 +125,15 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
         compile_layers(model)
 
     options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
-    loss = _exact_loss(model, dtype, options)
-    plain = loss if options == LossOptions() else _exact_loss(model, dtype)
+    loss = _exact_loss(model, products.dtype, options)
+    plain = loss if options == LossOptions() else _exact_loss(model, products.dtype)
     ends = stop_at(model, tokenizer, end_tokens(plan.sample(SAMPLE_ROWS), tokenizer))
     exam = None
     if training.predict_with_generate and held_out is not None:
         exam = exam_of(held_out.examples, tokenizer, data, training, positions_of(model))
-    return Setup(tokenizer, plan, size, length, held_out, exam, model, dtype, attention, loss, plain, data.date, ends)
+    return Setup(
+        tokenizer, plan, size, length, held_out, exam, model, dtype, products, attention, loss, plain, data.date, ends
+    )
 
 
 def own_device(named: str | None) -> torch.device:
@@ -136,7 +143,13 @@ def own_device(named: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _exact_loss(model: PreTrainedModel, dtype: torch.dtype, options: LossOptions | None = None) -> Loss:
-    """The loss; where weights train in more digits than the base was asked to have, products stay in the base's."""
+def _rigid(training: TrainingSection) -> str | None:
+    """What of a run needs products in the dtype of the weights."""
+    named = next((name for name in ("fsdp", "torch_compile", "use_liger_kernel") if getattr(training, name)), None)
+    return named and f"training.{named} takes the weights as they are"
+
+
+def _exact_loss(model: PreTrainedModel, products: torch.dtype, options: LossOptions | None = None) -> Loss:
+    """The loss; where weights have more digits than products shall have, those are computed with fewer."""
     loss = supervised_loss(model, options)
-    return loss if model.dtype == dtype else Autocast(loss, dtype)
+    return Autocast(loss, products) if model.dtype == torch.float32 != products else loss

@@ -52,6 +52,7 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
     return {
         "model": f"{config.model.name_or_path} ({type(model).__name__}, {base / 1e6:,.1f} M parameters)",
         "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
+        "products": str(setup.products),
         "attention": f"{setup.attention.backend}: {setup.attention.why}",
         "loss": setup.loss.why,
         "adapter": _adapter(config.adapter.method, model),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from dataclasses import dataclass
 
 import psutil
 import torch
+
+from lowrank.training.machine.product_rates import times_as_fast
 
 GiB = 2**30
 
@@ -52,15 +52,4 @@ def machine_at_hand() -> Machine:
         free = torch.cuda.mem_get_info()[0]
         fast = 2.0 if torch.cuda.is_bf16_supported(including_emulation=False) else 0.5
         return Machine(memory, cores, torch.cuda.device_count(), free, torch.cuda.get_device_name(), fast)
-    return Machine(memory, cores, bfloat16=_seconds(torch.float32) / _seconds(torch.bfloat16))
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """Of one product of a projection's shape on the CPU."""
-    x, W = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    taken = []
-    for _ in range(8):
-        begun = time.perf_counter()
-        torch.mm(x, W)
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken[2:])
+    return Machine(memory, cores, bfloat16=times_as_fast(torch.bfloat16, torch.float32))
