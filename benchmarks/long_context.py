@@ -72,7 +72,7 @@ def _model(options: argparse.Namespace, length: int) -> PreTrainedModel:
         max_position_embeddings=length,
         pad_token_id=0,
     )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
 
 
 def _fit(model: PreTrainedModel, length: int, options: argparse.Namespace, watch: Watch) -> None:
@@ -117,6 +117,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -131,8 +132,9 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         f"# One long sequence on {machine(torch.device(options.device))}",
         "",
-        f"Llama of {options.layers} layers, hidden size {options.hidden}, vocabulary {options.vocabulary:,}, bfloat16, "
-        f"LoRA r = 8; gradient checkpointing and chunked loss. One training step: peak MiB above the model / seconds. "
+        f"Llama of {options.layers} layers, hidden size {options.hidden}, vocabulary {options.vocabulary:,}, "
+        f"{options.dtype}, LoRA r = 8; gradient checkpointing and chunked loss. One training step: peak MiB above the "
+        f"model / seconds. "
         f"torch {torch.__version__}, transformers {transformers.__version__}; `python {' '.join(sys.argv)}`",
         "",
         "| tokens | " + " | ".join(by_name) + " |",

@@ -60,8 +60,9 @@ class StackedAttention(torch.autograd.Function):
             add = _add
         for number, of_span in zip(ctx.apart, kept[1:], strict=True):
             span = slice(*ctx.spans.spans[number])
-            inputs = (x[span] for x in (grad, q, k, v, kept[0]))
-            for part, whole in zip(long_spans.gradients(*inputs, of_span, ctx.rule.scale), wholes, strict=True):
+            out, scale = kept[0][span], ctx.rule.scale
+            parts = long_spans.gradients(grad[span], q[span], k[span], v[span], out, of_span, scale)
+            for part, whole in zip(parts, wholes, strict=True):
                 whole[span] = part
         of_sinks = []
         for stack in stacks:
