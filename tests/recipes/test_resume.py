@@ -300,7 +300,12 @@ class ScaleFarOff(Callback):
 
 def test_float16_finds_its_scale_and_resumes_to_the_bit(write_config):
     """The steps that go by until then are skipped; they are none of those that stop a run."""
-    half = ["model.dtype=float16", "training.num_train_epochs=4", "training.max_skipped_steps=1"]
+    half = [
+        "model.dtype=float16",
+        "model.compute_dtype=float16",
+        "training.num_train_epochs=4",
+        "training.max_skipped_steps=1",
+    ]
     straight = lowrank.train(write_config(), [*half, "training.output_dir=straight"], callbacks=[ScaleFarOff()])
     skips = [line["step"] for line in lines_of(straight.output_dir) if line["kind"] == "skip"]
     assert len(skips) > 3
