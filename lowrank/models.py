@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lowrank.errors import LFS_POINTER, InputError
 from lowrank.paths import hub_commit
 from lowrank.quantisers.registry import loading_config, settle
+from lowrank.quantisers.untrainable import dense_config
 
 _SHOWN = 5
 _INDEX = "model.safetensors.index.json"
@@ -65,6 +66,8 @@ def load_model(
     if quantization is not None:
         options |= {"quantization_config": loading_config(quantization), "device_map": {"": where}}
     try:
+        if quantization is None and (dense := dense_config(name_or_path, revision)) is not None:
+            options["quantization_config"] = dense
         model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except torch.OutOfMemoryError:
         raise

@@ -30,6 +30,7 @@ from lowrank.adapters.targeting.patterns import check_patterns, without_idle, wi
 from lowrank.adapters.targeting.targets import ALL_LINEAR, Targets, find_targets
 from lowrank.adapters.targeting.uncalled import Calls, check_called
 from lowrank.errors import InputError
+from lowrank.quantisers.untrainable import refuse_untrainable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,6 +67,8 @@ def wrap(
     record = find_record(model)
     _check_name(adapter, record)
     _check_model(model, record)
+    if trainable:
+        refuse_untrainable(model)
     found = _find(model, with_head(model, config))
     outset = method_of(config).prepare(bare(model), found.config, found.targets.modules, batches, originals)
     if record is None:

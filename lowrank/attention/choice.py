@@ -45,7 +45,7 @@ def set_attention(model: PreTrainedModel, backend: str = "auto", *, packing: boo
     setting = setting_of(model, packing)
     if backend == "auto" and not setting.swappable:
         return AttentionChoice(setting.current, f"transformers cannot swap the attention of {setting.architecture}")
-    choice = _fastest(setting) if backend == "auto" else AttentionChoice(backend, "asked for")
+    choice = fastest(setting) if backend == "auto" else AttentionChoice(backend, "asked for")
     refusal = BACKENDS[choice.backend].refusal(setting)
     if refusal is not None:
         raise InputError(
@@ -63,12 +63,16 @@ def set_attention(model: PreTrainedModel, backend: str = "auto", *, packing: boo
 _TRY_AUTO = "Use `attention: auto`, which takes the fastest backend that is exact for this model."
 
 
-def _fastest(setting: Setting) -> AttentionChoice:
-    """By measurement on CPU, in bfloat16: `segments` is never behind `sdpa` there. On CUDA by what each is made for."""
+def fastest(setting: Setting) -> AttentionChoice:
+    """The backend that `auto` takes: on a CPU `segments`, which asks the machine; on CUDA by what each is made for."""
     order = ("segments",) if setting.device.type == "cpu" else ("flash", "segments")
     name = next(name for name in order if BACKENDS[name].refusal(setting) is None)
-    dropped = f"; its attention dropout of {setting.dropout:g} makes training take O(n²)" if setting.dropout else ""
-    return AttentionChoice(name, BACKENDS[name].praise + (dropped if name == "segments" else ""))
+    why = BACKENDS[name].praise
+    if name == "segments" and setting.dropout:
+        why += f"; its attention dropout of {setting.dropout:g} makes training take O(n²)"
+    if name != order[0]:
+        why += f"; not {order[0]}: {BACKENDS[order[0]].refusal(setting)}"
+    return AttentionChoice(name, why)
 
 
 def _swap(model: PreTrainedModel, implementation: str, setting: Setting) -> None:

@@ -118,7 +118,11 @@ def _refusal(setting: Setting) -> str | None:
     version = _version_for(setting.device)
     if version is None:
         return "no FlashAttention package that fits this card is installed"
-    kernel = import_module(_PACKAGE[version]).flash_attn_varlen_func
+    try:
+        kernel = import_module(_PACKAGE[version]).flash_attn_varlen_func
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # built for another torch, another driver
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"{_PACKAGE[version]} is installed and cannot be used: {reason}"
     return refusal_of_kernel(setting, inspect.signature(kernel).parameters)
 
 

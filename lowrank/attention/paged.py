@@ -72,12 +72,13 @@ def generate_paged(
 def cache_for(lengths: Sequence[int], max_new_tokens: int, device: torch.device) -> ContinuousBatchingConfig:
     """Room for the longest prompts at once: all of them on a GPU that has the memory, `AT_ONCE_ON_CPU` on CPU."""
     if device.type != "cpu":
-        return ContinuousBatchingConfig(allow_block_sharing=False)
+        return ContinuousBatchingConfig(allow_block_sharing=False, auto_switch_to_flash=False)
     pages = sorted((-(-(length + max_new_tokens) // PAGE) for length in lengths), reverse=True)
     return ContinuousBatchingConfig(
         num_blocks=sum(pages[:AT_ONCE_ON_CPU]) + 1,
         max_batch_tokens=TOKENS_A_STEP_ON_CPU,
         allow_block_sharing=False,
+        auto_switch_to_flash=False,
     )
 
 

@@ -48,6 +48,11 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
             f"{method} trains the base's own weights, and quantization holds them in few bits; take one "
             f"of {', '.join(METHODS)}, or leave the section quantization out",
         )
+    if config.model.compute_dtype not in ("auto", config.compute_dtype):
+        yield Contradiction(
+            ("quantization.bnb_4bit_compute_dtype", "model.compute_dtype"),
+            f"products are in one dtype, and model.compute_dtype is {config.model.compute_dtype}; leave one out",
+        )
     starts_from = getattr(config.adapter, "init_lora_weights", None)
     if starts_from == "loftq" and not (config.quantization and config.quantization.width == 4):
         yield Contradiction(

@@ -33,3 +33,9 @@ class RunSections(BaseModel):
 
     training: TrainingSection
     """How it is trained, and where the results go."""
+
+    @property
+    def compute_dtype(self) -> str:
+        """What products are computed in: `model.compute_dtype`, or bitsandbytes' name for the same."""
+        told = self.quantization.bnb_4bit_compute_dtype if self.quantization is not None else None
+        return told or self.model.compute_dtype

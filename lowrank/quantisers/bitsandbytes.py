@@ -49,10 +49,14 @@ class BitsAndBytes:
         return config
 
     def settle(self, model: nn.Module) -> None:
-        """On CPUs with AVX512-BF16 the first pass without gradients would repack 4-bit weights, and spoil the rest."""
-        modules: list[HeldModule] = list(model.modules())
+        """Products are in the inputs' dtype; adapted layers have them so, whatever the library is told.
+
+        On CPUs with AVX512-BF16 the first pass without gradients would repack 4-bit weights, and spoil the rest.
+        """
+        modules: list[HeldModule] = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
         for module in modules:
-            if type(module).__name__ == "Linear4bit" and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.compute_dtype, module.compute_type_is_set = None, False
+            if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
 
     def holds(self, module: HeldModule) -> bool:

@@ -54,7 +54,7 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     refuse_launcher_options(fsdp=config.training.fsdp)
     refuse_half_a_launch()
     few_kernels_kept()
-    device = own_device(config.model.device)
+    device = own_device(config.model.device, config.training.num_processes or 1)
     forget_peak(device)
     program = resident_bytes()
     output = Path(config.training.output_dir)

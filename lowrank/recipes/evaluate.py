@@ -63,7 +63,7 @@ def evaluate(
     if file is not None:
         load(model, file.path)
     noted = [] if file is None else noted_ends(file.path)
-    choose_products(config.model, model, model.dtype, None)
+    choose_products(config.compute_dtype, model, model.dtype, None)
     stop_at(model, tokenizer, list(dict.fromkeys([*noted, *end_tokens(examples, tokenizer)])))
     swap_attention(model, config.model, packing=data.packing)
     held_out = if_exact(data.share_prefixes, model, evaluation_plan(data, training, examples, tokenizer))

@@ -10,7 +10,8 @@ import torch
 import transformers
 import zoo
 
-from lowrank.attention import BACKENDS, check_packing, set_attention
+from lowrank.attention import BACKENDS, check_packing, flash, set_attention
+from lowrank.attention.choice import fastest
 from lowrank.attention.flash import refusal_of_kernel
 from lowrank.attention.setting import setting_of
 from lowrank.errors import InputError
@@ -239,3 +240,18 @@ def test_the_choice_is_not_written_into_saved_configs(tmp_path):
     set_attention(model, "segments")
     model.save_pretrained(tmp_path)
     assert "lowrank" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: _ZN3c10\nand more"), OSError("libcudart.so.12")])
+def test_a_flash_package_that_cannot_be_imported_is_passed_over_and_told(monkeypatch, error):
+    def broken(name):
+        raise error
+
+    monkeypatch.setattr(flash, "_version_for", lambda device: 2)
+    monkeypatch.setattr(flash, "import_module", broken)
+    on_a_card = replace(setting_of(tiny.tiny_llama().to(torch.bfloat16), packing=False), device=torch.device("cuda"))
+    told = f"flash_attn is installed and cannot be used: {str(error).splitlines()[0]}"
+    assert flash.FLASH.refusal(on_a_card) == told
+    choice = fastest(on_a_card)
+    assert choice.backend == "segments"
+    assert choice.why.endswith(f"; not flash: {told}")

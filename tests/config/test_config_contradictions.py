@@ -21,6 +21,9 @@ CASES = [
      "bitsandbytes, and quant_method is torchao; leave it out"),
     (["quantization={quant_method: torchao}"], "--set quantization: quantization.bits: is not set, and torchao is told by it how many "
      "to take"),
+    (["quantization={load_in_4bit: true, bnb_4bit_compute_dtype: float16}", "model.compute_dtype=bfloat16"],
+     "--set quantization: quantization.bnb_4bit_compute_dtype: products are in one dtype, and model.compute_dtype is bfloat16; "
+     "leave one out"),
     (["quantization.load_in_4bit=true", "adapter={method: full}"], "--set adapter: adapter.method: full trains the base's own "
      f"weights, and quantization holds them in few bits; take one of {', '.join(METHODS)}, or leave the section quantization out"),
     (["adapter.init_lora_weights=loftq"], "--set adapter.init_lora_weights: loftq begins with the error of a 4-bit base; set "

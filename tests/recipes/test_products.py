@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 
 from lowrank import Callback, train
 from lowrank.config import load_config
 from lowrank.errors import InputError
+from lowrank.models import load_model
+from lowrank.quantisers.bitsandbytes import BitsAndBytes
 from lowrank.recipes.parts import products
+from lowrank.training.transforms.compute_dtype import why_not_wide
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def narrow(tmp_path):
 
 
 def _faster(monkeypatch, times):
-    monkeypatch.setattr(products, "times_as_fast", lambda dtype, than: times)
+    monkeypatch.setattr(products, "times_as_fast", lambda dtype, than, shapes: times)
 
 
 def _run(write_config, output, training=None, **model):
@@ -113,3 +117,33 @@ def test_what_keeps_the_weights_dtype_is_told(write_config, narrow, monkeypatch,
         )
     )
     assert "4.0 times as fast here as in bfloat16, but lm_head trains as a whole" in _told(capsys)
+
+
+def test_bitsandbytes_name_for_it_does_the_same(write_config, narrow, monkeypatch, capsys):
+    _faster(monkeypatch, 4.0)
+    base = str(narrow / "bf16")
+    quantised = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    train(write_config("theirs.yaml", model={"name_or_path": base}, quantization=quantised))
+    assert "products bfloat16" in _told(capsys)
+    theirs = _trained("out")
+    ours = {"model": {"name_or_path": base, "compute_dtype": "bfloat16"}, "quantization": {"load_in_4bit": True}}
+    train(write_config("ours.yaml", training={"output_dir": "ours"}, **ours))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in _trained("ours").items())
+    train(write_config("free.yaml", training={"output_dir": "free"}, **ours | {"model": {"name_or_path": base}}))
+    assert not all(torch.equal(tensor, theirs[name]) for name, tensor in _trained("free").items())
+
+
+def test_a_four_bit_layer_without_adapter_computes_in_its_inputs_dtype(narrow):
+    model = load_model(str(narrow / "bf16"), quantization={"load_in_4bit": True})
+    layer = model.model.layers[0].self_attn.q_proj
+    dense = BitsAndBytes().weight(layer).double()
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        x = torch.randn(3, dense.shape[1]).to(dtype)
+        assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x).double(), x.double() @ dense.t(), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_accelerate_moves_keep_their_dtype(narrow):
+    model = load_model(str(narrow / "bf16"))
+    add_hook_to_module(model.model.layers[0].mlp, AlignDevicesHook("cpu", offload=True, weights_map={}))
+    assert "accelerate moves what model.layers.0.mlp computes with" in why_not_wide(model)

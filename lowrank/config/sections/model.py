@@ -59,8 +59,8 @@ class QuantizationSection(Section):
     bnb_4bit_use_double_quant: bool = False
     """Quantise the scales as well: 0.4 bits a weight less."""
 
-    bnb_4bit_compute_dtype: Dtype = "bfloat16"
-    """What products are computed in."""
+    bnb_4bit_compute_dtype: Dtype | None = None
+    """bitsandbytes' name for `model.compute_dtype`: set either."""
 
     bnb_4bit_quant_storage: Literal["uint8", Dtype] = "uint8"
     """What packed weights are stored as; sharding needs the model's own dtype."""

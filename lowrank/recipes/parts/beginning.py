@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def joined_accelerator(training: TrainingSection, named: str | None) -> Accelera
     """
     refuse_launcher_options(fsdp=training.fsdp)
     refuse_half_a_launch()
-    device = own_device(named)
+    device = own_device(named, int(os.environ.get("WORLD_SIZE", "1")))
     join(cuda=device.type == "cuda")
     trackers = chosen_trackers(training.report_to)
     options = ProjectConfiguration(training.output_dir, logging_dir=str(Path(training.output_dir) / LOGS))

@@ -62,13 +62,16 @@ def base_model(
     )
 
 
+_OURS = {"quant_method", "bits", "bnb_4bit_compute_dtype"}
+
+
 def _quantization_options(section: QuantizationSection | None) -> Mapping[str, Any] | None:
-    """The quantiser's own options."""
+    """The quantiser's own options. In what products are computed is for `choose_products`."""
     if section is None:
         return None
     if section.bits is not None:
         return {"quant_method": section.quant_method, "bits": section.bits}
-    return {"load_in_8bit": True} if section.load_in_8bit else section.model_dump(exclude={"quant_method", "bits"})
+    return {"load_in_8bit": True} if section.load_in_8bit else section.model_dump(exclude=_OURS)
 
 
 def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, plan: Batches) -> None:

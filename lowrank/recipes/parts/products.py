@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from lowrank.config import RunConfig, load_config
 from lowrank.config.loading import CONFIG
-from lowrank.config.sections import ModelSection
 from lowrank.errors import InputError
-from lowrank.training.machine.product_rates import times_as_fast
+from lowrank.training.machine.product_rates import shapes_of, times_as_fast
 from lowrank.training.transforms.compute_dtype import compute_wide, why_not_wide
 
 _WORTH = 1.2  # times as fast; below, bringing weights to another dtype costs what it saves
@@ -37,11 +36,11 @@ class Products:
         return f"{_name(self.dtype)}{self.why}"
 
 
-def choose_products(section: ModelSection, model: PreTrainedModel, own: torch.dtype, rigid: str | None) -> Products:
+def choose_products(asked: str, model: PreTrainedModel, own: torch.dtype, rigid: str | None) -> Products:
     """What a model computes in; where that is wider than its weights it does so from here on.
 
     Args:
-        section: Of the config.
+        asked: By the config; `auto` leaves it to the machine.
         model: Adapters in.
         own: What its base was loaded in.
         rigid: What of the run needs products in the weights' dtype; None for nothing.
@@ -49,10 +48,10 @@ def choose_products(section: ModelSection, model: PreTrainedModel, own: torch.dt
     Raises:
         InputError: the config asks for a dtype that the model cannot compute in.
     """
-    if section.compute_dtype == "auto":
+    if asked == "auto":
         chosen = _fastest(model, own, rigid)
     else:
-        chosen = Products(getattr(torch, section.compute_dtype), "")
+        chosen = Products(getattr(torch, asked), "")
         _refuse_what_cannot_be(chosen.dtype, model, own, rigid)
     if chosen.dtype == torch.float32 and model.dtype != torch.float32:
         compute_wide(model, torch.float32)
@@ -64,7 +63,7 @@ def _fastest(model: PreTrainedModel, own: torch.dtype, rigid: str | None) -> Pro
         return Products(own, ", as the weights")
     if model.device.type != "cpu":
         return Products(own, ", as the weights were loaded", open=True)
-    times = times_as_fast(torch.float32, own)
+    times = times_as_fast(torch.float32, own, shapes_of(model))
     if times < _WORTH:
         told = f"products are {1 / times:.1f} times as fast here as in float32"
         return Products(own, f", as the weights were loaded: {told}", open=True)
@@ -101,7 +100,7 @@ def _name(dtype: torch.dtype) -> str:
 def begun_in(config: RunConfig, resumed: Path | None) -> RunConfig:
     """The config; where it leaves the dtype of products to the machine, with the one that the run in a folder began
     with."""
-    if resumed is None or config.model.compute_dtype != "auto" or not os.path.isfile(resumed / CONFIG):
+    if resumed is None or config.compute_dtype != "auto" or not os.path.isfile(resumed / CONFIG):
         return config
     return _with(config, load_config(resumed / CONFIG).model.compute_dtype)
 

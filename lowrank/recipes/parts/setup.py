@@ -15,6 +15,7 @@ from lowrank.data import BatchPlan, end_tokens
 from lowrank.data.batches.order import Batches
 from lowrank.data.supervision.choose_template import added_prompt, missing_prompt
 from lowrank.data.supervision.template import writes_date
+from lowrank.errors import InputError
 from lowrank.models import positions_of, usable_device
 from lowrank.ops.cross_entropy import LossOptions
 from lowrank.recipes.parts.batches import SAMPLE_ROWS, fitting, read_batches, step_size
@@ -107,7 +108,7 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     dtype = model.dtype
     plan = fitting(plan, held_out, model, tokenizer)
     put_in(model, config.adapter, config.model, plan)
-    products = choose_products(config.model, model, dtype, _rigid(training))
+    products = choose_products(config.compute_dtype, model, dtype, _rigid(training))
     if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
         lean_norms(model)
     if training.fsdp:
@@ -136,11 +137,29 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     )
 
 
-def own_device(named: str | None) -> torch.device:
-    """The device of that name; where none is named, the accelerator that this process has, or the CPU."""
-    if named is not None:
-        return usable_device(named)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def own_device(named: str | None, processes: int = 1) -> torch.device:
+    """The device of that name, which is the current one from here on; where none is named, the accelerator that this
+    process has, or the CPU.
+
+    Args:
+        named: By a config.
+        processes: Of the run.
+
+    Raises:
+        InputError: there is none of that name, or it is one card and each process needs its own.
+    """
+    if named is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = usable_device(named)
+    if device.type == "cuda" and device.index is not None:
+        if processes > 1:
+            raise InputError(
+                f"{named} is one card, and {processes} processes are to share this run",
+                where="model.device",
+                fix="Leave it out, or set it to cuda: each process takes a card of its own.",
+            )
+        torch.cuda.set_device(device)
+    return device
 
 
 def _rigid(training: TrainingSection) -> str | None:

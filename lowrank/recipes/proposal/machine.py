@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from lowrank.training.machine.product_rates import times_as_fast
+from lowrank.training.machine.product_rates import ANY_MODEL, times_as_fast
 
 GiB = 2**30
 
@@ -52,4 +52,4 @@ def machine_at_hand() -> Machine:
         free = torch.cuda.mem_get_info()[0]
         fast = 2.0 if torch.cuda.is_bf16_supported(including_emulation=False) else 0.5
         return Machine(memory, cores, torch.cuda.device_count(), free, torch.cuda.get_device_name(), fast)
-    return Machine(memory, cores, bfloat16=times_as_fast(torch.bfloat16, torch.float32))
+    return Machine(memory, cores, bfloat16=times_as_fast(torch.bfloat16, torch.float32, ANY_MODEL))

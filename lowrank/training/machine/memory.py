@@ -104,6 +104,7 @@ def resident_bytes() -> int:
 def forget_peak(device: torch.device) -> None:
     """`peak_bytes` counts from now on; where the kernel has no such thing, still from the start of the process."""
     if device.type == "cuda":
+        torch.cuda.init()  # which nothing else may have done yet
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):

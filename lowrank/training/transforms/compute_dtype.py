@@ -30,6 +30,8 @@ def why_not_wide(model: PreTrainedModel) -> str | None:
     """What keeps a model, adapters in, from computing in more bits than its weights have; None where nothing does."""
     adapted = {module: list(adapters.layers().values()) for _, module, adapters in hosts(model)}
     for path, module in model.named_modules():
+        if hasattr(module, "_old_forward"):
+            return f"accelerate moves what {path or type(module).__name__} computes with from device to device"
         if not all(isinstance(layer, LowRankLayer) for layer in adapted.get(module, [])):
             return f"{path} trains as a whole, or in other ways than by factors"
         quantiser = quantiser_of(module)
