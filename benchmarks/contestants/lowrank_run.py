@@ -21,6 +21,7 @@ from lowrank.training.optimisers.schedule import build_schedule
 from lowrank.training.optimisers.settings import OptimizerSettings
 from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.steps import StepSize
+from lowrank.training.transforms.keep_less import keep_less
 from lowrank.training.transforms.layers import compile_layers
 from lowrank.training.transforms.norms import lean_norms
 
@@ -52,6 +53,7 @@ def main(*, compiled: bool = False, share: bool = True) -> None:
         compile_layers(model)
     else:
         lean_norms(model)
+        keep_less(model)
     rows = rows_of(job, model.config.vocab_size)
     examples = Examples.of([Example(ids, [label != IGNORED for label in labels]) for ids, labels in rows], "all")
     step = counted(rows)[0] // job.steps  # as many tokens as the others have on average

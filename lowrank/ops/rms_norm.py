@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lowrank.ops.made_again import can_be_made
 from lowrank.ops.precision import precise
 
 
@@ -26,9 +27,8 @@ def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: boo
     Returns:
         (..., d); rounded first, of the dtype that x and gain promote to, else of x's.
     """
-    y = _RmsNorm.apply(x, gain, eps, rounded_first)
-    assert isinstance(y, torch.Tensor)
-    return y
+    y, scale = _RmsNorm.apply(x, gain, eps, rounded_first)
+    return can_be_made(y, lambda x, gain, scale: _normed(x, gain, scale, rounded_first), x, gain, scale)
 
 
 def rms_norm_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
@@ -40,12 +40,14 @@ def rms_norm_reference(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
-        precise_x = x.to(precise(x.dtype))
-        scale = precise_x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # a vector norm rounds ten times worse
+    def forward(
+        ctx: Any, x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = x.to(precise(x.dtype)).square().mean(-1, keepdim=True)  # a vector norm rounds ten times worse
+        scale.add_(eps).rsqrt_()
         ctx.save_for_backward(x, gain, scale)
-        normed = precise_x * scale
-        return gain * normed.to(x.dtype) if rounded_first else normed.mul_(gain).to(x.dtype)
+        ctx.mark_non_differentiable(scale)
+        return _normed(x, gain, scale, rounded_first), scale
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -60,3 +62,8 @@ class _RmsNorm(torch.autograd.Function):
             along = (d_x * precise_x).sum(-1, keepdim=True).mul_(scale**3).div_(-x.shape[-1])
             d_x = d_x.mul_(scale).addcmul_(precise_x, along).to(x.dtype)
         return d_x, d_gain, None, None
+
+
+def _normed(x: torch.Tensor, gain: torch.Tensor, scale: torch.Tensor, rounded_first: bool) -> torch.Tensor:
+    normed = x.to(scale.dtype) * scale
+    return gain * normed.to(x.dtype) if rounded_first else normed.mul_(gain).to(x.dtype)

@@ -26,6 +26,7 @@ from lowrank.recipes.parts.sharing import drawing, if_exact, unless_it_drops_out
 from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import Length, StepSize, run_length
+from lowrank.training.transforms.keep_less import keep_less
 from lowrank.training.transforms.layers import compile_layers
 from lowrank.training.transforms.liger import use_liger
 from lowrank.training.transforms.norms import lean_norms
@@ -111,6 +112,8 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
     products = choose_products(config.compute_dtype, model, dtype, _rigid(training))
     if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
         lean_norms(model)
+        if not (training.gradient_checkpointing or training.fsdp):  # which keep less still, or hold weights in shards
+            keep_less(model)
     if training.fsdp:
         shard(model, ranks, own_device(config.model.device))
     attention = swap_attention(model, config.model, packing=data.packing)

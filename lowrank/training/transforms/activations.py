@@ -1,0 +1,31 @@
+"""The activations that models are built with: each number by itself, without parameters and without chance."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2CLS
+
+from lowrank.ops.gated import activated
+
+
+def is_activation(module: Any) -> bool:
+    """Whether it is one of them, run by its class's own forward."""
+    if not isinstance(module, nn.Module) or type(module) not in _classes() or "forward" in module.__dict__:
+        return False
+    return not (getattr(module, "inplace", False) or list(module.parameters()) or list(module.buffers()))
+
+
+def lean_activation(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What it computes; x alone is kept."""
+    return activated(x, functools.partial(type(module).forward, module))
+
+
+@functools.cache
+def _classes() -> frozenset[type[nn.Module]]:
+    """Those that transformers makes of a config's `hidden_act`, without GLU, which halves, and RReLU, which draws."""
+    classes = (value[0] if isinstance(value, tuple) else value for value in ACT2CLS.values())
+    return frozenset(classes) - {nn.GLU, nn.RReLU}
