@@ -40,5 +40,10 @@ class InputError(LowrankError, ValueError):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says first; its class's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _rebuild(kind: type[LowrankError], what: str, where: str | None, fix: str | None) -> LowrankError:
     return kind(what, where=where, fix=fix)

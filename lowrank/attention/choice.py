@@ -66,12 +66,13 @@ _TRY_AUTO = "Use `attention: auto`, which takes the fastest backend that is exac
 def fastest(setting: Setting) -> AttentionChoice:
     """The backend that `auto` takes: on a CPU `segments`, which asks the machine; on CUDA by what each is made for."""
     order = ("segments",) if setting.device.type == "cpu" else ("flash", "segments")
-    name = next(name for name in order if BACKENDS[name].refusal(setting) is None)
+    refusals = {name: BACKENDS[name].refusal(setting) for name in order}
+    name = next(name for name, refusal in refusals.items() if refusal is None)
     why = BACKENDS[name].praise
     if name == "segments" and setting.dropout:
         why += f"; its attention dropout of {setting.dropout:g} makes training take O(n²)"
     if name != order[0]:
-        why += f"; not {order[0]}: {BACKENDS[order[0]].refusal(setting)}"
+        why += f"; not {order[0]}: {refusals[order[0]]}"
     return AttentionChoice(name, why)
 
 

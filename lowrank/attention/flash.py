@@ -28,7 +28,7 @@ from lowrank.attention.maskparts import BOTH_WAYS, CAUSAL, parts_of
 from lowrank.attention.setting import Setting
 from lowrank.attention.spans import Spans
 from lowrank.attention.varlen import along
-from lowrank.errors import InputError
+from lowrank.errors import InputError, first_line
 
 
 def packing_arguments(spans: Spans, device: torch.device) -> dict[str, torch.Tensor | int]:
@@ -121,8 +121,7 @@ def _refusal(setting: Setting) -> str | None:
     try:
         kernel = import_module(_PACKAGE[version]).flash_attn_varlen_func
     except (ImportError, OSError, AttributeError, RuntimeError) as error:  # built for another torch, another driver
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"{_PACKAGE[version]} is installed and cannot be used: {reason}"
+        return f"{_PACKAGE[version]} is installed and cannot be used: {first_line(error)}"
     return refusal_of_kernel(setting, inspect.signature(kernel).parameters)
 
 

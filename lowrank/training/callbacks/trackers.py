@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from lowrank.errors import InputError
+from lowrank.errors import InputError, first_line
 from lowrank.training.evaluation.evaluation import Evaluation
 from lowrank.training.run import Callback, Run, StepMetrics
 
@@ -114,7 +114,7 @@ class Trackers(Callback):
         try:
             yield []
         except (Exception, SystemExit) as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             self.told(f"warning: {name} {what} ({why}); metrics.jsonl has all figures.")
 
     def _made(self, name: str) -> GeneralTracker:

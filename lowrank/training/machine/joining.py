@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from lowrank.errors import InputError
+from lowrank.errors import InputError, first_line
 
 _LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -69,7 +69,7 @@ def join(*, cuda: bool, environment: Mapping[str, str] = os.environ) -> None:
 
 def not_joined(error: Exception, environment: Mapping[str, str] = os.environ) -> InputError:
     """What to say where the processes of a run did not find one another."""
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    why = first_line(error)
     where = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     return InputError(
         f"{environment.get('WORLD_SIZE')} processes are to share this run, and they did not come "

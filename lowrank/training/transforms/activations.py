@@ -9,19 +9,25 @@ import torch
 from torch import nn
 from transformers.activations import ACT2CLS
 
-from lowrank.ops.gated import activated
+from lowrank.ops.gated import Activation, activated
+from lowrank.training.transforms.own_forward import has_own_forward
 
 
 def is_activation(module: Any) -> bool:
     """Whether it is one of them, run by its class's own forward."""
-    if not isinstance(module, nn.Module) or type(module) not in _classes() or "forward" in module.__dict__:
+    if type(module) not in _classes() or not has_own_forward(module):
         return False
     return not (getattr(module, "inplace", False) or list(module.parameters()) or list(module.buffers()))
 
 
 def lean_activation(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What it computes; x alone is kept."""
-    return activated(x, functools.partial(type(module).forward, module))
+    return activated(x, function_of(module))
+
+
+def function_of(module: nn.Module) -> Activation:
+    """What an activation computes, as plain operations."""
+    return functools.partial(type(module).forward, module)
 
 
 @functools.cache

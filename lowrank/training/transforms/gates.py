@@ -13,7 +13,7 @@ from torch import nn
 
 from lowrank.adapters.targeting.code.source import parameters_of, tree_of
 from lowrank.ops.gated import gated
-from lowrank.training.transforms.activations import is_activation
+from lowrank.training.transforms.activations import function_of, is_activation
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Gate:
             gate, up = getattr(module, self.both)(x).chunk(2, dim=-1)
         else:
             gate, up = getattr(module, str(self.gate))(x), getattr(module, str(self.up))(x)
-        f = getattr(module, self.f)
-        return getattr(module, self.down)(gated(gate, up, functools.partial(type(f).forward, f)))
+        return getattr(module, self.down)(gated(gate, up, function_of(getattr(module, self.f))))
 
 
 def gate_of(module: nn.Module) -> Gate | None:
@@ -55,10 +54,12 @@ def _read(owner: type[nn.Module]) -> Gate | None:
 
 def _gate(down: str | None, activated: ast.expr, up: ast.expr) -> Gate | None:
     match activated:
-        case ast.Call(func=called, args=[gate], keywords=[]) if down is not None and (f := _own(called)) is not None:
-            pass
+        case ast.Call(func=called, args=[gate], keywords=[]):
+            f = _own(called)
         case _:
             return None
+    if down is None or f is None:
+        return None
     match gate, up:
         case ast.Call(func=one), ast.Call(func=other) if _of_x(gate) and _of_x(up):
             return Gate(down, f, gate=_own(one), up=_own(other))
@@ -95,15 +96,20 @@ def _said(owner: type[nn.Module]) -> ast.expr | None:
             case ast.Expr(value=ast.Constant()):
                 pass
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                known[name] = _Inlined(known).visit(copy.deepcopy(value))
+                known[name] = _inlined(value, known)
             case ast.Assign(targets=[ast.Tuple(elts=[ast.Name(id=one), ast.Name(id=other)])], value=value):
-                whole = _Inlined(known).visit(copy.deepcopy(value))
+                whole = _inlined(value, known)
                 known |= {name: ast.Subscript(whole, ast.Constant(half)) for half, name in enumerate((one, other))}
             case ast.Return(value=ast.expr() as value):
-                return _Inlined(known).visit(copy.deepcopy(value))
+                return _inlined(value, known)
             case _:
                 return None
     return None
+
+
+def _inlined(value: ast.expr, known: dict[str, ast.expr]) -> ast.expr:
+    """A copy: trees are read once and stay as they are."""
+    return _Inlined(known).visit(copy.deepcopy(value))
 
 
 class _Inlined(ast.NodeTransformer):

@@ -7,6 +7,7 @@ not keep it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from lowrank.ops.made_again import can_be_made, made_again
 from lowrank.training.transforms.activations import is_activation, lean_activation
 from lowrank.training.transforms.gates import gate_of
+from lowrank.training.transforms.own_forward import has_own_forward
 
 
 def keep_less(model: Any) -> int:
@@ -27,28 +29,29 @@ def keep_less(model: Any) -> int:
         been replaced stay as they are.
     """
     kinds = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in kinds and _own_forward(module)]
+    layers = [module for module in model.modules() if type(module).__name__ in kinds and has_own_forward(module)]
     for layer in layers:
-        for module in layer.modules():
-            gate = gate_of(module) if _own_forward(module) else None
-            if gate is not None:
-                module.__dict__["forward"] = functools.partial(gate.forward, module)
-        for module in layer.modules():
-            if is_activation(module):
-                module.__dict__["forward"] = functools.partial(lean_activation, module)
-            elif type(module) is nn.LayerNorm and _own_forward(module):
-                module.__dict__["forward"] = functools.partial(_layer_norm, module)
+        forwards = [(module, _lean_forward(module)) for module in layer.modules() if has_own_forward(module)]
+        for module, forward in forwards:
+            if forward is not None:
+                module.__dict__["forward"] = functools.partial(forward, module)
         layer.__dict__["forward"] = functools.partial(_lean, layer)
     return len(layers)
+
+
+def _lean_forward(module: nn.Module) -> Callable[..., torch.Tensor] | None:
+    """What computes, given the module, what it does, and can be made again; None where nothing does."""
+    gate = gate_of(module)
+    if gate is not None:
+        return gate.forward
+    if is_activation(module):
+        return lean_activation
+    return _layer_norm if type(module) is nn.LayerNorm else None
 
 
 def _layer_norm(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     of = [x, *(each for each in (module.weight, module.bias) if each is not None)]
     return can_be_made(nn.LayerNorm.forward(module, x), lambda x, *_: nn.LayerNorm.forward(module, x), *of)
-
-
-def _own_forward(module: nn.Module) -> bool:
-    return "forward" not in module.__dict__ and not hasattr(module, "_hf_hook")
 
 
 def _lean(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

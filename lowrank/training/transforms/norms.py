@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lowrank.ops.rms_norm import rms_norm
+from lowrank.training.transforms.own_forward import has_own_forward
 
 _NAMES_OF_EPS = "variance_epsilon", "eps", "epsilon"
 _ROWS = 64
@@ -46,7 +47,7 @@ def lean_norms(model: nn.Module) -> int:
 
 
 def _eligible(module: Any) -> bool:
-    if "Norm" not in type(module).__name__ or "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+    if "Norm" not in type(module).__name__ or not has_own_forward(module):
         return False
     own = dict(module.named_parameters())
     one_weight = set(own) == {"weight"} and own["weight"].dim() == 1 and not list(module.buffers())
