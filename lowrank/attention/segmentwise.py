@@ -22,6 +22,7 @@ from lowrank.attention.backend import Backend
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.maskparts import CAUSAL, CHUNKS, parts_of
 from lowrank.attention.setting import Setting
+from lowrank.attention.span_kernels import by_torch
 from lowrank.attention.spans import Spans, from_mask_function
 from lowrank.attention.stacked import StackedAttention
 from lowrank.attention.strips import Rule
@@ -180,7 +181,7 @@ def attend_spans(
 def _over_stacks(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, spans: Spans, rule: Rule
 ) -> torch.Tensor:
-    return StackedAttention.apply(q, k, v, sinks, spans, rule)
+    return StackedAttention.apply(q, k, v, sinks, spans, rule, by_torch(spans, q, k, v, sinks, rule))
 
 
 def _register() -> None:

@@ -17,7 +17,6 @@ stride it meets, a millisecond and 0.7 MiB each, and keeps a thousand. Packs of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,67 +24,84 @@ import torch
 from lowrank.attention.spans import Spans
 
 TOGETHER = 1, 2, 4, 8  # spans in a stack
-GRAIN = 16  # stacks' lengths are multiples of it
+GRAIN = 16  # of strips' stacks
+LEAST_ROOM = 256  # where places are handed out in powers of two
 OVERHEAD = 1 << 25  # what a stack costs beside its products, in their multiplications; measured on two cores
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How stacks lie in memory.
+
+    Attributes:
+        device: Where the indices shall be.
+        width: Elements of a token's queries, which products take their time by.
+        heads: Rows of each token, which are stacked apart.
+        grain: Stacks' lengths are multiples of it.
+        roomy: Whether there is room for powers of two, so that strides are of few sizes.
+    """
+
+    device: torch.device
+    width: int
+    heads: int = 1
+    grain: int = 1
+    roomy: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Spans that are computed together.
+    """Spans that are computed together. In its indices n is count * heads, the heads of a span side by side.
 
     Attributes:
         count: How many.
         before: Keys before the first query.
         length: Queries of each, up to the longest's last token, rounded up.
-        run: (start, end) of the tokens when they are one unfilled run in order, and have no ancestors: then no index is
-            needed.
-        source: (count * length,) the token to read a query from, at each place.
-        target: The same with the number of tokens, one past the last, at each fill.
-        fill: Places that are fill.
-        keys: (count * (before + length),) the token to read a key from.
+        source: (n, room) the row to read a query from, at each place; of the room, `length` places count.
+        target: (n, length) the row to write to, with rows past the last token at each fill.
+        fill: Places among the source's, all rows in one, that are fill.
+        keys: (n, room) the row to read a key from; `before + length` places count.
+        run: (start, end) of the rows where they lie one after the other as the stack has them: no index is needed.
     """
 
     count: int
     before: int
     length: int
-    run: tuple[int, int] | None
     source: torch.Tensor
     target: torch.Tensor
     fill: torch.Tensor
     keys: torch.Tensor
+    run: tuple[int, int] | None
 
 
-_Asked = tuple[torch.device, int, tuple[int, ...]]
+_Asked = tuple[Layout, tuple[int, ...]]
 _KEPT: WeakKeyDictionary[Spans, dict[_Asked, list[Stack]]] = WeakKeyDictionary()
 
 
-def stacks_of(spans: Spans, device: torch.device, width: int, apart: tuple[int, ...] = ()) -> list[Stack]:
-    """The spans in stacks, longest first; kept as long as the spans, since every layer asks for the same.
+def stacks_of(spans: Spans, layout: Layout, members: tuple[int, ...]) -> list[Stack]:
+    """Some of the spans in stacks, longest first; kept as long as the spans, since every layer asks for the same.
 
     Args:
-        spans: Not none.
-        device: Where the indices shall be.
-        width: Elements of a token's queries, which products take their time by.
-        apart: Spans that shall be in no stack.
+        spans: All.
+        layout: Of the stacks.
+        members: Which are meant.
     """
-    kept, asked = _KEPT.setdefault(spans, {}), (device, width, apart)
+    kept, asked = _KEPT.setdefault(spans, {}), (layout, members)
     if asked not in kept:
         kept[asked] = _stacked(spans, *asked)
     return kept[asked]
 
 
-def _stacked(spans: Spans, device: torch.device, width: int, apart: tuple[int, ...]) -> list[Stack]:
+def _stacked(spans: Spans, layout: Layout, members: tuple[int, ...]) -> list[Stack]:
     places = list(zip(spans.before, spans.lengths, strict=True))
-    members = sorted(set(range(len(places))) - set(apart))
     orders = [sorted(members, key=lambda n: (-places[n][1], -places[n][0], n))]
     if spans.parents is not None:
         orders.append(sorted(members, key=lambda n: (-places[n][0], -places[n][1], n)))
         orders.append(sorted(members, key=lambda n: (-sum(places[n]), -places[n][0], n)))
-    plans = [(*_counts([places[n] for n in order], width), order) for order in orders]
+    plans = [(*_counts([places[n] for n in order], layout.width), order) for order in orders]
     _, counts, order = min(plans)
     stacks, first = [], 0
     for count in counts:
-        stacks.append(_stack(order[first : first + count], spans, device))
+        stacks.append(_stack(order[first : first + count], spans, layout))
         first += count
     return stacks
 
@@ -107,20 +123,35 @@ def _counts(places: list[tuple[int, int]], width: int) -> tuple[int, list[int]]:
     return cost, counts
 
 
-def _stack(members: list[int], spans: Spans, device: torch.device) -> Stack:
+def _stack(members: list[int], spans: Spans, layout: Layout) -> Stack:
+    grain, heads = layout.grain, layout.heads
     befores = torch.tensor([spans.before[n] for n in members])
     ends = befores + torch.tensor([spans.lengths[n] for n in members])
-    before = int(befores.min()) // GRAIN * GRAIN
-    length = -(-(int(ends.max()) - before) // GRAIN) * GRAIN
+    before = int(befores.min()) // grain * grain
+    length = -(-(int(ends.max()) - before) // grain) * grain
     place = torch.arange(before + length).expand(len(members), -1)
     rows = place.minimum(ends[:, None] - 1)
     keys = torch.stack([spans.example(n)[row] for n, row in zip(members, rows, strict=True)])
     source, place = keys[:, before:], place[:, before:]
     fill = (place < befores[:, None]) | (place >= ends[:, None])
-    target = source.masked_fill(fill, spans.batch * spans.length)
-    runs = [spans.spans[n] for n in members]
-    in_order = all(one[1] == following[0] for one, following in pairwise(runs))
-    run = (runs[0][0], runs[-1][1]) if in_order and before == 0 and not bool(fill.any()) else None
-    filled = fill.flatten().nonzero().flatten()
-    tensors = (source.flatten(), target.flatten(), filled, keys.flatten())
-    return Stack(len(members), before, length, run, *(x.to(device) for x in tensors))
+    target = _by_heads(source.masked_fill(fill, spans.batch * spans.length), heads)
+    source, keys = (_roomy(_by_heads(x, heads), layout.roomy) for x in (source, keys))
+    filled = torch.zeros_like(source, dtype=torch.bool)
+    filled[:, :length] = fill.repeat_interleave(heads, 0)
+    in_order = before == 0 and bool((keys.flatten().diff() == 1).all())
+    run = (int(keys[0, 0]), int(keys[-1, -1]) + 1) if in_order else None
+    places = filled.flatten().nonzero().flatten()
+    source, target, places, keys = (x.to(layout.device) for x in (source, target, places, keys))
+    return Stack(len(members), before, length, source, target, places, keys, run)
+
+
+def _by_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """Tokens (count, places) -> their rows (count * heads, places)."""
+    return (tokens[:, None] * heads + torch.arange(heads)[:, None]).flatten(0, 1)
+
+
+def _roomy(rows: torch.Tensor, roomy: bool) -> torch.Tensor:
+    """With the last place repeated up to a power of two."""
+    places = rows.shape[1]
+    room = max(LEAST_ROOM, 1 << (places - 1).bit_length()) if roomy else places
+    return torch.cat([rows, rows[:, -1:].expand(-1, room - places)], dim=1)

@@ -18,8 +18,9 @@ last), d and e head sizes of queries and keys and of values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -45,25 +46,38 @@ class Rule:
     softcap: float | None
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, rule: Rule) -> torch.Tensor:
-    """q (n, s, g, d), k (n, t, d), v (n, t, e), sinks (n, g) or None -> (n, s, g, e)."""
+Write: TypeAlias = Callable[[slice, slice, torch.Tensor], None]
+"""Takes a strip's part (n', s', g, d) of a result (n, s, g, d): the pairs, the queries, and the part."""
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, rule: Rule, write: Write
+) -> None:
+    """q (n, s, g, d), k (n, t, d), v (n, t, e), sinks (n, g) or None; writes (n, s, g, e), each part once."""
     scaled_k = _scaled(k, rule.scale)
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
     for pairs, queries, keys in _strips(q, k.shape[1], rule.window):
         p, _ = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule)
         p = p[..., : keys.stop - keys.start].flatten(1, 2)
-        out[pairs, queries] = torch.bmm(p, v[pairs, keys]).unflatten(1, (-1, q.shape[2]))
-    return out
+        write(pairs, queries, torch.bmm(p, v[pairs, keys]).unflatten(1, (-1, q.shape[2])))
 
 
 def gradients(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, rule: Rule
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Those of `attend`'s inputs, given its output's; all but the queries' summed in 32 bits or more, and left so."""
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    rule: Rule,
+    write: Write,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Those of `attend`'s inputs, given its output's; the queries' are written, the others summed in 32 bits or more.
+
+    Returns:
+        Of k, of v, of the sinks.
+    """
     scaled_k = _scaled(k, rule.scale)
-    grad_q = q.new_empty(q.shape)
     sums = precise(q.dtype)
-    grad_k, grad_v = torch.zeros_like(scaled_k, dtype=sums), torch.zeros_like(v, dtype=sums)
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=sums) for x in (k, v))
     grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=sums)
     for pairs, queries, keys in _strips(q, k.shape[1], rule.window):
         grad_nre = grad[pairs, queries].flatten(1, 2)
@@ -78,10 +92,10 @@ def gradients(
         if tanh is not None:
             grad_s = grad_s * (1 - tanh * tanh)
         p, grad_s = p.flatten(1, 2), grad_s.flatten(1, 2)
-        grad_q[pairs, queries] = torch.bmm(grad_s, scaled_k[pairs, keys]).unflatten(1, (-1, q.shape[2]))
+        write(pairs, queries, torch.bmm(grad_s, scaled_k[pairs, keys]).unflatten(1, (-1, q.shape[2])))
         grad_k[pairs, keys] += torch.bmm(grad_s.transpose(1, 2), q[pairs, queries].flatten(1, 2))
         grad_v[pairs, keys] += torch.bmm(p.transpose(1, 2), grad_nre)
-    return grad_q, grad_k.mul_(rule.scale), grad_v, grad_sinks
+    return grad_k.mul_(rule.scale), grad_v, grad_sinks
 
 
 def _strips(q: torch.Tensor, keys: int, window: int | None) -> Iterator[tuple[slice, slice, slice]]:

@@ -10,7 +10,7 @@ from lowrank.attention import stacking
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.spans import Spans, from_lengths, from_mask_function
 from lowrank.attention.stacked import StackedAttention
-from lowrank.attention.stacking import stacks_of
+from lowrank.attention.stacking import Layout, stacks_of
 from lowrank.attention.strips import Rule
 
 CPU = torch.device("cpu")
@@ -110,25 +110,34 @@ def test_a_spans_mask_is_a_tensor_with_the_square_s_values():
         ([20, 5, 4, 16, 40, 33, 1], (-1, 0, 0, 1, 0, -1, 3)),
     ],
 )
-def test_stacks_have_every_token_once_and_its_path_before_it(lengths, parents):
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("grain", [1, 16])
+@pytest.mark.parametrize("roomy", [False, True])
+def test_stacks_have_every_token_once_and_its_path_before_it(lengths, parents, heads, grain, roomy):
     spans = from_lengths(lengths, None, parents)
-    stacks = stacks_of(spans, CPU, 1)
+    stacks = stacks_of(spans, Layout(CPU, 1, heads, grain, roomy), tuple(range(len(lengths))))
     assert sum(stack.count for stack in stacks) == len(lengths)
     seen = spans.square(CPU)[0, 0]
     found = []
     for stack in stacks:
-        assert stack.before % stacking.GRAIN == stack.length % stacking.GRAIN == 0
-        keys = stack.keys.view(stack.count, -1)
-        sources, targets = (x.view(stack.count, -1).tolist() for x in (stack.source, stack.target))
-        for number in range(stack.count):
-            for place, (source, target) in enumerate(zip(sources[number], targets[number], strict=True)):
-                if target < sum(lengths):
-                    assert target == source
-                    assert keys[number, : stack.before + place + 1].tolist() == seen[target].nonzero()[:, 0].tolist()
-                    found.append(target)
+        assert stack.before % grain == stack.length % grain == 0
+        rows = range(stack.count * heads)
+        for number in rows:
+            for place, row in enumerate(stack.target[number].tolist()):
+                token, head = divmod(row, heads)
+                assert head == number % heads
+                if token < sum(lengths):
+                    keys = (stack.keys[number, : stack.before + place + 1] - head) // heads
+                    assert keys.tolist() == seen[token].nonzero()[:, 0].tolist()
+                    assert int(stack.source[number, place]) == row
+                    found.append(row)
         if stack.run:
-            assert stack.source.tolist() == stack.keys.tolist() == list(range(*stack.run))
-    assert sorted(found) == list(range(sum(lengths)))
+            assert stack.source.flatten().tolist() == stack.keys.flatten().tolist() == list(range(*stack.run))
+        fill = (stack.target >= heads * sum(lengths)).nonzero().tolist()
+        room = stack.source.shape[1]
+        assert stack.fill.tolist() == [row * room + place for row, place in fill]
+        assert (room & (room - 1) == 0 and room >= stacking.LEAST_ROOM) if roomy else room == stack.length
+    assert sorted(found) == list(range(heads * sum(lengths)))
 
 
 @pytest.mark.parametrize("width", [64, 576, 4096])
@@ -147,7 +156,7 @@ def test_the_stacks_are_those_that_cost_least(width):
 
     lengths = [400, 390, 200, 190, 120, 100, 96, 90, 40, 12, 3]
     spans = from_lengths(lengths, None)
-    counts = [stack.count for stack in stacks_of(spans, CPU, width)]
+    counts = [stack.count for stack in stacks_of(spans, Layout(CPU, width), tuple(range(11)))]
     assert cost(counts) == min(map(cost, ways(lengths)))
     assert 1 < len(counts) < len(lengths)
 
@@ -155,7 +164,7 @@ def test_the_stacks_are_those_that_cost_least(width):
 def test_spans_that_begin_where_others_do_share_a_stack():
     """What stands before is a reason to stack: two families of four, and their roots."""
     spans = from_lengths([320, 330, *[40, 20] * 4], None, (-1, -1, *[0, 1] * 4))
-    stacks = stacks_of(spans, CPU, 576)
+    stacks = stacks_of(spans, Layout(CPU, 576, grain=stacking.GRAIN), tuple(range(10)))
     assert [(stack.count, stack.before, stack.length) for stack in stacks] == [(2, 0, 336), (8, 320, 48)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank.attention import long_spans, strips
+from lowrank.attention import span_kernels, strips
 from lowrank.attention.segmentwise import attend_spans
 from lowrank.attention.spans import Spans, from_lengths
 from lowrank.attention.strips import Rule
@@ -99,7 +99,7 @@ def test_keeps_no_more_than_its_inputs(parents, ratio, monkeypatch):
 
     Beside a long span its output does, which the layer after it keeps too, and a number for each head of its queries.
     """
-    monkeypatch.setattr(long_spans, "figure", lambda what, measure: ratio)
+    monkeypatch.setattr(span_kernels, "figure", lambda what, measure: ratio)
     spans, rule = from_lengths([512, *[16] * 16], None, parents), Rule(0.3, None, None)
     q, k, v, _ = _inputs(768, 2, 2, 8, 8, False, torch.float32)
     kept = []
@@ -112,18 +112,18 @@ def test_keeps_no_more_than_its_inputs(parents, ratio, monkeypatch):
 @pytest.fixture
 def _torchs_kernel(monkeypatch):
     """Takes spans of 32 tokens and more, whatever is faster here; in float64 too."""
-    monkeypatch.setattr(long_spans, "SHORTEST", 32)
-    monkeypatch.setattr(long_spans, "DTYPES", (torch.float32, torch.bfloat16, torch.float64))
-    monkeypatch.setattr(long_spans, "figure", lambda what, measure: 0.5)
+    monkeypatch.setattr(span_kernels, "SHORTEST", 32)
+    monkeypatch.setattr(span_kernels, "DTYPES", (torch.float32, torch.bfloat16, torch.float64))
+    monkeypatch.setattr(span_kernels, "figure", lambda what, measure: 0.5)
 
 
 @pytest.mark.usefixtures("_torchs_kernel")
 @pytest.mark.parametrize(("heads", "key_heads"), [(6, 2), (4, 4), (3, 1)])
 @pytest.mark.parametrize("spans", SPANS)
-def test_long_spans_equal_the_formula(spans, heads, key_heads):
+def test_span_kernels_equal_the_formula(spans, heads, key_heads):
     spans, rule = SPANS[spans](None), Rule(0.7, None, None)
     q, k, v, _ = _inputs(spans.batch * spans.length, heads, key_heads, 8, 8, False)
-    assert long_spans.apart(spans, q, k, v, None, rule)
+    assert span_kernels.by_torch(spans, q, k, v, None, rule)
     direction = torch.randn(q.shape, dtype=torch.float64)
     out, expected = attend_spans(q, k, v, None, spans, rule), _formula(q, k, v, None, spans, rule)
     torch.testing.assert_close(out, expected)
@@ -132,8 +132,8 @@ def test_long_spans_equal_the_formula(spans, heads, key_heads):
 
 
 @pytest.mark.usefixtures("_torchs_kernel")
-def test_long_spans_gradcheck(monkeypatch):
-    monkeypatch.setattr(long_spans, "SHORTEST", 8)
+def test_span_kernels_gradcheck(monkeypatch):
+    monkeypatch.setattr(span_kernels, "SHORTEST", 8)
     spans, rule = from_lengths([9, 3, 4, 10], None, (-1, 0, 0, -1)), Rule(0.7, None, None)
     inputs = _inputs(26, 4, 2, 4, 4, False)[:3]
     assert torch.autograd.gradcheck(lambda q, k, v: attend_spans(q, k, v, None, spans, rule), inputs)
@@ -153,18 +153,19 @@ def test_long_spans_gradcheck(monkeypatch):
 def test_what_torchs_kernel_does_not_know_is_left_to_strips(rule, sinks, e):
     spans = from_lengths([130, 3], rule.window)
     q, k, v, s = _inputs(133, 4, 2, 8, e, sinks)
-    assert long_spans.apart(spans, q, k, v, s, rule) == ()
+    assert span_kernels.by_torch(spans, q, k, v, s, rule) == ()
 
 
 def test_the_machine_is_asked_which_kernel_is_faster(monkeypatch):
     """Once for each doubling of the length, without a draw from the run's own random numbers."""
     asked = []
-    monkeypatch.setattr(long_spans, "figure", lambda what, measure: asked.append((what, measure())) or asked[-1][1])
-    q, k, v, _ = _inputs(1400, 4, 2, 8, 8, False, torch.float32)
+    monkeypatch.setattr(span_kernels, "figure", lambda what, measure: asked.append((what, measure())) or asked[-1][1])
+    q, k, v, _ = _inputs(1490, 4, 2, 8, 8, False, torch.float32)
     before = torch.get_rng_state()
-    found = long_spans.apart(from_lengths([800, 600], None), q, k, v, None, Rule(0.7, None, None))
+    found = span_kernels.by_torch(from_lengths([800, 90, 600], None), q, k, v, None, Rule(0.7, None, None))
     assert torch.equal(torch.get_rng_state(), before)
     assert [what.split(", ")[1:] for what, _ in asked] == [
-        ["torch.float32", "2 heads of 8", f"{length} tokens"] for length in (1024, 512)
+        ["torch.float32", "2 x 2 heads of 8", f"{length} tokens"] for length in (1024, 512)
     ]
-    assert found == tuple(n for n, (_, ratio) in enumerate(asked) if ratio <= long_spans.WORTH)
+    measured = (0, asked[0][1]), (2, asked[1][1])
+    assert found == tuple(n for n, ratio in measured if ratio <= span_kernels.WORTH)
