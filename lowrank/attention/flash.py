@@ -49,7 +49,10 @@ def flash_attention(
     key_paths: torch.Tensor | None = None,
     **asked: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' FlashAttention function; key and value (1, h_kv, n, d) are gathered along the paths of a forest."""
+    """transformers' FlashAttention function, deterministic where torch is to be; key and value (1, h_kv, n, d) are
+    gathered along the paths of a forest."""
+    if torch.are_deterministic_algorithms_enabled():
+        asked["deterministic"] = True  # transformers asks a variable of the environment otherwise
     if key_paths is not None:
         key, value = (along(x[0].transpose(0, 1), key_paths).transpose(0, 1)[None] for x in (key, value))
     return flash_attention_forward(module, query, key, value, attention_mask, **asked)
@@ -107,6 +110,8 @@ def refusal_of_kernel(setting: Setting, knows: Collection[str]) -> str | None:
         return "the installed version cannot soft-cap the scores"
     if setting.window is not None and "window_size" not in knows:
         return "the installed version knows no sliding window"
+    if torch.are_deterministic_algorithms_enabled() and "deterministic" not in knows:
+        return "the installed version has no deterministic kernels"
     if setting.dropout > 0 and "dropout_p" not in knows:
         return f"the installed version has no dropout, the model's attention has {setting.dropout:g}"
     return None

@@ -74,7 +74,8 @@ class _Along(torch.autograd.Function):
 
 
 def torch_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, rule: Rule) -> torch.Tensor:
-    """`torch.nn.attention.varlen.varlen_attn` (torch 2.11 and later), which needs no extra package."""
+    """`torch.nn.attention.varlen.varlen_attn` (torch 2.11 and later), which needs no extra package; its backward pass
+    asks torch itself whether it is to be deterministic."""
     attend, groups = _torch_varlen(), q.shape[1] // k.shape[1]
     assert attend is not None
     asked = {"scale": rule.scale, "window_size": (-1 if rule.window is None else rule.window - 1, 0)}
@@ -98,6 +99,7 @@ def flash_attn_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: 
         causal=True,
         window_size=(-1, -1) if rule.window is None else (rule.window - 1, 0),
         softcap=rule.softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 

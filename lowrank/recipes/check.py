@@ -24,6 +24,7 @@ from lowrank.recipes.parts.show import open_console, plan_of, show_line, show_pl
 from lowrank.storage.lock import held
 from lowrank.training.callbacks.trackers import chosen_trackers
 from lowrank.training.estimate import ADAM_BYTES, MemoryEstimate
+from lowrank.training.machine.determinism import deterministic_kernels
 from lowrank.training.machine.joining import refuse_half_a_launch
 from lowrank.training.machine.launch import refuse_launcher_options
 from lowrank.training.machine.memory import few_kernels_kept, forget_peak, resident_bytes
@@ -48,12 +49,16 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     Raises:
         InputError: whatever would stop the run.
     """
-    path = config if isinstance(config, str | Path) else None
-    if not isinstance(config, RunConfig):
-        config = load_config(config, overrides)
+    command = _command(config, overrides) if isinstance(config, str | Path) else None
+    config = config if isinstance(config, RunConfig) else load_config(config, overrides)
     refuse_launcher_options(fsdp=config.training.fsdp)
     refuse_half_a_launch()
     few_kernels_kept()
+    with deterministic_kernels(config.training.deterministic):
+        return _check(config, command)
+
+
+def _check(config: RunConfig, command: str | None) -> MemoryEstimate:
     device = own_device(config.model.device, config.training.num_processes or 1)
     forget_peak(device)
     program = resident_bytes()
@@ -79,7 +84,7 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
     show_plan(console, {**plan, **_needs(memory, written, free)})
     if there is not None:
         raise there  # told last: all else has been looked at
-    show_line(console, "the run can start" if path is None else f"the run can start: {_command(path, overrides)}")
+    show_line(console, "the run can start" if command is None else f"the run can start: {command}")
     return memory
 
 

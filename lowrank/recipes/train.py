@@ -1,4 +1,4 @@
-"""A run from its config to its report. Read `train` from top to bottom: it is what `lowrank train` does."""
+"""A run from its config to its report. Read `_train` from top to bottom: it is what `lowrank train` does."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from lowrank.training.checkpoints.writer import FOLDER
 from lowrank.training.evaluation.best import Best
 from lowrank.training.evaluation.evaluation import Evaluation
 from lowrank.training.loop import fit
+from lowrank.training.machine.determinism import deterministic_kernels
 from lowrank.training.machine.memory import few_kernels_kept, freed_blocks_kept
 from lowrank.training.machine.ranks import Ranks, joined_ranks
 from lowrank.training.machine.shortage import told_when_short
@@ -60,8 +61,8 @@ def train(
     Args:
         config: A config, its sections as a mapping, or the path of one.
         overrides: `section.key=value`, for a mapping or a path.
-        resume: Go on with the run in `training.output_dir` from its newest checkpoint, bit for bit as if it had never
-            stopped.
+        resume: Go on with the run in `training.output_dir` from its newest checkpoint, as if it had never stopped: bit
+            for bit on a CPU, and on a card under `training.deterministic`.
         callbacks: Told of every moment of the run (`lowrank.Callback`).
 
     Raises:
@@ -69,8 +70,13 @@ def train(
         JobError: the run failed.
     """
     config = config if isinstance(config, RunConfig) else load_config(config, overrides)
-    training, output = config.training, Path(config.training.output_dir)
     few_kernels_kept()
+    with deterministic_kernels(config.training.deterministic):
+        return _train(config, resume=resume, callbacks=callbacks)
+
+
+def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) -> RunResult:
+    training, output = config.training, Path(config.training.output_dir)
     accelerator = joined_accelerator(training, config.model.device)
     ranks = joined_ranks(training.num_processes)
     device = own_device(config.model.device, ranks.count)

@@ -9,12 +9,14 @@ import tiny
 import torch
 import transformers
 import zoo
+from transformers import modeling_flash_attention_utils as theirs
 
 from lowrank.attention import BACKENDS, check_packing, flash, set_attention
 from lowrank.attention.choice import fastest
-from lowrank.attention.flash import refusal_of_kernel
+from lowrank.attention.flash import flash_attention, refusal_of_kernel
 from lowrank.attention.setting import setting_of
 from lowrank.errors import InputError
+from lowrank.training.machine.determinism import deterministic_kernels
 
 
 def test_auto_on_cpu_says_what_and_why():
@@ -88,6 +90,29 @@ def test_flash_refuses_what_the_installed_version_does_not_know(change, knows, w
     refusal = refusal_of_kernel(replace(setting, **change), knows)
     assert refusal is not None
     assert why in refusal
+
+
+def test_flash_is_deterministic_where_torch_is(monkeypatch):
+    """Whatever the variable says that transformers asks; and refused where the installed version cannot."""
+    asked: list[dict] = []
+
+    def kernel(q, k, v, causal=True, softmax_scale=None, dropout_p=0.0, window_size=(-1, -1), deterministic=False):
+        asked.append({"deterministic": deterministic})
+        return torch.zeros_like(q)
+
+    arguments = theirs._lazy_define_process_function(kernel)
+    monkeypatch.setattr(
+        theirs, "lazy_import_flash_attention", lambda name: ((kernel, kernel, None, None, None), (arguments, dict))
+    )
+    model = tiny.tiny_llama()
+    module, x = model.model.layers[0].self_attn, torch.zeros(1, 4, 3, 8, dtype=torch.bfloat16)
+    setting = setting_of(model.to(torch.bfloat16), packing=False)
+    flash_attention(module, x, x, x, None)
+    with deterministic_kernels(True):
+        flash_attention(module, x, x, x, None)
+        assert refusal_of_kernel(setting, {"deterministic"}) is None
+        assert "no deterministic kernels" in (refusal_of_kernel(setting, {"dropout_p"}) or "")
+    assert [each["deterministic"] for each in asked] == [False, True]
 
 
 def test_masks_of_its_own_are_known_of_a_model():

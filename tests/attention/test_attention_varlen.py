@@ -11,6 +11,7 @@ from lowrank.attention import varlen
 from lowrank.attention.segmentwise import attend_spans
 from lowrank.attention.spans import Spans, from_lengths
 from lowrank.attention.strips import Rule
+from lowrank.training.machine.determinism import deterministic_kernels
 
 SPANS = {
     "pack": from_lengths([130, 3, 129, 40, 1], None),
@@ -57,9 +58,21 @@ def _by_hand_in_2_13(
 
 
 def _by_hand_in_flash_attn(
-    q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0
+    q,
+    k,
+    v,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    deterministic=False,
 ):
     assert causal
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return _by_hand(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, (window_size[0], 0))
@@ -87,6 +100,14 @@ def test_kernels_are_called_as_they_document(spans, kernel, name, stand_in, monk
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     grads, of_strips = (torch.autograd.grad((x * direction).sum(), qkv) for x in (out, expected))
     torch.testing.assert_close(grads, of_strips, rtol=1e-4, atol=1e-4)
+
+
+def test_flash_attn_is_deterministic_where_torch_is(monkeypatch):
+    """torch's own kernel asks torch; flash-attn's has to be told."""
+    monkeypatch.setattr(varlen, "_flash_attn_varlen", lambda: _by_hand_in_flash_attn)
+    q, k, v = (torch.randn(303, h, 16) for h in (6, 2, 2))
+    with deterministic_kernels(True):
+        varlen.over_spans(q, k, v, SPANS["pack"], Rule(0.3, None, None), varlen.flash_attn_kernel)
 
 
 def test_gradients_of_what_many_see_are_summed_in_32_bits():

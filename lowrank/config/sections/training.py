@@ -132,6 +132,10 @@ class TrainingSection(Section):
     seed: int = 42
     """Of the adapter's start, the order of the data, and dropout."""
 
+    deterministic: bool = False
+    """On CUDA: kernels that give the same bits each time, so that a resumed run ends byte for byte as one that never
+    stopped; slower, and refused where an operation has none. On a CPU it is so anyway."""
+
     num_processes: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)
     """How many processes share each step's batches; refused where another number was launched. Launch them with
     torchrun --nproc_per_node N -m lowrank train CONFIG."""
