@@ -144,6 +144,7 @@ def _needs(memory: MemoryEstimate, written: int, free: int) -> dict[str, str]:
         "weights": memory.weights,
         "gradients and optimiser": memory.training,
         "activations and all else": memory.rest,
+        **memory.beside,
     }
     told = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items() if size)
     return {

@@ -6,8 +6,8 @@ unpacked to, how large a compiled kernel is, and what the heap loses to holes, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle, islice, pairwise
 
 import torch
@@ -18,6 +18,7 @@ from lowrank.data.batches.order import Batches
 from lowrank.ops.parts import parts_of
 from lowrank.training.loop import fit
 from lowrank.training.losses.supervised import Loss
+from lowrank.training.machine.card_memory import beside_tensors
 from lowrank.training.machine.memory import SETTLING_STEPS, freed_blocks_kept, peak_bytes
 from lowrank.training.run import Callback, Run, StepMetrics
 from lowrank.training.steps import StepSize
@@ -29,42 +30,46 @@ ACCUMULATED = 2  # the second batch of a step meets the gradients of the first; 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the peak of a run: of the whole process on a CPU, of the allocator on CUDA.
+    """Bytes at the peak of a run: of the whole process on a CPU, of the card on CUDA.
 
     Attributes:
         total: All of it.
         program: The interpreter and its libraries, before rows and model; 0 on CUDA.
         weights: Of the base and the adapter.
         training: Gradients and the optimiser's state.
+        beside: What of a card holds no tensor, each kind by its name (`beside_tensors`).
     """
 
     total: int
     program: int
     weights: int
     training: int
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rest(self) -> int:
         """Activations and temporaries, logits, rows, compiled kernels, holes in the heap."""
-        return max(0, self.total - self.program - self.weights - self.training)
+        return max(0, self.total - self.program - self.weights - self.training - sum(self.beside.values()))
 
 
-def measured_memory(run: Run, program: int) -> MemoryEstimate:
+def measured_memory(run: Run, program: int, processes: int = 1) -> MemoryEstimate:
     """What has been held at most, after `take_trial_steps`, with what the heap may still wear.
 
     Args:
         run: The one that took them.
         program: Bytes that the process held before the run was set up.
+        processes: Of the run that is foretold.
     """
     trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     device = trained[0].device
-    peak = peak_bytes(device)
+    peak, beside = peak_bytes(device), beside_tensors(device, processes)
     state = [value for kept in run.optimizer.state.values() for value in kept.values()]
     return MemoryEstimate(
-        total=peak if device.type == "cuda" else int(peak * GROWTH),
+        total=peak + sum(beside.values()) if device.type == "cuda" else int(peak * GROWTH),
         program=0 if device.type == "cuda" else program,
         weights=sum(map(_bytes, run.model.parameters())),
         training=sum(_bytes(t) for t in [*trained, *state] if isinstance(t, torch.Tensor)),
+        beside=beside,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from lowrank.config import load_config
 from lowrank.errors import InputError
 from lowrank.recipes.init import init
 from lowrank.recipes.proposal.base import base_of
+from lowrank.recipes.proposal.footprint import BESIDES, TRAINED, needed, weights
 from lowrank.recipes.proposal.machine import GiB, Machine, machine_at_hand
+from lowrank.recipes.proposal.rules import _ways
 
 EXPECTED = Path(__file__).parent / "init"
 LAPTOP = Machine(memory=12 * GiB, cores=4, bfloat16=0.5)
@@ -246,6 +249,23 @@ def test_sizes_are_those_of_the_model(models):
     assert base.parameters == 8_030_261_248
     assert base.linear == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert base.per_rank == 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+
+
+def test_activations_are_as_wide_as_products(models):
+    """On a processor that is slow in bfloat16 a base in 16 bits, or 4, is computed in float32: so are its states."""
+    base, tokens = base_of(str(models / "8b")), 512
+    for machine, width in (
+        (LAPTOP, 4),
+        (CARD, 2),
+        (replace(LAPTOP, bfloat16=2.0), 2),
+        (replace(LAPTOP, bfloat16=0.9), 2),
+    ):
+        for way in _ways(machine, tokens, tokens, "memory"):
+            assert way.recompute
+            kept = (base.layers * base.hidden + base.kept) * tokens * width
+            assert needed(base, way, 16) == pytest.approx(
+                weights(base, way) + 16 * base.per_rank * TRAINED + kept + BESIDES
+            )
 
 
 def test_the_machine_at_hand():

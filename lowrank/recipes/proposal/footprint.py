@@ -17,33 +17,36 @@ class Way:
     """How a base is held and trained.
 
     Attributes:
-        dtype: Of weights and activations.
+        dtype: Of weights.
+        computed: Of products, and so of activations.
         four_bits: Whether the linear layers are held in 4 bits.
         recompute: Whether activations are computed again in the backward pass.
         tokens: In one batch.
     """
 
     dtype: str
+    computed: str
     four_bits: bool
     recompute: bool
     tokens: int
 
-    @property
-    def width(self) -> int:
-        """Bytes of a value."""
-        return 4 if self.dtype == "float32" else 2
-
 
 def weights(base: Base, way: Way) -> float:
     """Bytes of the base's weights."""
-    whole = base.parameters * way.width
-    return whole - base.linear * (way.width - NF4) if way.four_bits else whole
+    width = _width(way.dtype)
+    whole = base.parameters * width
+    return whole - base.linear * (width - NF4) if way.four_bits else whole
+
+
+def _width(dtype: str) -> int:
+    """Bytes of a value."""
+    return 4 if dtype == "float32" else 2
 
 
 def needed(base: Base, way: Way, r: int) -> float:
     """Bytes of a run at its peak."""
     kept = base.layers * base.hidden + base.kept if way.recompute else base.layers * base.kept
-    return weights(base, way) + r * base.per_rank * TRAINED + way.tokens * kept * way.width + BESIDES
+    return weights(base, way) + r * base.per_rank * TRAINED + way.tokens * kept * _width(way.computed) + BESIDES
 
 
 def fits(base: Base, way: Way, r: int, machine: Machine) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from lowrank.recipes.parts.products import WORTH
+from lowrank.training.machine.card_memory import CONTEXT
 from lowrank.training.machine.product_rates import ANY_MODEL, times_as_fast
 
 GiB = 2**30
@@ -36,7 +38,12 @@ class Machine:
     @property
     def room(self) -> int:
         """Bytes that a run may take."""
-        return int(0.9 * self.card - 0.6 * GiB) if self.card is not None else int(0.85 * self.memory)
+        return int(0.9 * self.card - CONTEXT) if self.card is not None else int(0.85 * self.memory)
+
+    @property
+    def computes_wide(self) -> bool:
+        """Whether `model.compute_dtype: auto` takes float32 products beside weights in 16 bits."""
+        return self.card is None and 1 / self.bfloat16 >= WORTH
 
     def __str__(self) -> str:
         if self.card is None:

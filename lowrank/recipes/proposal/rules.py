@@ -181,12 +181,13 @@ def _ways(machine: Machine, length: int, step: int, goal: Goal) -> Iterable[Way]
     dtypes = ["bfloat16"] if machine.bfloat16 >= 1 or machine.card is not None else ["float32", "bfloat16"]
     for four_bits in (False, True):
         for dtype in dtypes[-1:] if four_bits or goal == "memory" else dtypes:
+            computed = "float32" if machine.computes_wide else dtype
             if goal != "memory":
-                yield Way(dtype, four_bits, False, max(step, length))
-                yield Way(dtype, four_bits, False, length)
+                yield Way(dtype, computed, four_bits, False, max(step, length))
+                yield Way(dtype, computed, four_bits, False, length)
             if goal == "speed":
-                yield Way(dtype, four_bits, True, max(step, length))
-            yield Way(dtype, four_bits, True, length)
+                yield Way(dtype, computed, four_bits, True, max(step, length))
+            yield Way(dtype, computed, four_bits, True, length)
 
 
 def _without(base: Base, way: Way, r: int, machine: Machine) -> str:
