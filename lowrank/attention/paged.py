@@ -1,7 +1,6 @@
 """The `paged` backend: many prompts answered at once over a paged key-value cache, transformers' continuous batching.
 
-A prompt that is done makes room for the next at once, and no prompt is padded. transformers sizes the cache for a GPU
-that serves; `generate_paged` sizes it for the prompts it is given.
+A prompt that is done makes room for the next at once, and no prompt is padded.
 """
 
 from __future__ import annotations
@@ -9,25 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from weakref import WeakSet
 
-import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank.attention.backend import Backend
 from lowrank.attention.flash import FLASH
+from lowrank.attention.paged_cache import cache_for, pages_that_fit
 from lowrank.attention.sdpa import SDPA
 from lowrank.attention.setting import Setting, setting_of
 from lowrank.errors import InputError, JobError
-
-PAGE = 256  # tokens of one page of the cache, transformers' default
-AT_ONCE_ON_CPU = 16  # on CPU every prompt of a step attends over all pages of the step: more at once costs more
-TOKENS_A_STEP_ON_CPU = 128
 
 # Models on which `set_attention` was asked for this backend: by its transformers name alone nobody could tell.
 CHOSEN: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def generate_paged(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], generation: GenerationConfig
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    generation: GenerationConfig,
+    at_once: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt, with the adapters that are active, and give back the new tokens, in the prompts' order.
 
@@ -37,10 +35,11 @@ def generate_paged(
         model: A model that `set_attention(model, "paged")` would take.
         prompts: Ids of each prompt, without padding.
         generation: Its `max_new_tokens` bounds every answer; the end-of-sequence token is part of an answer.
+        at_once: For how many prompts the cache has room; None for all, where the device has.
 
     Raises:
         InputError: The model cannot be served exactly, or `max_new_tokens` is missing.
-        JobError: transformers gave up on a prompt.
+        JobError: transformers gave up on a prompt, or the device has no memory for one.
     """
     if generation.max_new_tokens is None:
         raise InputError("paged generation needs `max_new_tokens`", fix="Set it in the generation config.")
@@ -50,7 +49,8 @@ def generate_paged(
         raise InputError(f"the attention backend `paged` cannot serve {setting.architecture}: {refusal}")
     model.set_attn_implementation(_implementation(setting))
     try:
-        sizes = cache_for([len(prompt) for prompt in prompts], generation.max_new_tokens, setting.device)
+        lengths = [len(prompt) for prompt in prompts]
+        sizes = cache_for(lengths, generation.max_new_tokens, at_once or len(prompts), pages_that_fit(model))
         outputs = model.generate_batch(  # pyrefly: ignore[not-callable]
             [list(prompt) for prompt in prompts],
             generation_config=generation,
@@ -67,19 +67,6 @@ def generate_paged(
             f"{errors[0] if errors else 'see the log above'}"
         )
     return [list(output.generated_tokens) for output in outputs.values()]
-
-
-def cache_for(lengths: Sequence[int], max_new_tokens: int, device: torch.device) -> ContinuousBatchingConfig:
-    """Room for the longest prompts at once: all of them on a GPU that has the memory, `AT_ONCE_ON_CPU` on CPU."""
-    if device.type != "cpu":
-        return ContinuousBatchingConfig(allow_block_sharing=False, auto_switch_to_flash=False)
-    pages = sorted((-(-(length + max_new_tokens) // PAGE) for length in lengths), reverse=True)
-    return ContinuousBatchingConfig(
-        num_blocks=sum(pages[:AT_ONCE_ON_CPU]) + 1,
-        max_batch_tokens=TOKENS_A_STEP_ON_CPU,
-        allow_block_sharing=False,
-        auto_switch_to_flash=False,
-    )
 
 
 def paged_is_faster(model: PreTrainedModel) -> bool:

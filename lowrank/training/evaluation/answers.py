@@ -55,7 +55,7 @@ def _answered(
     """(which prompts, the new tokens of each), until all are answered. Prompts that begin alike or are of like length
     share a batch."""
     if paged_is_faster(model):
-        yield range(len(prompts)), generate_paged(model, prompts, generation)
+        yield range(len(prompts)), generate_paged(model, prompts, generation, at_once=batch_size)
         return
     by_rows = can_continue_rows(model)
     begun = Begun(model, prompts, share=by_rows and can_share(model))
