@@ -11,7 +11,7 @@ import torch
 import zoo
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowrank.attention import flash, packing, segments, set_attention, strips
+from lowrank.attention import check_packing, flash, packing, segments, set_attention, strips
 from lowrank.attention.announced import ANNOUNCED
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.segmentwise import segments_attention
@@ -135,7 +135,7 @@ def test_the_self_test_leaves_mode_and_random_state_alone():
     model = zoo.build("llama").train()
     set_attention(model, "segments")
     state = torch.get_rng_state()
-    packing.check_packing(model)
+    check_packing(model)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())

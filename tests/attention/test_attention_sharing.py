@@ -12,7 +12,7 @@ import transformers
 import zoo
 from transformers import AttentionInterface, masking_utils, modeling_flash_attention_utils
 
-from lowrank.attention import announced, check_sharing, flash, packing, positions_of, segments, set_attention
+from lowrank.attention import announced, check_sharing, flash, isolation, positions_of, segments, set_attention
 from lowrank.attention.backends import BACKENDS
 from lowrank.attention.setting import setting_of
 from lowrank.attention.spans import from_lengths
@@ -147,8 +147,8 @@ def test_lost_positions_are_found(monkeypatch):
     model = zoo.build("gpt2")
     set_attention(model, "segments")
     check_sharing(model)
-    monkeypatch.setattr(packing, "positions_of", lambda lengths, parents: list(range(sum(lengths))))
-    with pytest.raises(InputError, match="shared, the logits differ by"):
+    monkeypatch.setattr(isolation, "positions_of", lambda lengths, parents: list(range(sum(lengths))))
+    with pytest.raises(InputError, match="shared, a layer's states differ by"):
         check_sharing(model)
 
 
@@ -241,7 +241,7 @@ def test_a_model_that_makes_its_masks_itself_is_refused(monkeypatch):
 
 
 def test_a_model_with_positions_of_its_own_is_refused():
-    with pytest.raises(InputError, match="shared, the logits differ by"):
+    with pytest.raises(InputError, match="shared, a layer's states differ by"):
         check_sharing(architectures.MODELS["bloom"]())
 
 
