@@ -87,7 +87,7 @@ def side(held: str, products: str, more: list[str]) -> Side:
     """Sets it up as a run would."""
     dtypes = [f"model.dtype={held}", f"model.compute_dtype={products}"]
     config = load_config(ROOT / "configs" / "quickstart.yaml", [*dtypes, *PLAIN, *more])
-    setup = set_up(config)
+    setup = set_up(config, torch.device("cpu"))
     weights = sum(p.numel() * p.element_size() for p in setup.model.parameters() if not p.requires_grad)
     batch = setup.plan.largest()
     return Side(str(setup.products), weights, batch, _stepper(setup, batch, config.training))

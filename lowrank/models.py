@@ -12,7 +12,8 @@ import tokenizers
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import resolve_revision
 
 from lowrank.errors import LFS_POINTER, InputError
 from lowrank.paths import hub_commit
@@ -56,19 +57,20 @@ def load_model(
     if device is not None:
         usable_device(device)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = {"revision": resolve_revision(name_or_path, revision), "trust_remote_code": trust_remote_code}
     options: dict[str, Any] = {
+        **source,
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
         "output_loading_info": True,
     }
     if quantization is not None:
         options |= {"quantization_config": loading_config(quantization), "device_map": {"": where}}
     try:
-        if quantization is None and (dense := dense_config(name_or_path, revision)) is not None:
+        config = AutoConfig.from_pretrained(name_or_path, **source)
+        if quantization is None and (dense := dense_config(config)) is not None:
             options["quantization_config"] = dense
-        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, config=config, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:

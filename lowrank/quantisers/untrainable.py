@@ -12,13 +12,12 @@ from lowrank.errors import InputError
 from lowrank.quantisers.registry import offers
 
 
-def dense_config(name_or_path: str, revision: str | None) -> QuantizationConfigMixin | None:
+def dense_config(noted: PreTrainedConfig) -> QuantizationConfigMixin | None:
     """What has transformers unpack a base's weights while it reads them; None for a base that it reads as it is.
 
     mxfp4's kernels have no backward pass (gpt-oss is published in it).
     """
-    noted, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
-    quantised = noted.get("quantization_config")
+    quantised = getattr(noted, "quantization_config", None)
     if isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4":
         return Mxfp4Config(dequantize=True)
     return None

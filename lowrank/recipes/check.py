@@ -71,7 +71,7 @@ def _check(config: RunConfig, command: str | None) -> MemoryEstimate:
     console = open_console()
     whole = config.model_copy(update={"training": config.training.model_copy(update={"fsdp": False})})
     with _refused_when_short(device, "loading the model and its data", less_to_load(config)):
-        setup = set_up(whole, Ranks(count=config.training.num_processes or 1))
+        setup = set_up(whole, device, Ranks(count=config.training.num_processes or 1))
     model = setup.model
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     tokenizer = len(setup.tokenizer.backend_tokenizer.to_str(pretty=True).encode())

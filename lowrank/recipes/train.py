@@ -15,7 +15,7 @@ from lowrank.adapters import describe, disabled
 from lowrank.config import RunConfig, dump_config, load_config
 from lowrank.config.loading import CONFIG
 from lowrank.config.sections import TrainingSection
-from lowrank.recipes.parts.beginning import joined_accelerator, new_run, try_the_longest
+from lowrank.recipes.parts.beginning import joined_accelerator, launched_device, new_run, try_the_longest
 from lowrank.recipes.parts.followers import Followers, followers_of, trackers_of
 from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
 from lowrank.recipes.parts.products import begun_in, computing_in
@@ -28,7 +28,7 @@ from lowrank.recipes.parts.resume import (
     own_folder,
     refuse_another_schedule,
 )
-from lowrank.recipes.parts.setup import Setup, own_device, set_up
+from lowrank.recipes.parts.setup import Setup, set_up
 from lowrank.recipes.parts.show import open_console, plan_of, show_line, show_outcome, show_plan
 from lowrank.storage.whole_file import write_whole
 from lowrank.training.callbacks.metrics_file import FILE as METRICS
@@ -77,9 +77,9 @@ def train(
 
 def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) -> RunResult:
     training, output = config.training, Path(config.training.output_dir)
-    accelerator = joined_accelerator(training, config.model.device)
+    device = launched_device(training, config.model.device)
+    accelerator = joined_accelerator(training, device)
     ranks = joined_ranks(training.num_processes)
-    device = own_device(config.model.device, ranks.count)
     console = open_console(quiet=not ranks.main)
     given = begun_in(config, output if resume else None)
     config = on_day(given, ranks.first(day_of(given.data.date, output if resume else None)))
@@ -90,7 +90,7 @@ def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) ->
 
         # Rows to packs; the base model, adapter put in, attention chosen; what will happen is shown before any work.
         with told_when_short(device, "loading the model and its data", less_to_load(config)):
-            setup = set_up(config, ranks)
+            setup = set_up(config, device, ranks)
         run = new_run(training, setup)
         show_plan(console, plan := plan_of(config, setup))
         with told_when_short(device, "trying the longest batch", less_to_train(config)):

@@ -6,7 +6,13 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
 
 TOKEN = "hf_standin"
 COMMIT = "c" * 40
@@ -23,9 +29,28 @@ class Hub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.objects: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.read: list[str] = []
         self.messages: list[str] = []
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+@contextmanager
+def serving(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
+    """The stand-in in the hub's place, with a cache of its own in the folder."""
+    server, constants = Hub(), huggingface_hub.constants
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    patch.setattr(constants, "ENDPOINT", server.address)
+    template = f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(huggingface_hub.hf_api.api, "endpoint", server.address)
+    patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no token"))
+    patch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -114,8 +139,13 @@ class _Answers(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """A file, or whether there is a repository."""
+        self.server.read.append(self.path)
         if self.path.startswith("/api/models/"):
-            self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            name = "/".join(self.path.partition("?")[0].split("/")[3:5])
+            if name in self.server.repos:
+                self._answer(200, {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
+            else:
+                self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             return
         if self.path == "/api/whoami-v2":
             self._answer(200, {"name": "me"})

@@ -21,8 +21,8 @@ from lowrank.training.run import Run
 LOGS = "logs"
 
 
-def joined_accelerator(training: TrainingSection, named: str | None) -> Accelerator:
-    """Joins the other processes, if there are any, and knows the trackers.
+def launched_device(training: TrainingSection, named: str | None) -> torch.device:
+    """The device of this process, which its launcher may have started together with others.
 
     Args:
         training: Of the run.
@@ -30,12 +30,23 @@ def joined_accelerator(training: TrainingSection, named: str | None) -> Accelera
 
     Raises:
         InputError: this machine has no such device, the processes were launched in a way that a run does not take, or
-            a tracker is not there.
-        JobError: they do not find one another.
+            they would share one card.
     """
     refuse_launcher_options(fsdp=training.fsdp)
     refuse_half_a_launch()
-    device = own_device(named, int(os.environ.get("WORLD_SIZE", "1")))
+    return own_device(named, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def joined_accelerator(training: TrainingSection, device: torch.device) -> Accelerator:
+    """Joins the other processes, if there are any, and knows the trackers.
+
+    Args:
+        training: Of the run.
+        device: Of this process.
+
+    Raises:
+        InputError: a tracker is not there, or the processes do not find one another.
+    """
     join(cuda=device.type == "cuda")
     trackers = chosen_trackers(training.report_to)
     options = ProjectConfiguration(training.output_dir, logging_dir=str(Path(training.output_dir) / LOGS))

@@ -31,7 +31,7 @@ def estimate_memory(base: ModelSection, training: TrainingSection, setup: Setup,
     run = new_run(training, setup)
     budget = companions(setup.model, run.total_steps)
     run.callbacks = [*budget]
-    accelerator = joined_accelerator(training, base.device)
+    accelerator = joined_accelerator(training, setup.model.device)
     try_the_longest(setup, accelerator, base.name_or_path)
     if setup.exam is not None:
         _answer_the_longest(setup, setup.exam)

@@ -91,12 +91,13 @@ class Setup:
         return writes_date(self.tokenizer)
 
 
-def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
+def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Setup:
     """Reads the data, then loads the model: a mistake in a row is found in seconds.
 
     Args:
         config: Of the run.
-        ranks: Its processes.
+        device: Of this process.
+        ranks: The run's processes.
 
     Raises:
         InputError: something in the config, the model or the data cannot be used.
@@ -115,7 +116,7 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
         if not (training.gradient_checkpointing or training.fsdp):  # which keep less still, or hold weights in shards
             keep_less(model)
     if training.fsdp:
-        shard(model, ranks, own_device(config.model.device))
+        shard(model, ranks, device)
     attention = swap_attention(model, config.model, packing=data.packing)
     plan = if_exact(data.share_prefixes, model, unless_it_drops_out(data.share_prefixes, model, plan))
     held_out = None if held_out is None else if_exact(data.share_prefixes, model, held_out)
@@ -141,8 +142,8 @@ def set_up(config: RunConfig, ranks: Ranks = ALONE) -> Setup:
 
 
 def own_device(named: str | None, processes: int = 1) -> torch.device:
-    """The device of that name, which is the current one from here on; where none is named, the accelerator that this
-    process has, or the CPU.
+    """The device of that name, which is the current one from here on; where none is named, or no card by its number,
+    whichever accelerator is the current one, or the CPU.
 
     Args:
         named: By a config.
@@ -152,7 +153,7 @@ def own_device(named: str | None, processes: int = 1) -> torch.device:
         InputError: there is none of that name, or it is one card and each process needs its own.
     """
     if named is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = usable_device(named)
     if device.type == "cuda" and device.index is not None:
         if processes > 1:
