@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lowrank.paths import cache_folder
+from lowrank.storage.machine_load import load_since, usage_now
 from lowrank.storage.whole_file import write_whole
 
 _known: dict[tuple[Path, str], float] = {}
@@ -23,7 +24,8 @@ _known: dict[tuple[Path, str], float] = {}
 def figure(what: str, measure: Callable[[], float]) -> float:
     """What was measured under a name on this machine; where it never was, `measure` is asked, and its answer kept.
 
-    A cache that cannot be written, or read, keeps nothing from one process to the next.
+    What was measured while other programs used the same cores serves this process alone. A cache that cannot be
+    written, or read, keeps nothing from one process to the next.
 
     Args:
         what: All that the answer depends on beside the machine.
@@ -33,12 +35,18 @@ def figure(what: str, measure: Callable[[], float]) -> float:
     if (file, what) not in _known:
         kept = _read(file)
         if what not in kept:
+            began = usage_now()
             kept[what] = measure()
-            with suppress(OSError):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(file, json.dumps(_read(file) | kept, indent=1))
+            if not load_since(began).crowded:
+                _write(file, {what: kept[what]})
         _known.update({(file, name): value for name, value in kept.items()})
     return _known[file, what]
+
+
+def _write(file: Path, found: dict[str, float]) -> None:
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(_read(file) | found, indent=1))
 
 
 def _file() -> Path:

@@ -13,7 +13,9 @@ from lowrank.config import load_config
 from lowrank.errors import InputError
 from lowrank.models import load_model
 from lowrank.quantisers.bitsandbytes import BitsAndBytes
-from lowrank.recipes.parts import products
+from lowrank.recipes.check import check
+from lowrank.recipes.parts import products, setup
+from lowrank.storage.machine_load import Load
 from lowrank.training.transforms.compute_dtype import why_not_wide
 
 
@@ -147,3 +149,24 @@ def test_weights_that_accelerate_moves_keep_their_dtype(narrow):
     model = load_model(str(narrow / "bf16"))
     add_hook_to_module(model.model.layers[0].mlp, AlignDevicesHook("cpu", offload=True, weights_map={}))
     assert "accelerate moves what model.layers.0.mlp computes with" in why_not_wide(model)
+
+
+def test_a_machine_that_others_use_is_told_before_the_first_step(write_config, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for busy, told in ((1.1, True), (0.1, False)):
+        monkeypatch.setattr(setup, "load_since", lambda began, busy=busy: Load(cores=2, busy=busy, threads=2))
+        check(write_config(f"{busy}.yaml", model={"device": "cpu"}))
+        shown = _told(capsys)
+        assert ("machine shared: other programs keep 1.1 of 2 cores busy" in shown) == told
+        assert ("start it with OMP_NUM_THREADS=1" in shown) == told
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cuda", 2)])
+def test_where_fewer_threads_would_not_help_nobody_looks(device, threads, write_config, monkeypatch):
+    def looks(began):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(setup, "load_since", looks)
+    path = write_config(model={"device": "cpu"})
+    assert setup.set_up(load_config(path), torch.device(device)).crowded is None

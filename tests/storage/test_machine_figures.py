@@ -9,12 +9,14 @@ import torch
 
 from lowrank.storage import machine_figures
 from lowrank.storage.machine_figures import figure, processor
+from lowrank.storage.machine_load import Load
 
 
 @pytest.fixture(autouse=True)
 def _a_new_process(monkeypatch, tmp_path):
     monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path))
     monkeypatch.setattr(machine_figures, "_known", {})
+    monkeypatch.setattr(machine_figures, "load_since", lambda began: Load(cores=4, busy=0.4, threads=4))
 
 
 def _never() -> float:
@@ -53,3 +55,17 @@ def test_a_cache_that_cannot_be_written_keeps_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "file"))
     assert figure("speed", lambda: 3.5) == 3.5
+
+
+def test_what_was_measured_beside_other_programs_serves_this_process_alone(monkeypatch, tmp_path):
+    figure("speed", lambda: 3.5)
+    monkeypatch.setattr(machine_figures, "load_since", lambda began: Load(cores=4, busy=0.6, threads=4))
+    assert figure("other", lambda: 70.0) == 70.0
+    assert figure("other", _never) == 70.0
+    (file,) = (tmp_path / "machines").iterdir()
+    assert json.loads(file.read_text()) == {"speed": 3.5}
+    monkeypatch.setattr(machine_figures, "_known", {})
+    monkeypatch.setattr(machine_figures, "load_since", lambda began: Load(cores=4, busy=2.9, threads=1))
+    assert figure("speed", _never) == 3.5
+    assert figure("other", lambda: 2.0) == 2.0  # with the threads that have cores for themselves
+    assert json.loads(file.read_text()) == {"speed": 3.5, "other": 2.0}

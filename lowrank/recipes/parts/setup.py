@@ -23,6 +23,7 @@ from lowrank.recipes.parts.exam import Exam, exam_of
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
 from lowrank.recipes.parts.products import Products, choose_products
 from lowrank.recipes.parts.sharing import drawing, if_exact, unless_it_drops_out
+from lowrank.storage.machine_load import load_since, usage_now
 from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import Length, StepSize, run_length
@@ -54,6 +55,7 @@ class Setup:
         plain_loss: The same without label smoothing and z-loss, for evaluations.
         date: What the chat template writes as the day's date, None for the day it is.
         ends: The tokens that end the model's answers: those that end trained turns first.
+        crowded: What to do about other programs on the cores that the run computes with; None where there are none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -70,6 +72,7 @@ class Setup:
     plain_loss: Loss
     date: str | None
     ends: list[int]
+    crowded: str | None
 
     @property
     def asking(self) -> dict[str, str]:
@@ -136,9 +139,9 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
     exam = None
     if training.predict_with_generate and held_out is not None:
         exam = exam_of(held_out.examples, tokenizer, data, training, positions_of(model))
-    return Setup(
-        tokenizer, plan, size, length, held_out, exam, model, dtype, products, attention, loss, plain, data.date, ends
-    )
+    crowded = load_since(usage_now()).advice if device.type == "cpu" and torch.get_num_threads() > 1 else None
+    parts = (tokenizer, plan, size, length, held_out, exam, model, dtype, products, attention, loss, plain)
+    return Setup(*parts, data.date, ends, crowded)
 
 
 def own_device(named: str | None, processes: int = 1) -> torch.device:

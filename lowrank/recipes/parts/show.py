@@ -53,6 +53,7 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
         "model": f"{config.model.name_or_path} ({type(model).__name__}, {base / 1e6:,.1f} M parameters)",
         "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
         "products": str(setup.products),
+        **({} if setup.crowded is None else {"machine": setup.crowded}),
         "attention": f"{setup.attention.backend}: {setup.attention.why}",
         "loss": setup.loss.why,
         "adapter": _adapter(config.adapter.method, model),
