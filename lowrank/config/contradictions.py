@@ -69,11 +69,7 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
         yield from _streaming_alone(config)
     if training.gradient_checkpointing == "selective":
         yield from _selective_alone(config)
-    if training.fsdp and method in ("full", "bias"):
-        yield Contradiction(
-            ("training.fsdp", "adapter.method"),
-            f"what is sharded is a frozen base, and {method} trains it; take an adapter, or leave fsdp out",
-        )
+    yield from _elsewhere_alone(config)
     judged = {
         "load_best_model_at_end": training.load_best_model_at_end,
         "early_stopping_patience": training.early_stopping_patience is not None,
@@ -130,6 +126,38 @@ def _selective_alone(config: RunSections) -> Iterator[Contradiction]:
                 ("training.gradient_checkpointing", f"training.{name}"),
                 f"selective looks at a layer's products one by one, which {name} does not let it; take true",
             )
+
+
+def _elsewhere_alone(config: RunSections) -> Iterator[Contradiction]:
+    """What needs the base's weights where sharding or offloading does not leave them."""
+    method, training = config.adapter.method, config.training
+    if training.fsdp and method in ("full", "bias"):
+        yield Contradiction(
+            ("training.fsdp", "adapter.method"),
+            f"what is sharded is a frozen base, and {method} trains it; take an adapter, or leave fsdp out",
+        )
+    if training.offload == "none":
+        return
+    if method in ("full", "bias"):
+        yield Contradiction(
+            ("training.offload", "adapter.method"),
+            f"what comes and goes is a frozen base, and {method} trains it; take an adapter, or leave offload out",
+        )
+    if config.quantization is not None:
+        yield Contradiction(
+            ("training.offload", "quantization"), "layers in few bits stay on the device; leave one of them out"
+        )
+    for name, why in (
+        ("fsdp", "shares layers out between processes"),
+        ("torch_compile", "compiles layers for weights that stay where they are"),
+    ):
+        if getattr(training, name):
+            yield Contradiction(("training.offload", f"training.{name}"), f"{name} {why}; leave one of them out")
+    if training.gradient_checkpointing == "selective":
+        yield Contradiction(
+            ("training.offload", "training.gradient_checkpointing"),
+            "offloaded layers run again as a whole, and selective keeps what their products give; take true",
+        )
 
 
 def without_effect(config: RunSections) -> Iterator[Contradiction]:

@@ -35,7 +35,7 @@ class MemoryEstimate:
     Attributes:
         total: All of it.
         program: The interpreter and its libraries, before rows and model; 0 on CUDA.
-        weights: Of the base and the adapter.
+        weights: Of the base and the adapter; of offloaded layers, two.
         training: Gradients and the optimiser's state.
         beside: What of a card holds no tensor, each kind by its name (`beside_tensors`).
     """
@@ -52,13 +52,14 @@ class MemoryEstimate:
         return max(0, self.total - self.program - self.weights - self.training - sum(self.beside.values()))
 
 
-def measured_memory(run: Run, program: int, processes: int = 1) -> MemoryEstimate:
+def measured_memory(run: Run, program: int, processes: int = 1, elsewhere: int = 0) -> MemoryEstimate:
     """What has been held at most, after `take_trial_steps`, with what the heap may still wear.
 
     Args:
         run: The one that took them.
         program: Bytes that the process held before the run was set up.
         processes: Of the run that is foretold.
+        elsewhere: Bytes of weights that are never there together with the rest.
     """
     trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     device = trained[0].device
@@ -67,7 +68,7 @@ def measured_memory(run: Run, program: int, processes: int = 1) -> MemoryEstimat
     return MemoryEstimate(
         total=peak + sum(beside.values()) if device.type == "cuda" else int(peak * GROWTH),
         program=0 if device.type == "cuda" else program,
-        weights=sum(map(_bytes, run.model.parameters())),
+        weights=sum(map(_bytes, run.model.parameters())) - elsewhere,
         training=sum(_bytes(t) for t in [*trained, *state] if isinstance(t, torch.Tensor)),
         beside=beside,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -142,6 +142,11 @@ class TrainingSection(Section):
 
     fsdp: Annotated[bool, OnResume.FREE] = False
     """Shard the frozen base between the processes (FSDP2) instead of holding all of it in each."""
+
+    offload: Annotated[Literal["none", "layers"], OnResume.FREE] = "none"
+    """With layers the frozen base's layers stay in the host's pinned memory, and the card holds two of them: the one
+    that computes and the next. It implies gradient_checkpointing. On a CPU layers lie in the model's files, and those
+    that are not computing take no memory."""
 
     report_to: Annotated[str | list[str], OnResume.FREE] = "auto"
     """Trackers: tensorboard, wandb, trackio, mlflow and others that accelerate knows, one or a list; none; auto is

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from lowrank.adapters.registry import METHODS
 from lowrank.config import RunConfig
 
 
 def less_to_load(config: RunConfig) -> list[str]:
     """Where the base does not fit: what to try, the first thing first."""
     found = [] if config.quantization is not None else ["quantization.load_in_4bit: true"]
-    if not config.training.fsdp:
+    training = config.training
+    if config.adapter.method in METHODS and not (config.quantization or training.fsdp or training.torch_compile):
+        found += [] if training.offload == "layers" else ["training.offload: layers"]
+    if not training.fsdp:
         found.append("several processes with training.fsdp: true")
     return [*found, f"a smaller base than {config.model.name_or_path}"]
 

@@ -46,7 +46,8 @@ def estimate_memory(base: ModelSection, training: TrainingSection, setup: Setup,
             max_grad_norm=training.max_grad_norm,
             penalty=budget[0].penalty if budget else None,
         )
-    return measured_memory(run, program, training.num_processes or 1)
+    elsewhere = 0 if setup.offloaded is None else setup.offloaded.elsewhere
+    return measured_memory(run, program, training.num_processes or 1, elsewhere)
 
 
 def _answer_the_longest(setup: Setup, exam: Exam) -> None:

@@ -28,6 +28,7 @@ from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import Length, StepSize, run_length
 from lowrank.training.transforms.keep_less import keep_less
+from lowrank.training.transforms.layer_offload import Offloaded, offload_layers
 from lowrank.training.transforms.layers import compile_layers
 from lowrank.training.transforms.liger import use_liger
 from lowrank.training.transforms.norms import lean_norms
@@ -56,6 +57,7 @@ class Setup:
         date: What the chat template writes as the day's date, None for the day it is.
         ends: The tokens that end the model's answers: those that end trained turns first.
         crowded: What to do about other programs on the cores that the run computes with; None where there are none.
+        offloaded: The layers whose weights come and go, None where all stay.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -73,6 +75,7 @@ class Setup:
     date: str | None
     ends: list[int]
     crowded: str | None
+    offloaded: Offloaded | None
 
     @property
     def asking(self) -> dict[str, str]:
@@ -109,14 +112,16 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
     tokenizer = base_tokenizer(config.model, data.chat_template)
     plan, held_out = read_batches(data, training, tokenizer, ranks, drawing(config.adapter, training))
 
-    model = base_model(config.model, config.quantization, device="cpu" if training.fsdp else None)
+    away = training.fsdp or training.offload == "layers"  # the device has no room for the whole base
+    model = base_model(config.model, config.quantization, device="cpu" if away else None)
     dtype = model.dtype
     plan = fitting(plan, held_out, model, tokenizer)
     put_in(model, config.adapter, config.model, plan)
+    offloaded = _offloaded(model, config)
     products = choose_products(config.compute_dtype, model, dtype, _rigid(training))
     if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
         lean_norms(model)
-        if not (training.gradient_checkpointing or training.fsdp):  # which keep less still, or hold weights in shards
+        if not (training.gradient_checkpointing or away):  # which keep less still, or hold weights in shards
             keep_less(model)
     if training.fsdp:
         shard(model, ranks, device)
@@ -125,7 +130,7 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
     held_out = None if held_out is None else if_exact(data.share_prefixes, model, held_out)
     size = step_size(data, training, ranks, plan)
     length = run_length(plan, size, epochs=training.num_train_epochs, max_steps=training.max_steps)
-    if training.gradient_checkpointing:
+    if training.gradient_checkpointing and offloaded is None:
         recompute_activations(model, training.gradient_checkpointing)
     if training.use_liger_kernel:
         use_liger(model)
@@ -141,7 +146,7 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
         exam = exam_of(held_out.examples, tokenizer, data, training, positions_of(model))
     crowded = load_since(usage_now()).advice if device.type == "cpu" and torch.get_num_threads() > 1 else None
     parts = (tokenizer, plan, size, length, held_out, exam, model, dtype, products, attention, loss, plain)
-    return Setup(*parts, data.date, ends, crowded)
+    return Setup(*parts, data.date, ends, crowded, offloaded)
 
 
 def own_device(named: str | None, processes: int = 1) -> torch.device:
@@ -167,6 +172,13 @@ def own_device(named: str | None, processes: int = 1) -> torch.device:
             )
         torch.cuda.set_device(device)
     return device
+
+
+def _offloaded(model: PreTrainedModel, config: RunConfig) -> Offloaded | None:
+    """Moves all but the layers to the device, where the config says so."""
+    if config.training.offload == "none":
+        return None
+    return offload_layers(model, own_device(config.model.device), config.training.gradient_checkpointing or True)
 
 
 def _rigid(training: TrainingSection) -> str | None:

@@ -54,6 +54,7 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
         "dtype": f"{str(model.dtype).removeprefix('torch.')}{held}, on {model.device}",
         "products": str(setup.products),
         **({} if setup.crowded is None else {"machine": setup.crowded}),
+        **({} if setup.offloaded is None else {"offload": str(setup.offloaded)}),
         "attention": f"{setup.attention.backend}: {setup.attention.why}",
         "loss": setup.loss.why,
         "adapter": _adapter(config.adapter.method, model),

@@ -1,0 +1,28 @@
+"""A frozen weight of a layer, and the module that it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter where it is held.
+
+    Attributes:
+        module: Whose own it is.
+        name: Its name there.
+        parameter: Itself.
+    """
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    """That its values take."""
+    return tensor.numel() * tensor.element_size()
