@@ -43,6 +43,16 @@ CASES = [
      "selective looks at a layer's products one by one, which torch_compile does not let it; take true"),
     (["training.fsdp=true", "training.gradient_checkpointing=selective"], "--set training.gradient_checkpointing: selective "
      "looks at a layer's products one by one, which fsdp does not let it; take true"),
+    (["training.offload=layers", "adapter={method: full}"], "--set training.offload: what comes and goes is a frozen base, and "
+     "full trains it; take an adapter, or leave offload out"),
+    (["training.offload=layers", "quantization.load_in_4bit=true"], "--set training.offload: layers in few bits stay on the "
+     "device; leave one of them out"),
+    (["training.offload=layers", "training.fsdp=true"], "--set training.offload: fsdp shares layers out between processes; "
+     "leave one of them out"),
+    (["training.offload=layers", "training.torch_compile=true"], "--set training.offload: torch_compile compiles layers for "
+     "weights that stay where they are; leave one of them out"),
+    (["training.offload=layers", "training.gradient_checkpointing=selective"], "--set training.offload: offloaded layers run "
+     "again as a whole, and selective keeps what their products give; take true"),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from lowrank.errors import InputError, JobError
 from lowrank.recipes.check import check
 from lowrank.recipes.evaluate import evaluate
 from lowrank.recipes.merge import merge_adapter
-from lowrank.recipes.parts.less_memory import less_to_train
+from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
 from lowrank.recipes.preview import preview
 
 WRITTEN = {
@@ -170,6 +170,18 @@ def test_a_batch_that_does_not_fit_is_told_before_anything_is_written(write_conf
     assert not (tmp_path / "out").exists()
     padded = load_config(write_config(data={"packing": False}), ["training.gradient_checkpointing=true"])
     assert less_to_train(padded) == ["training.per_device_train_batch_size below 8", "quantization.load_in_4bit: true"]
+
+
+def test_offloading_is_advised_where_it_can_be(write_config):
+    path, advice = write_config(), "training.offload: layers"
+    assert advice in less_to_load(load_config(path))
+    for other in (
+        "training.offload=layers",
+        "training.fsdp=true",
+        "adapter={method: full}",
+        "quantization.load_in_4bit=true",
+    ):
+        assert advice not in less_to_load(load_config(path, [other]))
 
 
 def test_a_base_that_does_not_fit_is_told(write_config, tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
     dtype = model.dtype
     plan = fitting(plan, held_out, model, tokenizer)
     put_in(model, config.adapter, config.model, plan)
-    offloaded = _offloaded(model, config)
+    offloaded = _offloaded(model, training, config.model.device)
     products = choose_products(config.compute_dtype, model, dtype, _rigid(training))
     if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
         lean_norms(model)
@@ -174,11 +174,11 @@ def own_device(named: str | None, processes: int = 1) -> torch.device:
     return device
 
 
-def _offloaded(model: PreTrainedModel, config: RunConfig) -> Offloaded | None:
+def _offloaded(model: PreTrainedModel, training: TrainingSection, named: str | None) -> Offloaded | None:
     """Moves all but the layers to the device, where the config says so."""
-    if config.training.offload == "none":
+    if training.offload == "none":
         return None
-    return offload_layers(model, own_device(config.model.device), config.training.gradient_checkpointing or True)
+    return offload_layers(model, own_device(named), training.gradient_checkpointing or True)
 
 
 def _rigid(training: TrainingSection) -> str | None:
