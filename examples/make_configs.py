@@ -205,7 +205,9 @@ For more text than fits on the disk: --set data.streaming=true --set training.ma
         """A 70B model on a machine with eight cards: the frozen base is sharded, adapters are whole on each.
 
   torchrun --nproc_per_node 8 -m lowrank train configs/fsdp.yaml
-  lowrank train configs/fsdp.yaml --set training.num_processes=1     (where one card is enough)""",
+  lowrank train configs/fsdp.yaml --set training.num_processes=1     (where one card is enough)
+
+One card that is too small: --set training.num_processes=1 --set training.fsdp=false --set training.offload=layers""",
         "meta-llama/Llama-3.3-70B-Instruct",
         CHATS,
         card("eight H100 as one", 8 * 80),

@@ -29,6 +29,7 @@ WAYS = {
     "eight single rows": [*PADDED, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=8"],
     "two batches of four": [*PADDED, "training.per_device_train_batch_size=4", "training.tokens_per_step=100000"],
     "gradient checkpointing": [*PADDED, "training.gradient_checkpointing=true"],
+    "offloaded layers": [*PADDED, "training.offload=layers"],
     "one pack": ["training.tokens_per_batch=100000"],
     "several packs": ["data.max_length=64", "training.tokens_per_batch=80", "training.tokens_per_step=100000"],
     "eager attention": [*PADDED, "model.attention=eager"],
@@ -80,10 +81,10 @@ def test_the_same_step_by_other_means(config, tmp_path, way):
     assert_same(tmp_path / "other", expected)
 
 
-@pytest.mark.parametrize("fsdp", ["false", "true"])
-def test_two_processes(config, tmp_path, fsdp):
+@pytest.mark.parametrize("away", ["fsdp=false", "fsdp=true", "offload=layers"])
+def test_two_processes(config, tmp_path, away):
     expected = in_one_batch(config, tmp_path)
-    halves = ["training.per_device_train_batch_size=4", f"training.fsdp={fsdp}"]
+    halves = ["training.per_device_train_batch_size=4", f"training.{away}"]
     processes = start_ranks(tmp_path, command(config, *PADDED, *halves, output="two"), 2)
     for process in processes:
         process.join(200)

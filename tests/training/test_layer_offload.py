@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from pretended_streams import Card
 from tiny import tiny_gemma2, tiny_gpt2, tiny_llama, tiny_qwen2
 
@@ -158,6 +159,42 @@ def test_memory_that_cannot_be_pinned_is_told(card, monkeypatch):
 def test_a_base_that_trains_is_refused(card):
     with pytest.raises(InputError, match="no frozen matrices"):
         offload_layers(tiny_llama(), torch.device("cpu"))
+
+
+def test_layers_in_few_bits_are_refused(card):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = adapted("llama")
+    model.model.layers[1].mlp.up_proj = bitsandbytes.nn.Linear4bit(32, 48, bias=False)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj is held in few bits by bitsandbytes"):
+        offload_layers(model, torch.device("cpu"))
+
+
+def test_what_accelerate_moves_is_refused(card):
+    model = adapted("llama")
+    add_hook_to_module(model.model.norm, ModelHook())
+    with pytest.raises(InputError, match=r"accelerate moves the weights of model\.norm already"):
+        offload_layers(model, torch.device("cpu"))
+
+
+def test_layers_that_do_not_recompute_are_refused(card):
+    model = adapted("llama")
+    model._no_split_modules = ["LlamaMLP"]
+    with pytest.raises(InputError, match=r"LlamaMLP\) do not recompute"):
+        offload_layers(model, torch.device("cpu"))
+
+
+def test_what_layers_share_stays(card):
+    model = adapted("llama")
+    layers = model.model.layers
+    layers[3].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
+    expected = passes(model)
+    shared = layers[1].mlp.down_proj.weight
+    offloaded = offload_layers(model, torch.device("cpu"))
+    assert layers[1].mlp.down_proj.weight is layers[3].mlp.down_proj.weight is shared
+    assert offloaded.layers[1] == offloaded.layers[3] == offloaded.layers[0] - shared.nbytes
+    with card:
+        found = passes(model)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_never_together_is_all_but_the_two_largest_neighbours():
