@@ -30,6 +30,7 @@ FLOORS = {
 }
 
 INSIDE = {
+    "ops": [{"precision", "made_again"}, {"kernels"}],
     "adapters": [
         {"kinds", "config", "activity"},
         {"modules"},

@@ -2,7 +2,7 @@
 
 Composed of plain operations it keeps a float32 copy of x and the normed x besides, and its backward pass goes over the
 rows twenty times. Here that pass needs x, which is there anyway, and a number for each row, and goes over them nine
-times.
+times; on a card where `kernels` run it is one launch, as the forward pass is.
 """
 
 from __future__ import annotations
@@ -11,22 +11,31 @@ from typing import Any
 
 import torch
 
+from lowrank.ops.kernels.on_card import WIDEST, kernels_take
 from lowrank.ops.made_again import can_be_made
 from lowrank.ops.precision import precise
 
 
-def rms_norm(x: torch.Tensor, gain: torch.Tensor, eps: float, rounded_first: bool) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, rounded_first: bool, one_plus: bool = False
+) -> torch.Tensor:
     """Normed over the last dimension, in float32 at least.
 
     Args:
         x: (..., d).
-        gain: (d,).
+        weight: (d,), the gain.
         eps: ε.
         rounded_first: The normed x is rounded to x's dtype before it is multiplied (as in Llama), not after (Gemma).
+        one_plus: The gain is 1 + weight, in float32 (as in Gemma).
 
     Returns:
-        (..., d); rounded first, of the dtype that x and gain promote to, else of x's.
+        (..., d); rounded first, of the dtype that x and the gain promote to, else of x's.
     """
+    if kernels_take(x, weight) and x.shape[-1] <= WIDEST:
+        from lowrank.ops.kernels.norm_rows import norm_rows
+
+        return norm_rows(x, weight, eps, rounded_first, one_plus)
+    gain = 1.0 + weight.float() if one_plus else weight
     y, scale = _RmsNorm.apply(x, gain, eps, rounded_first)
     return can_be_made(y, lambda x, gain, scale: _normed(x, gain, scale, rounded_first), x, gain, scale)
 

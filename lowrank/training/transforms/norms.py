@@ -68,7 +68,7 @@ def _olmo(module: Any, eps: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gemma(module: Any, eps: float, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, 1.0 + module.weight.float(), eps, rounded_first=False)
+    return rms_norm(x, module.weight, eps, rounded_first=False, one_plus=True)
 
 
 @torch.no_grad()
