@@ -4,22 +4,25 @@ Gradients are formed chunk by chunk in the forward pass, while the chunk's logit
 what stays with a frozen head is one (n, d) gradient. A trained head adds one (V, d) gradient, adapters add their own.
 
 A chunk is as large as products want it; what lies between its two products goes over it block by block, each as large
-as a CPU's cache, and leaves the logits' gradient where the logits were.
+as a CPU's cache, and leaves the logits' gradient where the logits were. On a card where `kernels` run it is one launch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lowrank.ops.kernels.on_card import kernels_take
 from lowrank.ops.precision import precise
 
 CHUNK_BYTES = 64 * 2**20
 """Memory of one chunk's logits, of the dtype that the head gives them."""
+KERNEL_CHUNK_BYTES = 256 * 2**20
+"""The same where a kernel takes a chunk, which needs nothing of that size beside it."""
 BLOCK_BYTES = 4 * 2**20
 """Memory of one block's float32 logits on CPU. Elsewhere a block is a chunk."""
 
@@ -118,7 +121,7 @@ def each_cross_entropy(
     Returns:
         (n,), float32 at least.
     """
-    chunks = _chunks(hidden.shape[0], _chunk_rows(vocabulary, hidden.element_size()))
+    chunks = _chunks(hidden.shape[0], _chunk_rows(hidden, vocabulary))
     found = [_losses_of_chunk(head(hidden[part]), labels[part], options, None, False) for part in chunks]
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=precise(hidden.dtype))
 
@@ -154,9 +157,10 @@ def cross_entropy(
     return loss.sum() if reduction == "sum" else loss
 
 
-def _chunk_rows(vocabulary: int, bytes_each: int) -> int:
-    """Rows of logits that make one chunk."""
-    return max(1, CHUNK_BYTES // (vocabulary * bytes_each))
+def _chunk_rows(hidden: torch.Tensor, vocabulary: int, copies: int = 1) -> int:
+    """Rows of logits, of hidden's dtype, that make one chunk with its copies."""
+    memory = KERNEL_CHUNK_BYTES if kernels_take(hidden) else CHUNK_BYTES
+    return max(1, memory // (vocabulary * hidden.element_size() * copies))
 
 
 def _chunks(n: int, most: int) -> list[slice]:
@@ -182,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=digits) if wanted[1] else None
         d_bias = torch.zeros_like(bias, dtype=digits) if bias is not None and wanted[2] else None
         loss = torch.zeros((), dtype=digits, device=hidden.device)
-        chunks = _chunks(hidden.shape[0], _chunk_rows(weight.shape[0], hidden.element_size()))
+        chunks = _chunks(hidden.shape[0], _chunk_rows(hidden, weight.shape[0]))
         memory = hidden.new_empty(len(hidden[chunks[0]]) if chunks else 0, weight.shape[0])  # one for all chunks
         for part in chunks:
             z = memory[: len(hidden[part])]
@@ -225,8 +229,8 @@ class _CrossEntropyThrough(torch.autograd.Function):
         d_trained = [torch.zeros_like(p, dtype=precise(p.dtype)) for p in trained]
         gradients = d_hidden is not None or bool(trained)
         loss = torch.zeros((), dtype=precise(hidden.dtype), device=hidden.device)
-        bytes_each = 2 * hidden.element_size()  # the head's backward pass may copy what it is given
-        for part in _chunks(hidden.shape[0], _chunk_rows(vocabulary, bytes_each)):
+        copies = 2  # the head's backward pass may copy what it is given
+        for part in _chunks(hidden.shape[0], _chunk_rows(hidden, vocabulary, copies)):
             with torch.set_grad_enabled(gradients):
                 given = hidden[part].detach().requires_grad_(d_hidden is not None)
                 z = head(given)
@@ -259,6 +263,10 @@ def _losses_of_chunk(
     logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, weights: torch.Tensor | None, gradient: bool
 ) -> torch.Tensor:
     """The loss of each of some rows (rows, V), in float32 at least; their `gradient`, if wanted, takes their place."""
+    if kernels_take(logits) and logits.stride(1) == 1:
+        from lowrank.ops.kernels.loss_rows import loss_rows
+
+        return loss_rows(logits, labels, weights, **asdict(options), gradient=gradient)
     rows, vocabulary = logits.shape
     at_once = max(1, BLOCK_BYTES // (vocabulary * 4)) if logits.device.type == "cpu" else rows
     blocks = [slice(start, start + at_once) for start in range(0, rows, at_once)]

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from lowrank.ops.kernels.on_card import kernels_take
 from lowrank.ops.made_again import can_be_made
 
 Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -23,8 +24,19 @@ def activated(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     return can_be_made(y, activation, x)
 
 
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """f(gate) · up, which can be made again of both; they are of one shape."""
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation, kernel: str | None = None) -> torch.Tensor:
+    """f(gate) · up, which can be made again of both.
+
+    Args:
+        gate: Of any shape.
+        up: Of the same.
+        activation: f.
+        kernel: What the kernels for cards call f; None where they do not have it.
+    """
+    if kernel is not None and gate.dtype == up.dtype and gate.shape == up.shape and kernels_take(gate, up):
+        from lowrank.ops.kernels.gate_rows import gate_rows
+
+        return gate_rows(gate, up, kernel)
     again = _Again(activation)
     y = _Gated.apply(gate, up, again)
     assert isinstance(y, torch.Tensor)

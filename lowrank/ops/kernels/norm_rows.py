@@ -96,7 +96,7 @@ def _slopes(
     return d_x, None if sums is None else sums.sum(0).to(weight.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # every pack has another
 def _norm(
     x: tl.tensor,
     weight: tl.tensor,
@@ -127,7 +127,7 @@ def _norm(
     tl.store(scale + row, factor, mask=row < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # every pack has another
 def _norm_slopes(
     d_y: tl.tensor,
     x: tl.tensor,

@@ -13,9 +13,10 @@ import torch
 
 from lowrank.errors import first_line
 
-WIDEST = 65536
-"""The longest row that is normed by a kernel."""
+WIDEST = 16384
+"""The longest row that is normed by a kernel: more does not fit into a program's registers."""
 
+_DEVICE = "cuda"
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _CAPABILITY = 8, 0
 """The least that Triton supports."""
@@ -28,10 +29,13 @@ class KernelChoice:
     used: bool
     why: str
 
+    def __str__(self) -> str:
+        return f"{'own' if self.used else 'none'}: {self.why}"
+
 
 def kernels_take(*tensors: torch.Tensor) -> bool:
     """Whether the kernels compute with these: plain tensors of up to 32 bits, all on one card where they run."""
-    if not all(tensor.device.type == "cuda" for tensor in tensors):
+    if not all(tensor.device.type == _DEVICE for tensor in tensors):
         return False
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.dtype in _DTYPES for t in tensors)
     return plain and len({t.device for t in tensors}) == 1 and kernels_on(tensors[0].device).used
@@ -42,8 +46,11 @@ def kernels_on(device: torch.device) -> KernelChoice:
     """What a device computes with; a card is tried the first time, which takes a few seconds where Triton has to
     compile."""
     reason = _missing(device)
-    if reason is not None:
-        return KernelChoice(False, reason)
+    return _tried(device) if reason is None else KernelChoice(False, reason)
+
+
+@functools.cache
+def _tried(device: torch.device) -> KernelChoice:
     from lowrank.ops.kernels.trial import disagreement
 
     try:
@@ -54,7 +61,7 @@ def kernels_on(device: torch.device) -> KernelChoice:
 
 
 def _missing(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != _DEVICE or torch.version.hip is not None:
         return "they are made for CUDA"
     if find_spec("triton") is None:
         return "Triton is not installed"

@@ -9,8 +9,6 @@ import triton
 
 NUMBERS = 2048
 """What a program takes at once, where a row is shorter."""
-WIDEST = 65536
-"""The longest row that a program can hold."""
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

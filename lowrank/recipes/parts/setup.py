@@ -27,12 +27,14 @@ from lowrank.storage.machine_load import load_since, usage_now
 from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import Length, StepSize, run_length
+from lowrank.training.transforms.gates import fused_gates
 from lowrank.training.transforms.keep_less import keep_less
 from lowrank.training.transforms.layer_offload import Offloaded, offload_layers
 from lowrank.training.transforms.layers import compile_layers
 from lowrank.training.transforms.liger import use_liger
 from lowrank.training.transforms.norms import lean_norms
 from lowrank.training.transforms.recompute import recompute_activations
+from lowrank.training.transforms.rotary import fused_rotary
 from lowrank.training.transforms.sharding import shard
 from lowrank.weights.files.notes import stop_at
 
@@ -117,11 +119,14 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
     dtype = model.dtype
     plan = fitting(plan, held_out, model, tokenizer)
     put_in(model, config.adapter, config.model, plan)
-    offloaded = _offloaded(model, training, config.model.device)
+    offloaded = _offloaded(model, training, device)
     products = choose_products(config.compute_dtype, model, dtype, _rigid(training))
     if not (training.torch_compile or training.use_liger_kernel):  # which have norms of their own
         lean_norms(model)
-        if not (training.gradient_checkpointing or away):  # which keep less still, or hold weights in shards
+        fused_rotary(model, device)
+        if training.gradient_checkpointing or away:  # which keep less still, or hold weights in shards
+            fused_gates(model, device)
+        else:
             keep_less(model)
     if training.fsdp:
         shard(model, ranks, device)
@@ -174,11 +179,11 @@ def own_device(named: str | None, processes: int = 1) -> torch.device:
     return device
 
 
-def _offloaded(model: PreTrainedModel, training: TrainingSection, named: str | None) -> Offloaded | None:
+def _offloaded(model: PreTrainedModel, training: TrainingSection, device: torch.device) -> Offloaded | None:
     """Moves all but the layers to the device, where the config says so."""
     if training.offload == "none":
         return None
-    return offload_layers(model, own_device(named), training.gradient_checkpointing or True)
+    return offload_layers(model, device, training.gradient_checkpointing or True)
 
 
 def _rigid(training: TrainingSection) -> str | None:

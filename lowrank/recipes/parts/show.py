@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -13,6 +14,7 @@ from rich.table import Table
 from lowrank.adapters import describe, method_of
 from lowrank.config import RunConfig
 from lowrank.data.batches.order import Batches
+from lowrank.ops.kernels.on_card import kernels_on
 from lowrank.quantisers.registry import parameter_count
 from lowrank.recipes.parts.optimisation import remarks
 from lowrank.recipes.parts.setup import Setup
@@ -56,6 +58,7 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
         **({} if setup.crowded is None else {"machine": setup.crowded}),
         **({} if setup.offloaded is None else {"offload": str(setup.offloaded)}),
         "attention": f"{setup.attention.backend}: {setup.attention.why}",
+        **_kernels(model.device),
         "loss": setup.loss.why,
         "adapter": _adapter(config.adapter.method, model),
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
@@ -67,6 +70,13 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
         **_left_out(plan),
         **({"warning": "\n".join(contradicted)} if contradicted else {}),
     }
+
+
+def _kernels(device: torch.device) -> dict[str, str]:
+    """Of a card."""
+    if device.type != "cuda":
+        return {}
+    return {"kernels": str(kernels_on(device))}
 
 
 def rows_of(plan: Batches) -> str:

@@ -6,8 +6,9 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2CLS
+from transformers.activations import ACT2CLS, GELUTanh, SiLUActivation
 
 from lowrank.ops.gated import Activation, activated
 from lowrank.training.transforms.own_forward import has_own_forward
@@ -28,6 +29,15 @@ def lean_activation(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def function_of(module: nn.Module) -> Activation:
     """What an activation computes, as plain operations."""
     return functools.partial(type(module).forward, module)
+
+
+def kernel_of(module: nn.Module) -> str | None:
+    """What `ops.kernels` calls what an activation computes, in torch's own function; None for all others."""
+    if type(module) in (nn.SiLU, SiLUActivation):
+        return "silu"
+    said = module.act if type(module) is GELUTanh else None
+    tanh = isinstance(said, functools.partial) and (said.func, said.keywords) == (F.gelu, {"approximate": "tanh"})
+    return "gelu_tanh" if tanh or (type(module) is nn.GELU and module.approximate == "tanh") else None
 
 
 @functools.cache
