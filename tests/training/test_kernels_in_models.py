@@ -20,6 +20,7 @@ from transformers.models.phi3 import modeling_phi3
 from trusted import cpu_as_card  # noqa: F401
 
 import lowrank
+from lowrank.ops.kernels import on_card
 from lowrank.training.transforms import rotary
 from lowrank.training.transforms.gates import fused_gates
 from lowrank.training.transforms.keep_less import keep_less
@@ -206,3 +207,26 @@ def test_what_the_kernel_is_not_for_goes_to_the_file():
         mine = rotary._rotary(theirs, rotary._ROUNDINGS[0], q, k, cos, cos, dim)
         for got, expected in zip(mine, theirs(q, k, cos, cos, dim), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ROTATING)
+def test_on_a_card_outputs_and_gradients_stay_what_they_were(name, monkeypatch):
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert str(on_card.kernels_on(device)) == "own: they agree with torch on this card"
+    torch.manual_seed(0)
+    model = MODELS[name]().to(device)
+    ids = torch.arange(40, device=device).view(2, 20)
+
+    def outcome():
+        out = model(ids, use_cache=False).logits
+        return out, torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(on_card, "_DEVICE", "none")
+        expected = outcome()
+    lean_norms(model)
+    assert fused_rotary(model, device) == ROTATING[name]
+    keep_less(model)
+    _assert_same(outcome(), expected)
