@@ -102,6 +102,12 @@ def test_kernels_that_do_not_run_are_not_used(monkeypatch):
 
 
 @pytest.mark.usefixtures("untried_card")
+def test_a_triton_that_cannot_be_imported_is_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lowrank.ops.kernels.trial", None)
+    assert str(kernels_on(CPU)).startswith("none: they do not run here: import of lowrank.ops.kernels.trial")
+
+
+@pytest.mark.usefixtures("untried_card")
 def test_a_card_is_tried_whatever_mode_its_first_user_is_in():
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert kernels_on(CPU).used

@@ -10,6 +10,7 @@ import torch
 from architectures import MODELS, output
 from tiny import tiny_llama
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.models.cohere import modeling_cohere
 from transformers.models.glm import modeling_glm
 from transformers.models.gpt_neox import modeling_gpt_neox
@@ -25,6 +26,7 @@ from lowrank.training.transforms import rotary
 from lowrank.training.transforms.gates import fused_gates
 from lowrank.training.transforms.keep_less import keep_less
 from lowrank.training.transforms.norms import lean_norms
+from lowrank.training.transforms.recompute import recompute_activations
 from lowrank.training.transforms.rotary import fused_rotary
 
 CPU = torch.device("cpu")
@@ -98,6 +100,35 @@ def test_an_adapters_gradients_stay_what_they_were():
     assert before.keys() == after.keys()
     for path, gradient in before.items():
         torch.testing.assert_close(after[path], gradient, rtol=1e-4, atol=1e-6)
+
+
+@card
+@pytest.mark.parametrize("mode", [True, "selective"])
+def test_layers_that_are_recomputed(mode, monkeypatch):
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def unseen(self, *of, **more):  # by dispatch modes, as launches are; the interpreter copies all arguments
+        with _disable_current_modes():
+            launch(self, *of, **more)
+
+    monkeypatch.setattr(GridExecutor, "__call__", unseen)
+    model = tiny_llama()
+    ids = torch.arange(3, 43).view(2, 20)
+
+    def gradients():
+        loss = model(ids, labels=ids, use_cache=False).loss
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    before = gradients()
+    model.train()
+    lean_norms(model)
+    fused_rotary(model, CPU)
+    assert fused_gates(model, CPU) == 2
+    recompute_activations(model, mode)
+    for got, expected in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_on_the_cpu_is_left_alone():

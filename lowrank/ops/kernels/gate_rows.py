@@ -42,13 +42,13 @@ class _GateRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         gate, up = ctx.saved_tensors
-        d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+        d_gate, d_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
         _launch(_gate_slopes, [grads[0], gate, up], [d_gate, d_up], ctx.name)
         return d_gate, d_up, None
 
 
 def _product(gate: torch.Tensor, up: torch.Tensor, name: str) -> torch.Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     _launch(_gate, [gate, up], [y], name)
     return y
 

@@ -57,7 +57,8 @@ def _normed(
     """y (..., d), and what each row was multiplied by, (n,) float32."""
     rows = rows_of(x)
     gain = torch.float32 if one_plus else weight.dtype
-    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, gain) if rounded_first else x.dtype, device=x.device)
+    dtype = torch.promote_types(x.dtype, gain) if rounded_first else x.dtype
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
     if x.numel():
         height, columns, warps = tile_of(rows.shape[1])
@@ -84,7 +85,7 @@ def _slopes(
     height, columns, warps = tile_of(rows.shape[1])
     tiles = triton.cdiv(len(rows), height)
     programs = min(tiles, _PROGRAMS) if of_weight else tiles
-    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if of_x else None
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
     sums = torch.empty(programs, rows.shape[1], dtype=torch.float32, device=x.device) if of_weight else None
     if x.numel():
         with on_its_card(x):

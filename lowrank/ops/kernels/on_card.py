@@ -51,9 +51,9 @@ def kernels_on(device: torch.device) -> KernelChoice:
 
 @functools.cache
 def _tried(device: torch.device) -> KernelChoice:
-    from lowrank.ops.kernels.trial import disagreement
-
     try:
+        from lowrank.ops.kernels.trial import disagreement
+
         reason = disagreement(device)
     except Exception as error:  # of a compiler, a driver, a linker: whatever it is, torch's own operations remain
         reason = f"they do not run here: {first_line(error)}"

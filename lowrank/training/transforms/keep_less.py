@@ -20,7 +20,7 @@ from lowrank.training.transforms.own_forward import has_own_forward
 
 
 def keep_less(model: Any) -> int:
-    """Has each layer keep less; what it computes stays, bit for bit.
+    """Has each layer keep less; what it computes stays, bit for bit (by a kernel for gates, on a card, nearly so).
 
     Layers that are recomputed, compiled or sharded have no need of it, or cannot take it.
 
