@@ -9,6 +9,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from lowrank.ops.kernels import norm_rows as norm_rows_module
 from lowrank.ops.kernels.norm_rows import norm_rows
 from lowrank.ops.made_again import made_again
 from lowrank.ops.rms_norm import rms_norm_reference
@@ -113,6 +114,16 @@ def test_forms_the_gradients_that_are_wanted_alone(trained, device):
     wanted = {"x": x, "weight": weight}[trained]
     (expected,) = torch.autograd.grad(exact(*of, "llama").square().sum(), of[["x", "weight"].index(trained)])
     assert_rounded(wanted.grad, expected, roundings=12)
+
+
+@on_devices
+def test_programs_that_sum_over_many_tiles(device, monkeypatch):
+    monkeypatch.setattr(norm_rows_module, "_PROGRAMS", 3)
+    x, weight = numbers(301, 100, device=device).requires_grad_(), numbers(100, device=device, seed=1).requires_grad_()
+    grads = torch.autograd.grad(norm_rows(x, weight, EPS, True, False).square().sum(), (x, weight))
+    of = as_float64(x, weight)
+    for got, want in zip(grads, torch.autograd.grad(exact(*of, "llama").square().sum(), of), strict=True):
+        assert_rounded(got, want, roundings=12)
 
 
 @on_devices

@@ -72,7 +72,7 @@ def test_a_card_is_tried_before_it_is_trusted():
 
 
 @pytest.mark.usefixtures("untried_card")
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(6))
 @pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
 def test_kernels_that_say_something_else_are_not_used(which, wrong, monkeypatch):
     trial = trials()

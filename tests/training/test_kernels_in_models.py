@@ -233,8 +233,9 @@ def test_what_the_kernel_is_not_for_goes_to_the_file():
         (torch.randn(2, 3, 5, 16, dtype=torch.float64),) * 2 + (torch.randn(1, 5, 16, dtype=torch.float64),),
         (torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.randn(5, 16)[None]),
         (torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16).half(), torch.randn(1, 5, 16)),
+        (torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16), torch.randn(1, 5, 16)),  # dim is counted from the end
     ):
-        dim = 0 if q.dim() == 3 else 1
+        dim = 0 if q.dim() == 3 else -3
         mine = rotary._rotary(theirs, rotary._ROUNDINGS[0], q, k, cos, cos, dim)
         for got, expected in zip(mine, theirs(q, k, cos, cos, dim), strict=True):
             assert torch.equal(got, expected)

@@ -15,7 +15,7 @@ from lowrank.ops.kernels.loss_rows import loss_rows
 from lowrank.ops.kernels.norm_rows import norm_rows
 from lowrank.ops.kernels.rotation import rotated
 
-_ALLOWED = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-6}
+_ALLOWED = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """How far a number may be off, as a part of the largest."""
 
 _Function: TypeAlias = Callable[..., torch.Tensor]
@@ -90,6 +90,10 @@ def _labels(logits: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(logits), device=logits.device) * 7919 % logits.shape[1]
 
 
+def _gelu_plainly(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
 _TRIALS = [
     _Trial(
         "norms",
@@ -97,7 +101,14 @@ _TRIALS = [
         lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, 1e-5),
         ((2, 65, 100), (100,)),
     ),
+    _Trial(
+        "norms around one",
+        partial(norm_rows, eps=1e-5, rounded_first=False, one_plus=True),
+        lambda x, weight: F.rms_norm(x, x.shape[-1:], 1 + weight, 1e-5),
+        ((9, 576), (576,)),
+    ),
     _Trial("gates", partial(gate_rows, name="silu"), lambda gate, up: F.silu(gate) * up, ((9, 100), (9, 100))),
+    _Trial("GELU's gates", partial(gate_rows, name="gelu_tanh"), _gelu_plainly, ((9, 100), (9, 100))),
     _Trial("rotations", _rotated_by_kernel, _rotated_plainly, ((2, 3, 5, 16), (2, 2, 5, 16))),
     _Trial("losses", _loss, lambda z: F.cross_entropy(z, _labels(z), reduction="sum"), ((7, 5000),)),
 ]

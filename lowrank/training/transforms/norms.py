@@ -1,7 +1,8 @@
 """The model's RMS norms through one autograd function each, where it says what they say.
 
 transformers has dozens of classes for them. They differ in where they round, and in whether a weight stands for itself
-or for its distance from one; which of these a class does is found out on a copy of the module at hand.
+or for its distance from one; which of these a class does is found out on a copy of the module at hand, on the CPU. A
+card's kernels sum in another order, after which a number may be rounded to its other neighbour.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def _same(module: Any, eps: float) -> Callable[..., torch.Tensor] | None:
     """What computes what the module does, up to how sums are rounded; None where nothing does."""
     weight = module.weight
     generator = torch.Generator().manual_seed(0)
-    twin = copy.deepcopy(module)
+    twin = copy.deepcopy(module).cpu()
     twin.weight.copy_(torch.randn(weight.shape, generator=generator))
-    x = torch.randn(_ROWS, len(weight), generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(_ROWS, len(weight), generator=generator).to(weight.dtype)
     expected = twin(x)
     errors = {forward: _error(forward(twin, eps, x), expected) for forward in (_llama, _olmo, _gemma)}
     best = min(errors, key=lambda forward: errors[forward])
