@@ -44,6 +44,7 @@ def test_a_cpu_computes_without_them():
     ],
 )
 def test_what_a_card_may_lack(capability, triton, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(on_card, "find_spec", lambda name: object() if triton else None)
     monkeypatch.setattr(torch.version, "hip", None)

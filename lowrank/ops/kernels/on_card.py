@@ -61,7 +61,7 @@ def _tried(device: torch.device) -> KernelChoice:
 
 
 def _missing(device: torch.device) -> str | None:
-    if device.type != _DEVICE or torch.version.hip is not None:
+    if device.type != _DEVICE or torch.version.hip is not None or not torch.cuda.is_available():
         return "they are made for CUDA"
     if find_spec("triton") is None:
         return "Triton is not installed"
