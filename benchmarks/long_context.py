@@ -2,10 +2,12 @@
 
     python benchmarks/long_context.py                 # segments and sdpa, 4,096 ... 16,384 tokens
     python benchmarks/long_context.py --device cuda --lengths 4096 8192 16384 32768
+    python benchmarks/long_context.py --base .cache/models/smollm2-135m-instruct --layers 4 --dtype float32 \
+        --backends segments --lengths 16384 65536 --output long-context-cpu-smollm2
 
-lowrank's own loop, loss and recomputation train a narrow model of real depth. Each step runs in a process of its own;
-what is counted is the peak during the step above what the process held before it. Prints a table with the fitted
-exponents of growth, and writes benchmarks/results/long-context-<device>.{md,json}.
+lowrank's own loop, loss and recomputation train a narrow model of real depth, or a real one cut to few layers. Each
+step runs in a process of its own; what is counted is the peak during the step above what the process held before it.
+Prints a table with the fitted exponents of growth, and writes benchmarks/results/long-context-<device>.{md,json}.
 """
 
 from __future__ import annotations
@@ -62,6 +64,11 @@ def one_step(options: argparse.Namespace, backend: str, length: int) -> dict[str
 
 def _model(options: argparse.Namespace, length: int) -> PreTrainedModel:
     torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    if options.base:
+        cut = {"num_hidden_layers": options.layers, "max_position_embeddings": length}
+        config = transformers.AutoConfig.from_pretrained(options.base, **cut)
+        return transformers.AutoModelForCausalLM.from_pretrained(options.base, config=config, dtype=dtype)
     config = transformers.LlamaConfig(
         vocab_size=options.vocabulary,
         hidden_size=options.hidden,
@@ -72,7 +79,7 @@ def _model(options: argparse.Namespace, length: int) -> PreTrainedModel:
         max_position_embeddings=length,
         pad_token_id=0,
     )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _fit(model: PreTrainedModel, length: int, options: argparse.Namespace, watch: Watch) -> None:
@@ -104,7 +111,7 @@ def main() -> None:
             print(results[-1], f"whole process {time.perf_counter() - began:.0f} s", file=sys.stderr)
     text = table(results, options)
     print(text)
-    stem = RESULTS / f"long-context-{options.device}"
+    stem = RESULTS / (options.output or f"long-context-{options.device}")
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
@@ -118,6 +125,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument(
+        "--base", help="a model's folder, which is cut to --layers; else a narrow one of random weights"
+    )
+    parser.add_argument("--output", help="the results' name")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -129,12 +140,13 @@ def table(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Markdown: a row for each length, a column for each backend, exponents and the bar beneath."""
     by_name = {b: [r for r in results if r["backend"] == b] for b in options.backends}
     growth = {b: exponent([r["length"] for r in rows], [r["mebibytes"] for r in rows]) for b, rows in by_name.items()}
+    narrow = f"Llama of hidden size {options.hidden} and vocabulary {options.vocabulary:,}"
+    what = f"{Path(options.base).name if options.base else narrow}, {options.layers} layers"
     lines = [
         f"# One long sequence on {machine(torch.device(options.device))}",
         "",
-        f"Llama of {options.layers} layers, hidden size {options.hidden}, vocabulary {options.vocabulary:,}, "
-        f"{options.dtype}, LoRA r = 8; gradient checkpointing and chunked loss. One training step: peak MiB above the "
-        f"model / seconds. "
+        f"{what}, {options.dtype}, LoRA r = 8; gradient checkpointing and chunked loss. One training step: peak MiB "
+        f"above the model / seconds. "
         f"torch {torch.__version__}, transformers {transformers.__version__}; `python {' '.join(sys.argv)}`",
         "",
         "| tokens | " + " | ".join(by_name) + " |",
