@@ -1,11 +1,11 @@
 """Attention on a CPU, forward and backward: what `segments` chooses beside each of its kernels alone.
 
     python benchmarks/span_kernels.py                              # float32 and bfloat16, 128 ... 131,072 tokens
-    python benchmarks/span_kernels.py --longest 8192 --repeats 3
+    python benchmarks/span_kernels.py --longest 131072 8192 --repeats 3
 
 Spans of one length, as many as make 2,048 tokens, else one. Strips, torch's kernel and the choice take turns in one
 process, and medians count; peaks above the inputs are taken in a process for each. From 32,768 tokens on a step of each
-is all, over one key head. Writes benchmarks/results/span-kernels-cpu.md.
+is all, of one head. Writes benchmarks/results/span-kernels-cpu.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 BASE = ".cache/models/smollm2-135m-instruct"
 SIDES = "strips", "torch", "chosen"
 LONG = 32_768  # tokens, from which on a step of each is all
-GROUP, SIZE = 3, 64  # query heads of a key head, and the heads' size
+SIZE = 64  # of the heads
 SPEED, MEMORY = 0.95, 1.1  # the bars: of the faster one's speed, and times its memory
 
 
@@ -45,8 +45,8 @@ class Case:
     def __init__(self, length: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         self.spans: Spans = from_lengths([length] * max(1, 2048 // length), None)
-        heads = 1 if length >= LONG else 3
-        shapes = [(self.spans.length, count, SIZE) for count in (heads * GROUP, heads, heads)]
+        heads = (1, 1, 1) if length >= LONG else (9, 3, 3)
+        shapes = [(self.spans.length, count, SIZE) for count in heads]
         self.q, self.k, self.v = (torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes)
         self.grad = torch.randn(shapes[0], dtype=dtype)
         self.rule = Rule(SIZE**-0.5, None, None)
@@ -127,7 +127,7 @@ def table(rows: list[dict[str, Any]], dtype: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--longest", type=int, default=131_072)
+    parser.add_argument("--longest", nargs="+", type=int, default=[131_072, 131_072], help="tokens, for each dtype")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -137,19 +137,18 @@ def main() -> None:
         asked = (int(length), getattr(torch, dtype))
         print(json.dumps(peak(argument, *asked) if what == "peak" else turns(*asked, int(argument))))
         return
-    lengths = [1 << n for n in range(7, 18) if 1 << n <= options.longest]
     rates = [f"{product_rate(BASE, getattr(torch, d), 'cpu') / 1e9:.0f} GFLOP/s in {d}" for d in options.dtypes]
     lines = [
         "# Which kernel computes a span",
         "",
         f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}; `python {' '.join(sys.argv)}`. "
         f"Plain products of a layer's shapes: {', '.join(rates)}. Nine heads of {SIZE} over three; from {LONG:,} "
-        f"tokens on three over one. Bars: at least {SPEED} of the faster one's speed, at most {MEMORY} of its memory.",
+        f"tokens on one. Bars: at least {SPEED} of the faster one's speed, at most {MEMORY} of its memory.",
         "",
     ]
-    for dtype in options.dtypes:
+    for dtype, longest in zip(options.dtypes, options.longest, strict=False):
         rows = []
-        for length in lengths:
+        for length in [1 << n for n in range(7, 18) if 1 << n <= longest]:
             rows.append(row(length, dtype, options.repeats))
             print(dtype, rows[-1], file=sys.stderr)
         lines += table(rows, dtype)
