@@ -25,6 +25,8 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._flash_attention_forward.default,
 }
+# Those that some versions of torch have, or that are defined when they are first used.
+_KEPT_BY_NAME = {"torch_attn::_varlen_attn", "aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 
 _UNLIKE = (
     "a layer's products were others when it was run again, and gradient_checkpointing: selective needs them to "
@@ -113,7 +115,9 @@ class _Replay(TorchDispatchMode):
 
 def _is_kept(func: Any, args: Any, kwargs: Any) -> bool:
     """Not where it draws random numbers: what comes after it would get others in the second run."""
-    return func in _KEPT and not _named(func, args, kwargs).get("dropout_p", 0.0)
+    return (func in _KEPT or func._schema.name in _KEPT_BY_NAME) and not _named(func, args, kwargs).get(
+        "dropout_p", 0.0
+    )
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -139,4 +143,4 @@ def _detached(out: Any) -> Any:
 
 
 def _storages(tensors: Any) -> set[int]:
-    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)}
+    return {leaf.untyped_storage()._cdata for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)}
