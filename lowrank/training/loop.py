@@ -159,9 +159,13 @@ def _rescale(scaler: torch.amp.GradScaler) -> bool:
     """Moves float16's loss scale; whether it went down, and is still one that can."""
     if not scaler.is_enabled():
         return False
-    before = scaler.get_scale()
+    scale = scaler._get_scale_async()  # get_scale waits for the device
+    assert scale is not None, "a loss was scaled"
+    before = scale.clone()
     scaler.update()
-    return 1.0 <= scaler.get_scale() < before
+    after = scaler._get_scale_async()
+    assert after is not None
+    return bool(((after >= 1.0) & (after < before)).item())
 
 
 def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
