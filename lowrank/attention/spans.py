@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from lowrank.attention.forest import starts_of
+from lowrank.ops.transfer import to_device
 
 MaskFunction = Callable[..., torch.Tensor]
 
@@ -117,7 +118,7 @@ class Spans:
 
     def _on(self, device: torch.device, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if (device, name) not in self._kept:
-            self._kept[device, name] = make().to(device, non_blocking=True)
+            self._kept[device, name] = to_device(make(), device)
         return self._kept[device, name]
 
     def square(self, device: torch.device) -> torch.Tensor:

@@ -29,7 +29,7 @@ STEPS = 3
 
 @dataclass
 class Seen(Callback):
-    """What came of a run; `launches`, `waits` and `operations` are those of its last step.
+    """What came of a run; `launches`, `waits`, `operations` and `pageable` are those of its last step.
 
     Attributes:
         gradients: Of the first step.
@@ -49,6 +49,7 @@ class Seen(Callback):
         self.losses.append(metrics.loss)
         if self.card is not None:
             self.launches, self.waits, self.operations = self.card.launches, self.card.waits, self.card.operations
+            self.pageable = self.card.pageable
             self.card.clear()
 
     def apart(self, other: Seen) -> float:

@@ -47,6 +47,7 @@ def test_packs(method):
     assert any("_varlen_attn_backward" in name for name in card.operations)
     assert card.launches <= LAUNCHES[method]
     assert len(card.waits) <= WAITS, card.waits
+    assert not card.pageable
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

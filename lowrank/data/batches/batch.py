@@ -10,6 +10,7 @@ import torch
 
 from lowrank.data.batches.pack_forest import forest_of
 from lowrank.data.examples.example import IdsAndMask
+from lowrank.ops.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,9 @@ class Targets:
         """The same on a device."""
         weights = self.weights
         return Targets(
-            self.places.to(device, non_blocking=True),
-            self.tokens.to(device, non_blocking=True),
-            weights if weights is None else weights.to(device, non_blocking=True),
+            to_device(self.places, device),
+            to_device(self.tokens, device),
+            weights if weights is None else to_device(weights, device),
         )
 
 
@@ -91,10 +92,10 @@ class Batch:
         mask = self.attention_mask
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
+            input_ids=to_device(self.input_ids, device),
+            position_ids=to_device(self.position_ids, device),
             targets=self.targets.to(device),
-            attention_mask=mask if mask is None else mask.to(device, non_blocking=True),
+            attention_mask=mask if mask is None else to_device(mask, device),
         )
 
 
