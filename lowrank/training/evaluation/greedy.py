@@ -99,7 +99,7 @@ def continue_rows(
     cache = _roomy_cache(model, begun, max(shared), columns + generation.max_new_tokens)
     mask = torch.nn.functional.pad(mask, (0, generation.max_new_tokens), value=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    ends = torch.tensor(generation.eos_token_id, device=model.device)
+    ends = frozenset(generation.eos_token_id)
     answers: list[list[int]] = [[] for _ in prompts]
     writing = list(range(len(prompts)))
     step = ids[:, max(shared) :]
@@ -113,8 +113,9 @@ def continue_rows(
             **last_logits(model),
         ).logits
         tokens = logits[:, -1].argmax(-1)
-        goes_on = (~torch.isin(tokens, ends)).tolist()
-        for row, token, more in zip(writing, tokens.tolist(), goes_on, strict=True):
+        chosen = tokens.tolist()  # the one wait for a card in each step
+        goes_on = [token not in ends for token in chosen]
+        for row, token, more in zip(writing, chosen, goes_on, strict=True):
             if more:
                 answers[row].append(token)
         if not any(goes_on):
