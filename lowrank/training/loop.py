@@ -80,12 +80,12 @@ def fit(
         run.optimizer.zero_grad(set_to_none=True)
         heap.mend()
         run.tell(Callback.on_step_end, _measured(step, run.step, group, began, fetched, device))
-    run.interrupted = run.stop and any(ranks.all(run.interrupted))
+    run.interrupted = run.stop and ranks.any(run.interrupted)
 
 
 def _agree_to_stop(run: Run, ranks: Ranks) -> bool:
     """Whether training ends here: a signal may have reached one process and not yet the others."""
-    run.stop = any(ranks.all(run.stop or run.interrupted))
+    run.stop = ranks.any(run.stop or run.interrupted)
     return run.stop
 
 

@@ -220,6 +220,9 @@ class Thread:
     def first(self, value):
         return self.all(value)[0]
 
+    def any(self, here):
+        return any(self.all(here))
+
 
 def test_all_processes_learn_that_it_could_not_be_written(tmp_path, monkeypatch):
     """Else the others would wait for the first one, or take another best than it."""

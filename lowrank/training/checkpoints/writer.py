@@ -114,7 +114,7 @@ class Checkpoints(Callback):
             self.best.load_state_dict(state)
 
     def _write_if_due(self, run: Run) -> None:
-        if not self.ranks.first(self._due(run)):
+        if not self.ranks.any(self.ranks.main and self._due(run)):
             return
         try:
             self.write(run)

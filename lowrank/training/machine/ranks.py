@@ -63,6 +63,15 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any process; one number travels."""
+        if self.count == 1:
+            return here
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        told = torch.tensor(int(here), device=device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())
+
     def add_up_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Each parameter's gradient becomes the sum over all processes; one message for each dtype."""
         if self.count == 1:
