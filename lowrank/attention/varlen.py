@@ -8,6 +8,7 @@ keys) is left to `strips`, which can, on any device.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from importlib import import_module
@@ -79,7 +80,7 @@ def torch_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans
     attend, groups = _torch_varlen(), q.shape[1] // k.shape[1]
     assert attend is not None
     asked = {"scale": rule.scale, "window_size": (-1 if rule.window is None else rule.window - 1, 0)}
-    if groups == 1 or "enable_gqa" not in inspect.signature(attend).parameters:
+    if groups == 1 or not _takes(attend, "enable_gqa"):
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     else:
         asked["enable_gqa"] = True
@@ -116,7 +117,7 @@ def _torch_varlen() -> Callable[..., torch.Tensor] | None:
     except ImportError:
         return None
     # The first releases of it knew no window, and took `is_causal` instead.
-    return attend if "window_size" in inspect.signature(attend).parameters else None
+    return attend if _takes(attend, "window_size") else None
 
 
 def _flash_attn_varlen() -> Callable[..., torch.Tensor] | None:
@@ -124,4 +125,10 @@ def _flash_attn_varlen() -> Callable[..., torch.Tensor] | None:
         attend = import_module("flash_attn").flash_attn_varlen_func
     except (ImportError, AttributeError):
         return None
-    return attend if "softcap" in inspect.signature(attend).parameters else None
+    return attend if _takes(attend, "softcap") else None
+
+
+@functools.cache
+def _takes(attend: Callable[..., torch.Tensor], argument: str) -> bool:
+    """Looked up once: every layer asks in every pass, and a signature takes a tenth of a millisecond to read."""
+    return argument in inspect.signature(attend).parameters
