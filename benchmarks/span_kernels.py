@@ -77,8 +77,8 @@ def peak(side: str, length: int, dtype: torch.dtype) -> dict[str, float]:
 def turns(length: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
     """Median seconds of each side."""
     case: dict[str, list[float]] = {side: [] for side in SIDES}
-    of = Case(length, dtype)
     with freed_blocks_kept():
+        of = Case(length, dtype)
         for number in range(repeats + 1):
             for side in SIDES:
                 seconds = of.step(side)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.attention.spans import Spans, from_lengths
 from lowrank.attention.stacked import attend, gradients
@@ -56,18 +55,16 @@ def _pays(length: int, dtype: torch.dtype, group: int, key_heads: int, d: int) -
     nearest = min(LONGEST, 1 << round(math.log2(length)))
     heads = key_heads if nearest <= PACK else 1  # of long spans one is as good as all, and sooner measured
     what = f"torch's attention to stacks, {dtype}, {heads} x {group} heads of {d}, {nearest} tokens"
-    return figure(what, lambda: _undisturbed(lambda: _ratio(nearest, dtype, group, heads, d))) <= WORTH
-
-
-def _undisturbed(measure: Callable[[], float]) -> float:
-    """In a thread of its own: modes and hooks of a forward pass under way are not there."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(measure).result()
+    return figure(what, lambda: _ratio(nearest, dtype, group, heads, d)) <= WORTH
 
 
 @torch.no_grad()
 def _ratio(length: int, dtype: torch.dtype, group: int, key_heads: int, d: int) -> float:
-    """Times of torch's kernel by the strips', forward and backward, the median of some tries."""
+    """Times of torch's kernel by the strips', forward and backward, the median of some tries.
+
+    Without gradients and modes: a forward pass under way would take what is computed here for its own. And in its
+    thread: another one's heap gives back what a run's keeps.
+    """
     spans = from_lengths([length - n for n in range(max(1, PACK // length))], None)
     numbers = torch.Generator().manual_seed(0)  # a run's own draws are the same whether it measures or not
     shapes = [(spans.length, heads, d) for heads in (group * key_heads, group * key_heads, key_heads, key_heads)]
@@ -80,7 +77,11 @@ def _ratio(length: int, dtype: torch.dtype, group: int, key_heads: int, d: int) 
         gradients(grad, inputs, [out, *told], spans, rule, by_torch)
         return time.perf_counter() - began
 
-    began, ratios = time.perf_counter(), []
-    while len(ratios) < TRIES and (not ratios or time.perf_counter() - began < LONG_ENOUGH):
-        ratios.append(seconds(tuple(range(len(spans.spans)))) / seconds(()))
-    return statistics.median(ratios[1:] or ratios)
+    every, ratios = tuple(range(len(spans.spans))), []
+    with _disable_current_modes():
+        if length <= PACK:  # the first time libraries compile, for longer than such a pack takes
+            seconds(every), seconds(())
+        began = time.perf_counter()
+        while len(ratios) < TRIES and (not ratios or time.perf_counter() - began < LONG_ENOUGH):
+            ratios.append(seconds(every) / seconds(()))
+    return statistics.median(ratios)
