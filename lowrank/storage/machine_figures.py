@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,22 @@ def figure(what: str, measure: Callable[[], float]) -> float:
                 _write(file, {what: kept[what]})
         _known.update({(file, name): value for name, value in kept.items()})
     return _known[file, what]
+
+
+def figures_known() -> dict[str, float]:
+    """What this process knows by now, by name."""
+    file = _file()
+    return {name: value for (of, name), value in _known.items() if of == file}
+
+
+def take_up_figures(known: Mapping[str, float]) -> None:
+    """Goes on with what another process knew, whatever would be measured now: a choice that rests on it stays the same.
+
+    Args:
+        known: By name; of whichever machine.
+    """
+    file = _file()
+    _known.update({(file, name): value for name, value in known.items()})
 
 
 def _write(file: Path, found: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank.storage import machine_figures
-from lowrank.storage.machine_figures import figure, processor
+from lowrank.storage.machine_figures import figure, figures_known, processor, take_up_figures
 from lowrank.storage.machine_load import Load
 
 
@@ -33,6 +33,16 @@ def test_is_measured_once(monkeypatch, tmp_path):
     assert processor().replace("/", " ") in file.name
     assert f"torch {torch.__version__}" in file.name
     assert json.loads(file.read_text()) == {"speed": 3.5, "other": 2.0}
+
+
+def test_what_another_process_knew_is_taken_up(monkeypatch):
+    figure("speed", lambda: 3.5)
+    known = figures_known()
+    monkeypatch.setattr(machine_figures, "_known", {})
+    figure("speed", lambda: 9.0)
+    take_up_figures({**known, "other": 1.0})
+    assert figure("speed", _never) == 3.5
+    assert figure("other", _never) == 1.0
 
 
 def test_other_threads_are_another_machine(monkeypatch):

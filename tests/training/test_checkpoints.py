@@ -13,6 +13,8 @@ from tiny import tiny_llama
 
 import lowrank
 from lowrank.errors import InputError, JobError
+from lowrank.storage import machine_figures
+from lowrank.storage.machine_figures import figure
 from lowrank.training.checkpoints.keeping import Keeping
 from lowrank.training.checkpoints.snapshot import capture, restore
 from lowrank.training.checkpoints.state import read_state
@@ -187,6 +189,19 @@ def test_a_restored_run_goes_on_to_the_bit(tmp_path):
     for name, kept in expected["optimizer"]["state"].items():
         for key, tensor in kept.items():
             assert torch.equal(tensor, found["optimizer"]["state"][name][key]), (name, key)
+
+
+def test_a_resumed_run_rests_on_the_figures_that_it_began_with(tmp_path, monkeypatch):
+    """On a machine that others use they are measured anew in each process, and may come out otherwise."""
+    known = {}
+    monkeypatch.setattr(machine_figures, "_known", known)
+    monkeypatch.setattr(machine_figures, "_write", lambda file, found: None)
+    figure("which kernel", lambda: 0.5)
+    state = capture(new_run(tmp_path))
+    known.clear()
+    figure("which kernel", lambda: 2.0)
+    restore(new_run(tmp_path), state)
+    assert figure("which kernel", lambda: 3.0) == 0.5
 
 
 def test_another_adapter_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from torch import nn
 
 from lowrank.adapters.install import AdapterSet
 from lowrank.errors import InputError
+from lowrank.storage.machine_figures import figures_known, take_up_figures
 from lowrank.training.evaluation.evaluation import Evaluation
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.run import Callback, Run
@@ -36,6 +37,7 @@ def capture(run: Run, ranks: Ranks = ALONE) -> dict[str, Any]:
         "schedule": run.schedule.state_dict(),
         "scaler": run.scaler.state_dict(),
         "random": ranks.all(random_state()),
+        "figures": figures_known(),
         "callbacks": {name: callback.state_dict() for name, callback in _by_name(run)},
     }
 
@@ -67,6 +69,7 @@ def restore(run: Run, state: dict[str, Any], ranks: Ranks = ALONE) -> None:
             callback.load_state_dict(kept)
     run.step, run.position, run.skipped = state["step"], Position(**state["position"]), state["skipped"]
     run.before = None if state["before"] is None else Evaluation.from_dict(state["before"])
+    take_up_figures(state.get("figures", {}))  # which kernel is faster here decides how sums are rounded
     if ranks.index < len(state["random"]):
         set_random_state(state["random"][ranks.index])
 
