@@ -76,14 +76,14 @@ def peak(side: str, length: int, dtype: torch.dtype) -> dict[str, float]:
 
 def turns(length: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
     """Median seconds of each side."""
-    case: dict[str, list[float]] = {side: [] for side in SIDES}
+    taken: dict[str, list[float]] = {side: [] for side in SIDES}
     with freed_blocks_kept():
-        of = Case(length, dtype)
+        case = Case(length, dtype)
         for number in range(repeats + 1):
             for side in SIDES:
-                seconds = of.step(side)
-                case[side] += [seconds] if number else []
-    return {side: statistics.median(all_of) for side, all_of in case.items()}
+                seconds = case.step(side)
+                taken[side] += [seconds] if number else []
+    return {side: statistics.median(all_of) for side, all_of in taken.items()}
 
 
 def row(length: int, dtype: str, repeats: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -24,6 +25,10 @@ WORTH = 1.05  # what torch's kernel may take of the strips' time: its memory is 
 DTYPES = torch.float32, torch.bfloat16
 PACK = 2048  # tokens that are measured, of shorter spans
 TRIES, LONG_ENOUGH = 5, 0.3  # seconds
+
+_Asked = tuple[torch.dtype, int, int, int]
+# As long as the spans, since every layer asks for the same.
+_KEPT: WeakKeyDictionary[Spans, dict[_Asked, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def by_torch(
@@ -43,10 +48,11 @@ def by_torch(
         return ()
     if sinks is not None or rule.window is not None or rule.softcap is not None or q.shape[-1] != v.shape[-1]:
         return ()
-    key_heads, d = k.shape[1], q.shape[2]
-    group = q.shape[1] // key_heads
-    places = enumerate(zip(spans.before, spans.lengths, strict=True))
-    return tuple(n for n, (before, length) in places if before == 0 and _pays(length, q.dtype, group, key_heads, d))
+    kept, asked = _KEPT.setdefault(spans, {}), (q.dtype, q.shape[1] // k.shape[1], k.shape[1], q.shape[2])
+    if asked not in kept:
+        places = enumerate(zip(spans.before, spans.lengths, strict=True))
+        kept[asked] = tuple(n for n, (before, length) in places if before == 0 and _pays(length, *asked))
+    return kept[asked]
 
 
 def _pays(length: int, dtype: torch.dtype, group: int, key_heads: int, d: int) -> bool:

@@ -118,7 +118,7 @@ def _stacks(
     spans: Spans, q: torch.Tensor, k: torch.Tensor, by_torch: tuple[int, ...]
 ) -> tuple[list[Stack], list[Stack]]:
     """Those of torch's kernel, and those of strips, which have each key head's queries side by side."""
-    others = tuple(n for n in range(len(spans.spans)) if n not in by_torch)
+    others = tuple(sorted(set(range(len(spans.spans))).difference(by_torch)))
     plain = Layout(q.device, q[0].numel())
     by_heads = replace(plain, heads=k.shape[1], grain=GRAIN, roomy=q.element_size() == 2)
     return stacks_of(spans, plain, by_torch), stacks_of(spans, by_heads, others)
