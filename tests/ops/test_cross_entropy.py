@@ -6,27 +6,17 @@ import sys
 
 import pytest
 import torch
+from loss_cases import OPTIONS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank.ops import cross_entropy
 from lowrank.ops.cross_entropy import (
     CHUNK_BYTES,
-    LossOptions,
     cross_entropy_through,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-
-OPTIONS = {
-    "plain": LossOptions(),
-    "softcap": LossOptions(softcap=2.0),
-    "scaled": LossOptions(logit_scale=0.3),
-    "smoothed": LossOptions(label_smoothing=0.1),
-    "z-loss": LossOptions(z_loss=0.01),
-    "all": LossOptions(logit_scale=0.3, softcap=2.0, label_smoothing=0.1, z_loss=0.01),
-}
-
 
 ROW_WEIGHTS = {"once": None, "weighted": torch.tensor([1.0, 16.0, 0.0, 2.5, -1.0, 1.0, 3.0])}
 

@@ -7,20 +7,13 @@ from dataclasses import asdict
 import pytest
 import torch
 from kernel_cases import assert_rounded, in_dtypes, numbers, on_devices
+from loss_cases import OPTIONS
 
 from lowrank.ops.cross_entropy import LossOptions, cross_entropy
 from lowrank.ops.kernels.loss_rows import loss_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered")  # numpy's
 
-OPTIONS = {
-    "plain": LossOptions(),
-    "softcap": LossOptions(softcap=2.0),
-    "scaled": LossOptions(logit_scale=0.3),
-    "smoothed": LossOptions(label_smoothing=0.1),
-    "z-loss": LossOptions(z_loss=0.01),
-    "all": LossOptions(logit_scale=0.3, softcap=2.0, label_smoothing=0.1, z_loss=0.01),
-}
 NOTHING_DONE = LossOptions()
 PLAIN = asdict(NOTHING_DONE)
 

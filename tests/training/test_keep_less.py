@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from adapted import adapted, adapter_gradients
 from architectures import MODELS, output
 from kept import kept_numbers
 from torch import nn
@@ -45,22 +46,13 @@ def test_outputs_and_gradients_are_the_same_to_the_bit(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2"])
 def test_an_adapters_gradients_are_the_same_to_the_bit_and_less_is_kept(name):
-    model = lowrank.wrap(MODELS[name](), lowrank.LoraConfig(r=2, use_dora=name == "llama"))
-    for path, parameter in model.named_parameters():
-        if "lora_B" in path:
-            nn.init.normal_(parameter)
+    model = adapted(MODELS[name](), use_dora=name == "llama")
     lean_norms(model)
     ids = torch.arange(40).view(2, 20)
 
-    def gradients():
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        found = {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        return found
-
-    before, kept = gradients(), kept_numbers(lambda: model(ids, labels=ids, use_cache=False).loss)
+    before, kept = adapter_gradients(model, ids), kept_numbers(lambda: model(ids, labels=ids, use_cache=False).loss)
     keep_less(model)
-    after, less = gradients(), kept_numbers(lambda: model(ids, labels=ids, use_cache=False).loss)
+    after, less = adapter_gradients(model, ids), kept_numbers(lambda: model(ids, labels=ids, use_cache=False).loss)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[path], after[path]) for path in before)
     assert less < 0.9 * kept

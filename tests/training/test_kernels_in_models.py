@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
+from adapted import adapted, adapter_gradients
 from architectures import MODELS, output
 from tiny import tiny_llama
-from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.models.cohere import modeling_cohere
 from transformers.models.glm import modeling_glm
@@ -20,7 +20,6 @@ from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.phi3 import modeling_phi3
 from trusted import cpu_as_card  # noqa: F401
 
-import lowrank
 from lowrank.ops.kernels import on_card
 from lowrank.training.transforms import rotary
 from lowrank.training.transforms.gates import fused_gates
@@ -81,22 +80,13 @@ def _functions_of(y):
 
 @card
 def test_an_adapters_gradients_stay_what_they_were():
-    model = lowrank.wrap(tiny_llama(), lowrank.LoraConfig(r=2))
-    for path, parameter in model.named_parameters():
-        if "lora_B" in path:
-            nn.init.normal_(parameter)
+    model = adapted(tiny_llama())
     ids = torch.arange(40).view(2, 20)
 
-    def gradients():
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        found = {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        return found
-
-    before = gradients()
+    before = adapter_gradients(model, ids)
     lean_norms(model)
     assert fused_rotary(model, CPU) == keep_less(model) == 2
-    after = gradients()
+    after = adapter_gradients(model, ids)
     assert before.keys() == after.keys()
     for path, gradient in before.items():
         torch.testing.assert_close(after[path], gradient, rtol=1e-4, atol=1e-6)

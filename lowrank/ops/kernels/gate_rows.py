@@ -82,6 +82,21 @@ def _steepness(x: tl.tensor, p: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
     return p + p * (1.0 - p) * x * of_inner
 
 
+@triton.jit
+def _tile(
+    n: tl.tensor, d: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A program's rows (ROWS, 1) and columns (1, COLUMNS), and which of the numbers there are."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return row, column, (row < n) & (column < d)
+
+
+@triton.jit
+def _read(x: tl.tensor, place: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["n"])  # every pack has another
 def _gate(
     gate: tl.tensor,
@@ -95,11 +110,9 @@ def _gate(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < n) & (column < d)
-    x = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-    by = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    row, column, inside = _tile(n, d, ROWS, COLUMNS)
+    x = _read(gate, row * gate_stride + column, inside)
+    by = _read(up, row * up_stride + column, inside)
     f = (x * _likely(x, NAME)).to(gate.dtype.element_ty).to(tl.float32)
     tl.store(y + row * d + column, (f * by).to(y.dtype.element_ty), mask=inside)
 
@@ -120,12 +133,10 @@ def _gate_slopes(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < n) & (column < d)
-    slope = tl.load(d_y + row * d_y_stride + column, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-    by = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    row, column, inside = _tile(n, d, ROWS, COLUMNS)
+    slope = _read(d_y, row * d_y_stride + column, inside)
+    x = _read(gate, row * gate_stride + column, inside)
+    by = _read(up, row * up_stride + column, inside)
     p = _likely(x, NAME)
     f = (x * p).to(gate.dtype.element_ty).to(tl.float32)
     of_f = (slope * by).to(gate.dtype.element_ty).to(tl.float32)

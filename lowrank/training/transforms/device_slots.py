@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import InputError
-from lowrank.training.transforms.held_weights import Held, nbytes
+from lowrank.training.transforms.held_weights import Held
 
 _ALIGNED = 256  # bytes: where an allocation of its own would begin
 
@@ -119,12 +119,12 @@ def _layout(block: Sequence[Held]) -> tuple[list[int], int]:
     starts, end = [], 0
     for held in block:
         starts.append(end)
-        end += -(-nbytes(held.parameter) // _ALIGNED) * _ALIGNED
+        end += -(-held.parameter.nbytes // _ALIGNED) * _ALIGNED
     return starts, end
 
 
 def _view(room: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
-    return room[start : start + nbytes(like)].view(like.dtype).view(like.shape)
+    return room[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def _pinned(block: Sequence[Held]) -> tuple[torch.Tensor, list[tuple[Held, int]]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank.errors import InputError
-from lowrank.training.transforms.held_weights import Held, nbytes
+from lowrank.training.transforms.held_weights import Held
 
 _PAGE = mmap.PAGESIZE
 _NEAR = 2**20  # bytes between weights of a layer, where its norms lie
@@ -42,8 +42,8 @@ class FilePages:
             raise InputError("on a CPU layers are offloaded on Linux alone", where="training.offload")
         maps = list(_file_maps())
         self.parts = [_parts(block, maps) for block in blocks]
-        whole = sum(nbytes(held.parameter) for block in blocks for held in block)
-        mapped = sum(nbytes(held.parameter) for block in blocks for held in block if _mapped(held, maps))
+        whole = sum(held.parameter.nbytes for block in blocks for held in block)
+        mapped = sum(held.parameter.nbytes for block in blocks for held in block if _mapped(held, maps))
         if not mapped:
             raise InputError(
                 "no weight of the model's layers lies in a file as it is used: they were converted when they were "
@@ -92,7 +92,7 @@ def _file_maps() -> Iterator[range]:
 
 def _mapped(held: Held, maps: Sequence[range]) -> range | None:
     at = held.parameter.data_ptr()
-    return next((each for each in maps if at in each and at + nbytes(held.parameter) <= each.stop), None)
+    return next((each for each in maps if at in each and at + held.parameter.nbytes <= each.stop), None)
 
 
 def _parts(block: Sequence[Held], maps: Sequence[range]) -> list[range]:
@@ -103,7 +103,7 @@ def _parts(block: Sequence[Held], maps: Sequence[range]) -> list[range]:
         if mapping is None:
             continue
         start = held.parameter.data_ptr() // _PAGE * _PAGE
-        stop = -(-(held.parameter.data_ptr() + nbytes(held.parameter)) // _PAGE) * _PAGE
+        stop = -(-(held.parameter.data_ptr() + held.parameter.nbytes) // _PAGE) * _PAGE
         if found and found[-1][1] == mapping and start - found[-1][0].stop <= _NEAR:
             start = found.pop()[0].start
         found.append((range(start, min(stop, mapping.stop)), mapping))

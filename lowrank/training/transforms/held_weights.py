@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 
@@ -21,8 +20,3 @@ class Held:
     module: nn.Module
     name: str
     parameter: nn.Parameter
-
-
-def nbytes(tensor: torch.Tensor) -> int:
-    """That its values take."""
-    return tensor.numel() * tensor.element_size()

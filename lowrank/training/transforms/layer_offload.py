@@ -26,7 +26,7 @@ from lowrank.errors import InputError
 from lowrank.quantisers.registry import quantiser_of
 from lowrank.training.transforms.device_slots import DeviceSlots
 from lowrank.training.transforms.file_pages import FilePages
-from lowrank.training.transforms.held_weights import Held, nbytes
+from lowrank.training.transforms.held_weights import Held
 from lowrank.training.transforms.layers import layers_of
 from lowrank.training.transforms.recompute import recompute_activations
 from lowrank.training.transforms.recompute_modes import RecomputeMode
@@ -94,7 +94,7 @@ def offload_layers(model: Any, device: torch.device, recompute: Literal[True] | 
         with _taken_out(blocks):
             model.to(device)
     recompute_activations(model, recompute)
-    sizes = [sum(nbytes(held.parameter) for held in block) for block in blocks]
+    sizes = [sum(held.parameter.nbytes for held in block) for block in blocks]
     carrier: _Carrier = FilePages(blocks) if device.type == "cpu" else DeviceSlots(blocks, device)
     passage = _Passage(carrier, len(layers))
     for at, layer in enumerate(layers):
