@@ -1,4 +1,4 @@
-"""Make the configs of configs/, all but quickstart's: what `lowrank init` would write for eight situations.
+"""Make the configs of configs/, all but quickstart's: what `lowrank init` would write for nine situations.
 
     python examples/make_configs.py    # needs no model and no rows: sizes and lengths are stated here
 
@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, ModernBertConfig, PreTrainedConfig, Qwen3Config
 
 from lowrank.recipes.proposal.base import sizes
 from lowrank.recipes.proposal.machine import GiB, Machine
@@ -35,6 +35,7 @@ BASES: dict[str, PreTrainedConfig] = {
         hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         head_dim=128, vocab_size=151936, max_position_embeddings=262144, tie_word_embeddings=True,
     ),
+    "answerdotai/ModernBERT-base": ModernBertConfig(),
     "meta-llama/Llama-3.1-8B-Instruct": LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA_3
     ),
@@ -58,6 +59,12 @@ def rows(path: str, count: int, tokens: int, longest: int, kind: str = "messages
     looked_at = min(count, SAMPLE)
     lengths = np.array([int(min(exp(spread((at + 0.5) / looked_at)), longest)) for at in range(looked_at)])
     return RowFacts(path, count, kind, lengths, lengths if kind == "text" else lengths * 2 // 3)
+
+
+def labelled(path: str, count: int, tokens: int, longest: int, task: str) -> RowFacts:
+    """Rows of a task, with one label each."""
+    lengths = rows(path, count, tokens, longest).lengths
+    return RowFacts(path, count, task, lengths, np.ones_like(lengths), task=task)
 
 
 CHATS = rows("data/train.jsonl", 10_000, 400, 2048)
@@ -201,6 +208,20 @@ For more text than fits on the disk: --set data.streaming=true --set training.ma
         ),
         held_out=None,
     ),
+    "classification": Situation(
+        """A label for a text: rows are {"text": ..., "label": ...}, with "text_pair" where it is about two texts.
+
+  pip install 'lowrank[metrics]'
+  lowrank train configs/classification.yaml
+  lowrank predict runs/classification --text "..." """.strip(),
+        "answerdotai/ModernBERT-base",
+        labelled("data/train.jsonl", 10_000, 200, 512, "sequence_classification"),
+        SMALL,
+        (
+            Setting("training", "class_weights", "balanced", "rare labels weigh as much as they are rare"),
+            Setting("training", "metric_for_best_model", "f1", "macro F1; accuracy and mcc are measured too"),
+        ),
+    ),
     "fsdp": Situation(
         """A 70B model on a machine with eight cards: the frozen base is sharded, adapters are whole on each.
 
@@ -227,7 +248,7 @@ def text_of(name: str) -> str:
     """The config of a situation."""
     situation = SITUATIONS[name]
     settings = propose(
-        sizes(situation.base, BASES[situation.base]),
+        sizes(situation.base, BASES[situation.base], task=situation.rows.task),
         situation.rows,
         situation.machine,
         held_out=situation.held_out,

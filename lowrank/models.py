@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,21 @@ _INDEX = "model.safetensors.index.json"
 _TABLES = ("wpe", "embed_positions", "positions_embed", "position_embeddings", "pos_encoding")
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a task puts on a base.
+
+    Attributes:
+        auto_class: transformers' class that loads such models.
+        settings: What of the base's config is otherwise: the names of labels, the token that pads.
+        name: Of the task, for messages.
+    """
+
+    auto_class: str
+    settings: Mapping[str, Any]
+    name: str
+
+
 def load_model(
     name_or_path: str,
     *,
@@ -34,8 +51,9 @@ def load_model(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    head: Head | None = None,
 ) -> PreTrainedModel:
-    """A causal language model from a folder or a hub; only safetensors files are read.
+    """A model from a folder or a hub, a causal language model unless it gets a head; only safetensors files are read.
 
     Args:
         name_or_path: A folder, or a name on the hub.
@@ -45,6 +63,7 @@ def load_model(
         device: "cpu", "cuda" ...; by default the accelerator if there is one.
         revision: Of a hub repository.
         trust_remote_code: Whether code that comes with the model may run.
+        head: Of a task. What of it the files lack is new, by torch's random state; `new_modules` says what that is.
 
     Returns:
         The model in eval mode.
@@ -70,21 +89,70 @@ def load_model(
         config = AutoConfig.from_pretrained(name_or_path, **source)
         if quantization is None and (dense := dense_config(config)) is not None:
             options["quantization_config"] = dense
-        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, config=config, **options)
-    except torch.OutOfMemoryError:
+        auto = AutoModelForCausalLM if head is None else _with_head(config, head, name_or_path)
+        options |= {} if head is None else {"ignore_mismatched_sizes": True}
+        model, info = auto.from_pretrained(name_or_path, config=config, **options)
+    except (torch.OutOfMemoryError, InputError):
         raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise cannot_load(name_or_path, error) from error
-    if info["missing_keys"]:  # transformers fills these with random numbers and goes on
-        missing = sorted(info["missing_keys"])
-        raise InputError(
-            f"{name_or_path} lacks {len(missing)} of the weights of {type(model).__name__}: "
-            f"{', '.join(missing[:_SHOWN])}{' ...' if len(missing) > _SHOWN else ''}",
-            fix="Take a complete checkpoint of a causal language model.",
-        )
+    _refuse_missing(model, info, name_or_path, headed=head is not None)
     model.config._commit_hash = hub_commit(name_or_path, revision)
     settle(model)
     return (model if quantization is not None else model.to(where)).eval()
+
+
+def _refuse_missing(model: Any, info: Mapping[str, Any], name: str, *, headed: bool) -> None:
+    """Raises InputError for weights that the files lack; those of a head are noted (`new_modules`)."""
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if headed:
+        model._lowrank_new = _new_of(model, missing)
+        missing = [key for key in missing if not key.startswith(tuple(f"{path}." for path in model._lowrank_new))]
+    if missing:  # transformers fills these with random numbers and goes on
+        raise InputError(
+            f"{name} lacks {len(missing)} of the weights of {type(model).__name__}: "
+            f"{', '.join(missing[:_SHOWN])}{' ...' if len(missing) > _SHOWN else ''}",
+            fix=f"Take a complete checkpoint of a {'base' if headed else 'causal language model'}.",
+        )
+
+
+def auto_for(config: Any, auto_class: str, task: str, name: str) -> Any:
+    """transformers' class of that name.
+
+    Raises:
+        InputError: it has no model of the config's architecture.
+    """
+    auto: Any = getattr(transformers, auto_class)
+    if type(config) not in auto._model_mapping and auto_class not in getattr(config, "auto_map", {}):
+        raise InputError(
+            f"{name} is a {config.model_type}, of which transformers has no model for {task}",
+            where="model.task",
+            fix=f"Take a base that {auto_class} knows.",
+        )
+    return auto
+
+
+def _with_head(config: Any, head: Head, name: str) -> Any:
+    """The class that loads a model with that head; the config then says what the head is."""
+    auto = auto_for(config, head.auto_class, head.name, name)
+    for key, value in head.settings.items():
+        if key != "pad_token_id" or getattr(config.get_text_config(), key, None) is None:
+            setattr(config.get_text_config() if key == "pad_token_id" else config, key, value)
+    return auto
+
+
+def _new_of(model: PreTrainedModel, missing: list[str]) -> tuple[str, ...]:
+    """The modules beside the base, and its pooler, of which the files lack weights."""
+    base = f"{model.base_model_prefix}."
+    modules = [key.rpartition(".")[0] for key in missing]
+    pooler = [path for path in modules if path.startswith(f"{base}pooler.")]
+    beside = [path.partition(".")[0] for path in modules if not path.startswith(base)]
+    return tuple(dict.fromkeys([*pooler, *beside]))
+
+
+def new_modules(model: Any) -> tuple[str, ...]:
+    """The modules of a model loaded for a task that its files do not hold, and which begin at random."""
+    return getattr(model, "_lowrank_new", ())
 
 
 def usable_device(name: str) -> torch.device:
@@ -231,4 +299,7 @@ def positions_of(model: PreTrainedModel) -> int | None:
     found = [getattr(module, name, None) for module in model.modules() for name in _TABLES]
     tables = [getattr(each, "weight", each) for each in found if not hasattr(each, "make_weights")]  # XGLM's grow
     rows = {len(table) for table in tables if isinstance(table, torch.Tensor) and table.ndim == 2}
-    return positions if rows & {positions, positions + 2} else None
+    if not rows & {positions, positions + 2}:
+        return None
+    pads = [one.padding_idx for one in found if isinstance(one, torch.nn.Embedding) and one.padding_idx is not None]
+    return min([positions, *(max(rows) - pad - 1 for pad in pads)])  # RoBERTa's count on from the one that pads

@@ -23,6 +23,7 @@ FLOORS = {
     "weights": 4,
     "data": 4,
     "models": 4,
+    "tasks": 5,
     "training": 5,
     "config": 6,
     "recipes": 7,

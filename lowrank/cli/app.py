@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from lowrank.cli import chat, check, compose, evaluate, export, extract, info, init, merge, preview, report, train
+from lowrank.cli import (
+    chat,
+    check,
+    compose,
+    evaluate,
+    export,
+    extract,
+    info,
+    init,
+    merge,
+    predict,
+    preview,
+    report,
+    train,
+)
 
 app = typer.Typer(
     name="lowrank",
@@ -42,6 +56,7 @@ app.command("preview", epilog=preview.EXAMPLE)(preview.preview)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("chat", epilog=chat.EXAMPLE)(chat.chat)
+app.command("predict", epilog=predict.EXAMPLE)(predict.predict)
 app.command("merge", epilog=merge.EXAMPLE)(merge.merge)
 app.command("compose", epilog=compose.EXAMPLE)(compose.compose)
 app.command("resize", epilog=compose.RESIZE_EXAMPLE)(compose.resize)

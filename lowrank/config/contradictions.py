@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lowrank.adapters.registry import METHODS
 from lowrank.config.run_sections import RunSections
 from lowrank.config.sections import QuantizationSection
+from lowrank.config.task_contradictions import idle_for_task, of_task
 from lowrank.quantisers.registry import DEFAULT
 
 
@@ -70,6 +71,7 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
     if training.gradient_checkpointing == "selective":
         yield from _selective_alone(config)
     yield from _elsewhere_alone(config)
+    yield from (Contradiction(keys, why) for keys, why in of_task(config))
     judged = {
         "load_best_model_at_end": training.load_best_model_at_end,
         "early_stopping_patience": training.early_stopping_patience is not None,
@@ -84,7 +86,7 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
             ("training.metric_for_best_model", "training.predict_with_generate"),
             "exact_match is measured on generated answers; set training.predict_with_generate: true, or take loss",
         )
-    if data.packing and training.tokens_per_batch is not None and training.tokens_per_batch < data.max_length:
+    if config.packs and training.tokens_per_batch is not None and training.tokens_per_batch < data.max_length:
         yield Contradiction(
             ("training.tokens_per_batch", "data.max_length", "data.packing"),
             f"a pack of {training.tokens_per_batch} tokens may not hold an example of up to data.max_length "
@@ -162,12 +164,13 @@ def _elsewhere_alone(config: RunSections) -> Iterator[Contradiction]:
 
 def without_effect(config: RunSections) -> Iterator[Contradiction]:
     """The keys that change nothing in this run, each with what makes it so."""
-    if config.data.packing:
+    yield from (Contradiction(keys, why) for keys, why in idle_for_task(config))
+    if config.packs:
         yield Contradiction(
             ("training.per_device_train_batch_size", "data.packing"),
             "sizes padded batches, and data.packing is true; training.tokens_per_batch sizes packs",
         )
-    else:
+    elif not config.tasked:
         yield Contradiction(
             ("training.tokens_per_batch", "data.packing"),
             "sizes packs, and data.packing is false; training.per_device_train_batch_size sizes padded batches",

@@ -12,6 +12,7 @@ from lowrank.config.sections import (
     TrainingSection,
     default_section,
 )
+from lowrank.tasks.kinds_of_task import CAUSAL_LM
 
 
 class RunSections(BaseModel):
@@ -33,6 +34,16 @@ class RunSections(BaseModel):
 
     training: TrainingSection
     """How it is trained, and where the results go."""
+
+    @property
+    def tasked(self) -> bool:
+        """Whether the config names a task other than the next token."""
+        return self.model.task not in (None, CAUSAL_LM)
+
+    @property
+    def packs(self) -> bool:
+        """Whether examples come in packs without padding."""
+        return self.data.packing and not self.tasked
 
     @property
     def compute_dtype(self) -> str:

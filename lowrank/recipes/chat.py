@@ -25,9 +25,11 @@ from lowrank.recipes.parts.opened import adapter_folder, open_model
 from lowrank.recipes.parts.sampling import GREEDY, Sampling
 from lowrank.recipes.parts.show import open_console
 from lowrank.recipes.parts.talk import Messages, Talk
+from lowrank.tasks.kinds_of_task import TASK_KINDS
 from lowrank.training.callbacks.progress import Screen
 from lowrank.training.diagnosis import refuse_broken_weights
 from lowrank.training.evaluation.answers import answer_all, answer_text, greedy, up_to_end
+from lowrank.weights.files.adapter_file import open_adapter
 from lowrank.weights.files.notes import noted_system
 
 _FINAL = re.compile(r"\s*(?:analysis.*?assistant)?final(.*)", re.DOTALL)
@@ -63,6 +65,7 @@ def chat(
     Raises:
         InputError: model or adapter cannot be used, or the chat template refuses the conversation.
     """
+    _refuse_a_task(path)
     model, tokenizer = open_model(path, base=base, use_adapter=use_adapter, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; the model was not made to be talked to")
@@ -82,6 +85,16 @@ def chat(
 
     converse(path, Talk([system]), reply)
     return []
+
+
+def _refuse_a_task(path: str) -> None:
+    """Raises InputError for an adapter that predicts labels: it says no words."""
+    folder = adapter_folder(path)
+    kind = None if folder is None else open_adapter(folder).config.task_type
+    if kind in {one.task_type for one in TASK_KINDS.values()}:
+        raise InputError(
+            f"{path} has learned labels ({kind}), and says no words", fix=f"Ask it with `lowrank predict {path}`."
+        )
 
 
 def system_of(path: str, system: str | None) -> str | None:

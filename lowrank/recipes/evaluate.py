@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import set_seed
+from rich.console import Console
+
 from lowrank.config import RunConfig, load_config
 from lowrank.data import check_fits, end_tokens
 from lowrank.errors import InputError
@@ -19,6 +22,12 @@ from lowrank.recipes.parts.prepare import base_model, base_tokenizer, swap_atten
 from lowrank.recipes.parts.products import choose_products
 from lowrank.recipes.parts.sharing import if_exact
 from lowrank.recipes.parts.show import open_console
+from lowrank.recipes.parts.task_assess import assess_task
+from lowrank.recipes.parts.task_opened import head_in, put_on
+from lowrank.recipes.parts.task_rows import task_examples, task_plan
+from lowrank.recipes.parts.task_setup import head_of, task_attention
+from lowrank.recipes.parts.tasked import with_task
+from lowrank.tasks.registry import TASKS
 from lowrank.training.callbacks.progress import Screen
 from lowrank.training.diagnosis import refuse_broken_weights
 from lowrank.training.evaluation.evaluation import Evaluation
@@ -46,12 +55,16 @@ def evaluate(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
-    adapter = adapter and expanded(adapter)
+    config, adapter = with_task(config), adapter and expanded(adapter)
     if config.data.eval is None:
         raise InputError("there is nothing to evaluate on", where="data.eval", fix="Name the evaluation data.")
     console = open_console()
     file = None if adapter is None else open_adapter(adapter)
     config = config if file is None else _at_its_revision(config, file)
+    if config.tasked:
+        result = _of_task(config, file, console)
+        console.print(f"{adapter or config.model.name_or_path} on {config.data.eval}: {result}")
+        return result
     data, training = config.data, config.training
     tokenizer = base_tokenizer(config.model, data.chat_template, None if file is None else file.path)
     _, examples = read_examples(data, tokenizer)
@@ -73,6 +86,27 @@ def evaluate(
         refuse_broken_weights(model, config.model.name_or_path)
     console.print(f"{adapter or config.model.name_or_path} on {len(examples)} examples of {data.eval}: {result}")
     return result
+
+
+def _of_task(config: RunConfig, file: AdapterFile | None, console: Console) -> Evaluation:
+    """A task's figures. A base alone has a head that is new, and random."""
+    tokenizer = base_tokenizer(config.model, None, None if file is None else file.path)
+    task, _, examples = task_examples(config, tokenizer)
+    assert examples is not None, "data.eval is set"
+    if file is None:
+        set_seed(config.training.seed)
+        model = base_model(config.model, None, head=head_of(task, tokenizer))
+    else:
+        model = base_model(config.model, None, head=head_in(file, task.name))
+        put_on(model, file)
+        task = TASKS[task.name].of_config(model.config)
+        task.refuse_others(examples)
+    check_fits(examples, tokenizer, vocabulary_of(model), positions_of(model))
+    products = choose_products(config.compute_dtype, model, model.dtype, None)
+    task_attention(model, config.model)
+    plan = task_plan(config.training, task, examples, tokenizer, shuffle=False)
+    with Screen(console) as screen:
+        return assess_task(model, tokenizer, plan, task, screen.task, products.dtype)
 
 
 def _at_its_revision(config: RunConfig, adapter: AdapterFile) -> RunConfig:

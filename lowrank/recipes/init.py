@@ -15,6 +15,7 @@ from lowrank.errors import InputError
 from lowrank.models import load_tokenizer
 from lowrank.paths import as_written, expanded
 from lowrank.recipes.check import check
+from lowrank.recipes.parts.tasked import task_of_rows
 from lowrank.recipes.proposal.base import base_of
 from lowrank.recipes.proposal.machine import Machine, machine_at_hand
 from lowrank.recipes.proposal.page import as_yaml
@@ -57,7 +58,7 @@ def init(
     held_out = None if held_out is None else expanded(held_out)
     if path.exists():
         raise InputError(f"{path} exists already", fix="Give another path: `lowrank init DATA PATH`.")
-    base = base_of(model)
+    base = base_of(model, task=task_of_rows(data))
     rows = rows_of(data, load_tokenizer(model))
     machine = machine or machine_at_hand()
     settings = propose(

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.quantisers.registry import schemes
+from lowrank.recipes.parts.task_opened import task_in
 from lowrank.storage.folders import refuse_occupied
 from lowrank.weights import MergeReport, merge_checkpoint
 from lowrank.weights.files.dequantise import Onto
@@ -76,10 +77,14 @@ def merge_adapter(
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    for line in _report_lines(report):
-        print(line)
-    print(f"ask it: lowrank chat {shlex.quote(str(report.out))}")
+    print("\n".join([*_report_lines(report), _how_to_ask(str(report.out))]))
     return report
+
+
+def _how_to_ask(out: str) -> str:
+    """The command that asks the merged model."""
+    told = shlex.quote(out)
+    return f"ask it: lowrank chat {told}" if task_in(out) is None else f'ask it: lowrank predict {told} --text "..."'
 
 
 def _beside(adapter: str | Path) -> Path:

@@ -16,6 +16,8 @@ from lowrank.recipes.parts.batches import SAMPLE_ROWS, batch_plan, read_batches,
 from lowrank.recipes.parts.prepare import base_tokenizer
 from lowrank.recipes.parts.sharing import drawing
 from lowrank.recipes.parts.show import open_console
+from lowrank.recipes.parts.task_rows import task_examples, task_plan
+from lowrank.recipes.parts.tasked import with_task
 from lowrank.training.machine.ranks import Ranks
 
 
@@ -44,12 +46,25 @@ def preview(
     html = html and expanded(html, "--html")
     if html is not None and Path(html).exists():
         raise InputError(f"{html} exists already; nothing was written", where="--html", fix="Give another file.")
+    config = with_task(config)
     tokenizer = base_tokenizer(config.model, config.data.chat_template)
     ranks, drawn = Ranks(count=config.training.num_processes or 1), drawing(config.adapter, config.training)
-    batches, _ = read_batches(config.data, config.training, tokenizer, ranks, drawn)
+    if config.tasked:
+        task, examples, _ = task_examples(config, tokenizer)
+        batches = plan = task_plan(config.training, task, examples, tokenizer, shuffle=True)
+    else:
+        task = None
+        batches, _ = read_batches(config.data, config.training, tokenizer, ranks, drawn)
+        plan = batch_plan(config.data, config.training, batches.sample(SAMPLE_ROWS), tokenizer, ranks, drawn)
     steps = step_size(config.data, config.training, ranks, batches).steps(batches, 0)
-    plan = batch_plan(config.data, config.training, batches.sample(SAMPLE_ROWS), tokenizer, ranks, drawn)
-    shown = preview_of(plan, tokenizer, row=row, steps_per_epoch=steps, of_stream=config.data.streaming)
+    shown = preview_of(
+        plan,
+        tokenizer,
+        row=row,
+        steps_per_epoch=steps,
+        of_stream=config.data.streaming,
+        expected=None if task is None else task.expected,
+    )
     console = open_console()
     if html is None:
         console.print(preview_text(shown))

@@ -30,6 +30,8 @@ from lowrank.recipes.parts.resume import (
 )
 from lowrank.recipes.parts.setup import Setup, set_up
 from lowrank.recipes.parts.show import open_console, plan_of, show_line, show_outcome, show_plan
+from lowrank.recipes.parts.task_setup import set_up_task
+from lowrank.recipes.parts.tasked import with_task
 from lowrank.storage.whole_file import write_whole
 from lowrank.training.callbacks.metrics_file import FILE as METRICS
 from lowrank.training.callbacks.signals import saving, stopping_softly
@@ -81,7 +83,7 @@ def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) ->
     accelerator = joined_accelerator(training, device)
     ranks = joined_ranks(training.num_processes)
     console = open_console(quiet=not ranks.main)
-    given = begun_in(config, output if resume else None)
+    given = with_task(begun_in(config, output if resume else None))
     config = on_day(given, ranks.first(day_of(given.data.date, output if resume else None)))
     with own_folder(config, output, ranks, resume=resume) as checkpoint:
         if resume:
@@ -90,7 +92,7 @@ def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) ->
 
         # Rows to packs; the base model, adapter put in, attention chosen; what will happen is shown before any work.
         with told_when_short(device, "loading the model and its data", less_to_load(config)):
-            setup = set_up(config, device, ranks)
+            setup = (set_up_task if config.tasked else set_up)(config, device, ranks)
         run = new_run(training, setup)
         show_plan(console, plan := plan_of(config, setup))
         with told_when_short(device, "trying the longest batch", less_to_train(config)):
@@ -112,7 +114,7 @@ def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) ->
         if ranks.main and (remark := try_to_write_card(config, plan, setup, run, after)):
             show_line(console, remark)
         show_outcome(console, run.before, after)
-        show_line(console, farewell(run, followers.best, setup.plan))
+        show_line(console, farewell(run, followers.best, setup.plan, "chat" if setup.task is None else "predict"))
         return RunResult(output, run.step, run.interrupted, run.before, after)
 
 

@@ -21,6 +21,7 @@ from lowrank.data.reading.formats import FORMATS
 from lowrank.data.supervision.choose_template import TEMPLATES
 from lowrank.data.supervision.row_options import BadRows, TooLong, TrainOn
 from lowrank.ops.dtypes import Dtype
+from lowrank.tasks.kinds_of_task import TASK_KINDS
 from lowrank.training.evaluation.best import GREATER_IS_BETTER
 from lowrank.training.evaluation.comparisons import COMPARISONS
 from lowrank.training.evaluation.evaluation import Evaluation
@@ -65,7 +66,9 @@ def test_the_chat_templates_that_are_told_are_those_that_come_with_the_package()
 
 
 def test_what_an_evaluation_can_be_judged_by_is_measured():
-    assert set(GREATER_IS_BETTER) <= {field.name for field in fields(Evaluation)}
+    of_tasks = {name for kind in TASK_KINDS.values() for name in kind.metrics}
+    assert set(GREATER_IS_BETTER) == of_tasks | {"loss", "exact_match"}
+    assert {"loss", "exact_match"} <= {field.name for field in fields(Evaluation)}
 
 
 def test_a_new_line_in_a_table_is_a_name_in_the_config():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from lowrank.attention.backend_names import BACKEND_NAMES
 from lowrank.data.reading.formats import FORMATS
 from lowrank.quantisers.registry import QUANTISERS
+from lowrank.tasks.kinds_of_task import CAUSAL_LM, TASK_KINDS
 from lowrank.training.evaluation.best import GREATER_IS_BETTER
 from lowrank.training.evaluation.comparisons import COMPARISONS
 from lowrank.training.optimisers.schedule import SCHEDULES
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # to type checkers they are texts: they do not read tables
     Optim: TypeAlias = str
     QuantMethod: TypeAlias = str
     Schedule: TypeAlias = str
+    Task: TypeAlias = str
 else:
     Attention = Literal["auto", *BACKEND_NAMES]
     Comparison = Literal[tuple(COMPARISONS)]
@@ -28,3 +30,4 @@ else:
     Optim = Literal[tuple(OPTIMIZERS)]
     QuantMethod = Literal[tuple(QUANTISERS)]
     Schedule = Literal[tuple(SCHEDULES)]
+    Task = Literal[CAUSAL_LM, *TASK_KINDS]

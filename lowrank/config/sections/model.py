@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from lowrank.config.sections.choices import Attention, QuantMethod
+from lowrank.config.sections.choices import Attention, QuantMethod, Task
 from lowrank.config.sections.section import PathText, Section
 from lowrank.ops.dtypes import Dtype
 from lowrank.quantisers.registry import DEFAULT
@@ -20,6 +20,14 @@ class ModelSection(Section):
 
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
+
+    task: Task | None = None
+    """What the base learns to do; found by the rows where it is plain: text and label make sequence_classification.
+    All others are causal_lm."""
+
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    """Of sequence_classification, by transformers' names; found by the labels: names and whole numbers are classes,
+    lists of them several at once, numbers with a point a regression."""
 
     dtype: Literal["auto", Dtype] = "auto"
     """What the base's weights are held in; auto takes the checkpoint's."""

@@ -109,7 +109,11 @@ class TrainingSection(Section):
     """NEFTune: noise of this strength on the input embeddings while training; 5 to 15 are usual."""
 
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
-    """So much of each token's probability is asked for evenly over the vocabulary."""
+    """So much of each token's probability is asked for evenly over the vocabulary; of a label's, over the classes."""
+
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Of sequence_classification: how much rows of each class weigh in the loss, such as {spam: 4.0}; 1 for those not
+    named. With balanced each class as much as it is rare: rows / (classes x rows of the class)."""
 
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared logarithm of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual."""

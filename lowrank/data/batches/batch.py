@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -66,6 +66,7 @@ class Batch:
             segment has one.
         tokens: Of the examples, each with all of its own.
         supervised: Those that carry loss.
+        given: What the batch of a task holds beside tokens: its labels, token types.
     """
 
     input_ids: torch.Tensor
@@ -77,6 +78,7 @@ class Batch:
     parents: list[int] | None
     tokens: int
     supervised: int
+    given: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def built(self) -> Batch:
         """Itself: it is."""
@@ -96,6 +98,7 @@ class Batch:
             position_ids=to_device(self.position_ids, device),
             targets=self.targets.to(device),
             attention_mask=mask if mask is None else to_device(mask, device),
+            given={name: to_device(tensor, device) for name, tensor in self.given.items()},
         )
 
 

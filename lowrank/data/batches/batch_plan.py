@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,12 +12,14 @@ from lowrank.data.batches.batch import Batch, packed_batch, padded_batch
 from lowrank.data.batches.beginnings import Beginnings, beginnings
 from lowrank.data.batches.bin_packing import WINDOW, pack
 from lowrank.data.batches.grouping import Members, Room, pack_forests, room_for
-from lowrank.data.examples.example import Examples
+from lowrank.data.examples.example import Examples, IdsAndMask
 from lowrank.data.examples.figures import DataReport
 from lowrank.errors import InputError
 
 # Batches of padded rows are cut from so many batches' worth of rows sorted by length.
 BUCKET_BATCHES = 64
+Collate = Callable[[Sequence[IdsAndMask], Sequence[Any], int], Batch]
+"""Of a task: tokens and marks of some examples, what belongs to each beside them, and what pads, to a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class BatchPlan:
 
     Attributes:
         unshared: Why what examples begin with in common is computed for each of them, where that is to be told.
+        collate: Of a task, makes padded batches; None for those of the next token.
     """
 
     examples: Examples
@@ -50,6 +53,7 @@ class BatchPlan:
     shuffle: bool
     sharing: Sharing | None = None
     unshared: str | None = None
+    collate: Collate | None = None
     _epochs: dict[int, list[Members]] = field(default_factory=dict, repr=False)
 
     def epoch(self, epoch: int) -> list[Members]:
@@ -61,6 +65,8 @@ class BatchPlan:
     def batch(self, members: Members) -> Batch:
         """The tensors of one batch."""
         parts = [self.examples.arrays(int(index)) for index in members.rows]
+        if self.collate is not None:
+            return self.collate(parts, [self.examples.payload(int(index)) for index in members.rows], self.pad_token_id)
         if not self.packing:
             return padded_batch(parts, self.pad_token_id)
         return packed_batch(parts, None if members.shared is None else members.shared.tolist())

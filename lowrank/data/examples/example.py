@@ -46,6 +46,7 @@ class Examples(Sequence[Example]):
         order: np.ndarray | None = None,
         row_mask: np.ndarray | None = None,
         reasons: Sequence[tuple[int, str]] = (),
+        payloads: Sequence[Any] | None = None,
     ) -> None:
         """Look at a table through a selection.
 
@@ -56,8 +57,9 @@ class Examples(Sequence[Example]):
             order: The table's examples that are in this set, in this order; repeats are allowed. None: all of them.
             row_mask: The rows this set was made from, for the report's counts, (R,) bool. None: all of them.
             reasons: The first rows that could not be used, and why.
+            payloads: What a task's batches need of each of the table's examples beside its tokens: its label.
         """
-        self._reasons = reasons
+        self._reasons, self._payloads = reasons, payloads
         self.table, self.rows, self.train_on = table, rows, train_on
         self.order = np.arange(len(table.starts) - 1) if order is None else order
         self.row_mask = np.ones(len(table.outcomes), dtype=bool) if row_mask is None else row_mask
@@ -107,6 +109,11 @@ class Examples(Sequence[Example]):
         part = slice(int(self.table.starts[at]), int(self.table.starts[at + 1]))
         return self.table.ids[part], self.table.supervised[part]
 
+    def payload(self, index: int) -> Any:
+        """What a task's batches need of one example beside its tokens."""
+        assert self._payloads is not None, "these examples are of no task"
+        return self._payloads[self.order[index]]
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens in each example, (E,) int64."""
@@ -125,7 +132,13 @@ class Examples(Sequence[Example]):
         """The same table through another selection (indices into the table, not into this set)."""
         mask = self.row_mask if row_mask is None else row_mask
         return Examples(
-            self.table, self.rows, train_on=self.train_on, order=order, row_mask=mask, reasons=self._reasons
+            self.table,
+            self.rows,
+            train_on=self.train_on,
+            order=order,
+            row_mask=mask,
+            reasons=self._reasons,
+            payloads=self._payloads,
         )
 
     @property

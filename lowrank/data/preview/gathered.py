@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -72,6 +73,7 @@ def preview_of(
     count: int = 3,
     steps_per_epoch: int | None = None,
     of_stream: bool = False,
+    expected: Callable[[Any], str] | None = None,
 ) -> Preview:
     """Gather what a preview shows.
 
@@ -82,6 +84,7 @@ def preview_of(
         count: Examples to show.
         steps_per_epoch: Optimiser steps in the first epoch, where they are known.
         of_stream: The examples are those of a stream's first rows: there is no telling how long an epoch is.
+        expected: Of a task, what a row's label is, from what belongs to the row beside its tokens.
 
     Raises:
         InputError: there is no such row, or nothing of it is trained on.
@@ -93,7 +96,7 @@ def preview_of(
     heading += " of the stream's first rows" if of_stream and row is None else ""
     return Preview(
         heading=heading,
-        shown=[_shown(examples, int(index), tokenizer) for index in indices[:count]],
+        shown=[_shown(examples, int(index), tokenizer, expected) for index in indices[:count]],
         packed=packed,
         left_out=max(0, len(indices) - count),
         figures=_figures(plan, steps_per_epoch, of_stream=of_stream),
@@ -114,9 +117,12 @@ def _of_row(examples: Examples, row: int) -> np.ndarray:
     return found
 
 
-def _shown(examples: Examples, index: int, tokenizer: PreTrainedTokenizerBase) -> Shown:
+def _shown(
+    examples: Examples, index: int, tokenizer: PreTrainedTokenizerBase, expected: Callable[[Any], str] | None
+) -> Shown:
     ids, supervised = examples.arrays(index)
     place = examples.rows.where(int(examples.table.example_rows[examples.order[index]]))
+    place = place if expected is None else f"{place}, label {expected(examples.payload(index))}"
     return Shown(place, pieces(ids.tolist(), supervised.tolist(), tokenizer), len(ids), int(supervised.sum()))
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from lowrank.data.reading.formats import FORMATS, SYSTEM, is_blank
 from lowrank.data.reading.rows import Row, Rows, digest
+from lowrank.data.reading.task_formats import TASK_FORMATS
 from lowrank.errors import InputError
 
 ANYWHERE = (SYSTEM[0], "tools")
@@ -16,7 +17,7 @@ LOOKED_AT = 100
 
 def checked_columns(columns: Mapping[str, str] | None) -> Mapping[str, str] | None:
     """The columns as given. Raises InputError where a format has no such key, or no format has all of them."""
-    known = sorted({key for form in FORMATS.values() for key in form.keys})
+    known = sorted({key for form in (*FORMATS.values(), *TASK_FORMATS.values()) for key in form.keys})
     for key in columns or ():
         if key not in known and key not in ANYWHERE:
             fix = f"Known are {', '.join((*known, *ANYWHERE))}."
@@ -30,7 +31,7 @@ def checked_columns(columns: Mapping[str, str] | None) -> Mapping[str, str] | No
 def _fitting(columns: Mapping[str, str]) -> list[str]:
     """The formats that have all of the columns that are named."""
     asked = {key for key in columns if key not in ANYWHERE}
-    return [name for name, form in FORMATS.items() if asked <= set(form.keys)]
+    return [name for name, form in {**FORMATS, **TASK_FORMATS}.items() if asked <= set(form.keys)]
 
 
 class _Renamed:
@@ -45,8 +46,9 @@ class _Renamed:
         """
         self.name, self.before, self.columns = rows.name, rows, columns
         fitting = _fitting(columns)
-        own = {key for name in fitting for key in FORMATS[name].keys}
+        own = {key for name in fitting for key in {**FORMATS, **TASK_FORMATS}[name].keys}
         formats = {key for form in FORMATS.values() for key in (*form.keys, *form.other_names)}
+        formats |= {key for form in TASK_FORMATS.values() for key in form.keys}
         # What another format would read is not meant: the columns that are named say which format it is.
         self._hidden = formats - own
 

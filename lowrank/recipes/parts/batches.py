@@ -56,8 +56,8 @@ def read_batches(
 def read_examples(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, Examples | None]:
     """The examples to train on and those held out (None where the config names none), their supervision proved."""
     train, held_out = load_train_eval(
-        _sources(data.train),
-        data.eval if isinstance(data.eval, float) else _sources(data.eval),
+        sources_of(data.train),
+        data.eval if isinstance(data.eval, float) else sources_of(data.eval),
         tokenizer,
         **_as_read(data),
         max_train_rows=data.max_train_rows,
@@ -87,7 +87,7 @@ def _read_held_out(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> Exa
     if data.eval is None:
         return None
     held_out = load_examples(
-        _sources(data.eval),
+        sources_of(data.eval),
         tokenizer,
         **_as_read(data),
         max_rows=data.max_eval_rows,
@@ -101,7 +101,7 @@ def _stream(
 ) -> BatchStream:
     """The training batches as a stream, its first rows' supervision proved."""
     stream = stream_batches(
-        _sources(data.train),
+        sources_of(data.train),
         tokenizer,
         **_as_read(data),
         packing=data.packing,
@@ -195,7 +195,7 @@ def fitting(
     return plan.for_model(*limits)
 
 
-def _sources(given: Any) -> Any:
+def sources_of(given: Any) -> Any:
     """The section's sources as the data room takes them."""
     if isinstance(given, list):
         return [source.model_dump() if isinstance(source, SourceSection) else source for source in given]

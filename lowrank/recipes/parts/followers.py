@@ -19,6 +19,7 @@ from lowrank.recipes.parts.assess import assess
 from lowrank.recipes.parts.companion import companions
 from lowrank.recipes.parts.setup import Setup
 from lowrank.recipes.parts.show import show_line
+from lowrank.recipes.parts.task_assess import assess_task
 from lowrank.training.callbacks.early_stopping import EarlyStopping
 from lowrank.training.callbacks.metrics_file import FILE as METRICS
 from lowrank.training.callbacks.metrics_file import MetricsFile
@@ -104,6 +105,9 @@ def _evaluation_of(setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | Non
     """Evaluates the model as it is; None where the config names nothing to evaluate on."""
     if setup.held_out is None:
         return None
+    if setup.task is not None:
+        held = (setup.model, setup.tokenizer, setup.held_out, setup.task, screen.task, setup.products.dtype, ranks)
+        return partial(assess_task, *held)
     given = (setup.model, setup.tokenizer, setup.held_out, setup.plain_loss, screen.task, setup.exam, ranks)
     return partial(assess, *given)
 

@@ -15,6 +15,8 @@ from lowrank.config import RunConfig
 from lowrank.config.sections import AdapterSection, DataSection, MethodSection, ModelSection
 from lowrank.recipes.parts.prepare import adapter_config
 from lowrank.storage.whole_file import write_whole
+from lowrank.tasks.kinds_of_task import TASK_KINDS, Kind
+from lowrank.tasks.task import Task
 from lowrank.training.callbacks.run_report import comparison
 from lowrank.training.evaluation.evaluation import Evaluation
 from lowrank.weights.cards import FILE, may_write, signed
@@ -22,6 +24,7 @@ from lowrank.weights.upload import is_hub_name
 
 _SHOWN = ("adapter", "trainable", "dtype", "batches", "steps")
 _METRICS = {"loss": "Loss per supervised token", "perplexity": "Perplexity", "exact_match": "Exact match"}
+_CAUSAL = Kind("AutoModelForCausalLM", "CAUSAL_LM", "text-generation", ())
 _TEXT = Template("""# $title
 
 An adapter ($method) for $base, trained with lowrank.
@@ -30,20 +33,20 @@ An adapter ($method) for $base, trained with lowrank.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import $auto_class, AutoTokenizer
 
 adapter = "$title"  # this folder, or the repository's name on the hub
 tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = AutoModelForCausalLM.from_pretrained($base_name)
+model = $auto_class.from_pretrained($base_name)
 model = PeftModel.from_pretrained(model, adapter)
 ```
 
-${transformers}With lowrank, which `lowrank chat` also asks it with:
+${transformers}With lowrank, which `lowrank $verb` also asks it with:
 
 ```python
 import lowrank
 
-model = AutoModelForCausalLM.from_pretrained($base_name)
+model = $auto_class.from_pretrained($base_name)
 model = lowrank.load(model, adapter)
 ```
 
@@ -55,7 +58,7 @@ $results""")
 _TRANSFORMERS = Template("""With transformers' own adapters:
 
 ```python
-model = AutoModelForCausalLM.from_pretrained($base_name)
+model = $auto_class.from_pretrained($base_name)
 model.load_adapter(adapter)
 ```
 
@@ -69,6 +72,7 @@ def write_card(
     rows: str,
     before: Evaluation | None,
     after: Evaluation | None,
+    task: Task | None = None,
 ) -> bool:
     """Writes the card of a run's adapter, unless a person has written or changed the one that is there.
 
@@ -79,6 +83,7 @@ def write_card(
         rows: What of the data was trained on: rows, tokens.
         before: The base's evaluation.
         after: The adapter's.
+        task: What was learned, None for the next token.
 
     Returns:
         Whether the folder's card is this one.
@@ -89,17 +94,21 @@ def write_card(
     if not may_write(folder):
         return False
     title, base, revision = folder.resolve().name, config.model.name_or_path, config.model.revision
-    front = _front(config.model, config.adapter.method, config.data, title, after)
+    kind = _CAUSAL if task is None else TASK_KINDS[task.name]
+    front = _front(config.model, config.adapter.method, config.data, title, after, kind.pipeline)
     on_hub = is_hub_name(base)
     name = base if on_hub else Path(base).name
-    told = [("data", f"{_sources(config.data.train)}: {rows}"), *((key, summary[key]) for key in _SHOWN)]
+    shown = _SHOWN if task is None else ("task", *_SHOWN)
+    told = [("data", f"{_sources(config.data.train)}: {rows}"), *((key, summary[key]) for key in shown)]
     base_name = f'"{name}"' + (f', revision="{revision}"' if revision else "")
+    loading = {"base_name": base_name + _labels(task), "auto_class": kind.auto_class}
     text = _TEXT.substitute(
+        loading,
+        verb="chat" if task is None else "predict",
         title=title,
         method=config.adapter.method,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{name}`",
-        base_name=base_name,
-        transformers=_TRANSFORMERS.substitute(base_name=base_name) if _is_plain(config.adapter) else "",
+        transformers=_TRANSFORMERS.substitute(loading) if _is_plain(config.adapter) else "",
         training=_table(("", ""), told),
         results=_results(config.data, before, after),
     )
@@ -107,22 +116,31 @@ def write_card(
     return True
 
 
+def _labels(task: Task | None) -> str:
+    """What the base is loaded with: as many outputs as there are labels."""
+    names = {} if task is None else task.settings
+    count = names.get("num_labels") or len(names.get("id2label", ()))
+    return f", num_labels={count}" if count else ""
+
+
 def _is_plain(adapter: AdapterSection) -> bool:
     """Whether `load_adapter` of transformers gives the same: DoRA comes out as another model, AdaLoRA is refused."""
     return isinstance(adapter, MethodSection) and method_of(adapter_config(adapter)).in_transformers
 
 
-def _front(model: ModelSection, method: str, data: DataSection, title: str, after: Evaluation | None) -> ModelCardData:
+def _front(
+    model: ModelSection, method: str, data: DataSection, title: str, after: Evaluation | None, pipeline: str
+) -> ModelCardData:
     base = model.name_or_path
     known: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if is_hub_name(base) else {}
     return ModelCardData(
         **known,
         **license_of(base, model.revision),
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         tags=["lowrank", method],
         model_name=title if after is not None else None,
-        eval_results=None if after is None else _eval_results(data, after),
+        eval_results=None if after is None else _eval_results(data, after, pipeline),
     )
 
 
@@ -140,19 +158,22 @@ def license_of(base: str, revision: str | None) -> dict[str, Any]:
     return {key: data[key] for key in ("license", "license_name", "license_link") if isinstance(data.get(key), str)}
 
 
-def _eval_results(data: DataSection, after: Evaluation) -> list[EvalResult]:
+def _eval_results(data: DataSection, after: Evaluation, pipeline: str) -> list[EvalResult]:
     name = _data_name(data)
+    measured = {metric: (what, getattr(after, metric)) for metric, what in _METRICS.items()}
+    if after.scores is not None:
+        measured = {"loss": ("Loss", after.loss), **{metric: (metric, value) for metric, value in after.scores.items()}}
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=pipeline,
             dataset_type=name,
             dataset_name=name,
             metric_type=metric,
             metric_name=what,
             metric_value=round(value, 6),
         )
-        for metric, what in _METRICS.items()
-        if (value := getattr(after, metric)) is not None
+        for metric, (what, value) in measured.items()
+        if value is not None
     ]
 
 

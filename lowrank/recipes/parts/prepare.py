@@ -23,7 +23,7 @@ from lowrank.config.sections import (
 from lowrank.data import complete_template, use_template
 from lowrank.data.batches.order import Batches
 from lowrank.errors import InputError
-from lowrank.models import load_model, load_tokenizer
+from lowrank.models import Head, load_model, load_tokenizer, new_modules
 from lowrank.training.diagnosis import refuse_broken_weights
 
 EVA_BATCHES = 8
@@ -49,9 +49,12 @@ def base_tokenizer(
 
 
 def base_model(
-    section: ModelSection, quantization: QuantizationSection | None, device: str | None = None
+    section: ModelSection,
+    quantization: QuantizationSection | None,
+    device: str | None = None,
+    head: Head | None = None,
 ) -> PreTrainedModel:
-    """The base, quantised if the config says so; on `device`, or where the config wants it."""
+    """The base, quantised if the config says so, with a task's head; on `device`, or where the config wants it."""
     return load_model(
         section.name_or_path,
         dtype=section.dtype,
@@ -59,6 +62,7 @@ def base_model(
         device=device or section.device,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
+        head=head,
     )
 
 
@@ -74,7 +78,9 @@ def _quantization_options(section: QuantizationSection | None) -> Mapping[str, A
     return {"load_in_8bit": True} if section.load_in_8bit else section.model_dump(exclude=_OURS)
 
 
-def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, plan: Batches) -> None:
+def put_in(
+    model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, plan: Batches, task_type: str | None = None
+) -> None:
     """Puts the adapter in, or makes the model's own parameters trainable.
 
     Args:
@@ -82,6 +88,7 @@ def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, 
         adapter: What of it trains.
         base: Where the base was loaded from: an initialisation may ask for its weights as they were.
         plan: The training batches: an initialisation may look at some.
+        task_type: peft's word for the task, whose head trains beside the adapter; None for the next token.
     """
     if isinstance(adapter, FullSection):
         # bf16 has too few digits for small updates: weights train in float32, products are in the dtype asked for.
@@ -94,7 +101,11 @@ def put_in(model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, 
         for bias in biases:
             bias.requires_grad_(True)
     else:
-        wrap(model, adapter_config(adapter), batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
+        config = adapter_config(adapter)
+        if task_type is not None:
+            saved = list(dict.fromkeys([*(config.modules_to_save or []), *new_modules(model)])) or None
+            config = config.model_copy(update={"task_type": task_type, "modules_to_save": saved})
+        wrap(model, config, batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
 
 
 def swap_attention(model: PreTrainedModel, section: ModelSection, *, packing: bool) -> AttentionChoice:

@@ -71,7 +71,7 @@ def save_result(run: Run, setup: Setup, format: str | None) -> None:
     else:
         model.to(setup.dtype).save_pretrained(run.output_dir)
         setup.tokenizer.save_pretrained(run.output_dir)
-    if setup.plan.examples is not None:
+    if setup.plan.examples is not None and setup.task is None:
         note_system(run.output_dir, shared_system(setup.plan.examples, format))
 
 
@@ -84,14 +84,14 @@ def try_to_write_card(
     of = f"{run.step:,} of {run.total_steps:,}" if run.step < run.total_steps else f"{run.step:,}"
     done = {**summary, "steps": f"{of} steps taken; planned: {summary['steps']}"}
     try:
-        if write_card(run.output_dir, config, done, rows_of(setup.plan), run.before, after):
+        if write_card(run.output_dir, config, done, rows_of(setup.plan), run.before, after, setup.task):
             return None
     except OSError as error:  # the adapter is there, and the run has not failed for want of its card
         return f"warning: {run.output_dir / CARD} cannot be written: {error.strerror}"
     return f"{run.output_dir / CARD} was written or changed by a person: it stays as it is"
 
 
-def farewell(run: Run, best: Best | None, plan: Batches) -> str:
+def farewell(run: Run, best: Best | None, plan: Batches, verb: str = "chat") -> str:
     """The last lines: where everything is, what was out of the ordinary, and how to go on."""
     report = f"open {run.output_dir / REPORT}"
     if run.interrupted:
@@ -108,5 +108,11 @@ def farewell(run: Run, best: Best | None, plan: Batches) -> str:
         ended += f" From the stream: {plan.counts}."
         ended += "".join(f"\nleft out: {reason}" for reason in plan.reasons)
     place = shlex.quote(str(run.output_dir))
-    how = f"To go on: lowrank train {place} --resume" if run.interrupted else f"To talk to it: lowrank chat {place}"
+    how = f"To go on: lowrank train {place} --resume" if run.interrupted else _how_to_ask(verb, place)
     return f"{ended}\n{how}"
+
+
+def _how_to_ask(verb: str, place: str) -> str:
+    return (
+        f"To talk to it: lowrank chat {place}" if verb == "chat" else f'To ask it: lowrank predict {place} --text "..."'
+    )

@@ -24,6 +24,7 @@ from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, sw
 from lowrank.recipes.parts.products import Products, choose_products
 from lowrank.recipes.parts.sharing import drawing, if_exact, unless_it_drops_out
 from lowrank.storage.machine_load import load_since, usage_now
+from lowrank.tasks.task import Task
 from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import Length, StepSize, run_length
@@ -60,6 +61,7 @@ class Setup:
         ends: The tokens that end the model's answers: those that end trained turns first.
         crowded: What to do about other programs on the cores that the run computes with; None where there are none.
         offloaded: The layers whose weights come and go, None where all stay.
+        task: What is learned, None for the next token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -78,10 +80,13 @@ class Setup:
     ends: list[int]
     crowded: str | None
     offloaded: Offloaded | None
+    task: Task | None = None
 
     @property
     def asking(self) -> dict[str, str]:
-        """How the model is asked and where its answers end, line by line."""
+        """How the model is asked and where its answers end, line by line; of a task what it says."""
+        if self.task is not None:
+            return {"task": f"{self.task.name}: {self.task.told}"}
         ends = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(self.ends)))
         added, missing = added_prompt(self.tokenizer), missing_prompt(self.tokenizer)
         if added:
@@ -96,7 +101,7 @@ class Setup:
     @property
     def writes_date(self) -> bool:
         """Whether the rows' text depends on the date."""
-        return writes_date(self.tokenizer)
+        return self.task is None and writes_date(self.tokenizer)
 
 
 def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Setup:
@@ -149,9 +154,13 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
     exam = None
     if training.predict_with_generate and held_out is not None:
         exam = exam_of(held_out.examples, tokenizer, data, training, positions_of(model))
-    crowded = load_since(usage_now()).advice if device.type == "cpu" and torch.get_num_threads() > 1 else None
     parts = (tokenizer, plan, size, length, held_out, exam, model, dtype, products, attention, loss, plain)
-    return Setup(*parts, data.date, ends, crowded, offloaded)
+    return Setup(*parts, data.date, ends, crowding(device), offloaded)
+
+
+def crowding(device: torch.device) -> str | None:
+    """What to do about other programs on the cores that a run computes with; None where there are none."""
+    return load_since(usage_now()).advice if device.type == "cpu" and torch.get_num_threads() > 1 else None
 
 
 def own_device(named: str | None, processes: int = 1) -> torch.device:

@@ -14,7 +14,8 @@ from lowrank.adapters import LoraConfig
 from lowrank.adapters.targeting.targets import find_targets
 from lowrank.adapters.targeting.uncalled import Calls
 from lowrank.errors import InputError
-from lowrank.models import cannot_load, check_folder
+from lowrank.models import auto_for, cannot_load, check_folder
+from lowrank.tasks.kinds_of_task import TASK_KINDS
 
 # Packs are looked into before each run; of these it is known that their positions do not restart in one.
 _COUNT_ON = ("opt", "bloom", "falcon")
@@ -52,19 +53,22 @@ class Base:
     experts: int = 0
 
 
-def base_of(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
+def base_of(
+    name_or_path: str, *, task: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Base:
     """The sizes of a base.
 
     Raises:
-        InputError: there is none, or it is no causal language model.
+        InputError: there is none, or transformers has no such model for the task (None: the next token).
     """
     check_folder(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise cannot_load(name_or_path, error) from error
-    _refuse_other_tasks(name_or_path, config)
-    return sizes(name_or_path, config, trust_remote_code=trust_remote_code)
+    if task is None:
+        _refuse_other_tasks(name_or_path, config)
+    return sizes(name_or_path, config, task=task, trust_remote_code=trust_remote_code)
 
 
 def _refuse_other_tasks(name: str, config: PreTrainedConfig) -> None:
@@ -79,10 +83,13 @@ def _refuse_other_tasks(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def sizes(name: str, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Base:
+def sizes(name: str, config: PreTrainedConfig, *, task: str | None = None, trust_remote_code: bool = False) -> Base:
     """The sizes of what a config describes; nothing is read for the name."""
+    auto: Any = AutoModelForCausalLM
+    if task is not None:
+        auto = auto_for(config, TASK_KINDS[task].auto_class, task, name)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: Any = auto.from_config(config, trust_remote_code=trust_remote_code)
     text = model.config.get_text_config()
     targets: list[Any] = list(find_targets(model, LoraConfig(), Calls(model)).modules.values())
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size

@@ -13,6 +13,10 @@ from lowrank.data import Examples, answer_of, load_examples, use_template
 from lowrank.data.reading.sources import Joined, open_sources
 from lowrank.data.supervision.choose_template import TEMPLATES, fitting_templates
 from lowrank.errors import InputError
+from lowrank.recipes.parts.tasked import task_of_rows
+from lowrank.tasks.reading import read_task_rows
+from lowrank.tasks.registry import TASKS
+from lowrank.tasks.task import Wishes
 
 SAMPLE = 5_000
 ANY_LENGTH = 2**31 - 1
@@ -30,6 +34,7 @@ class RowFacts:
         supervised: Those that carry loss, (S,).
         json: Whether the answers are JSON.
         duplicates: Of the sample, how many have occurred before.
+        task: The task that they make plain, None for the next token.
         template: The chat template that the tokenizer lacks and the rows need; None where it has one or none is needed.
     """
 
@@ -41,6 +46,7 @@ class RowFacts:
     json: bool = False
     duplicates: int = 0
     template: str | None = None
+    task: str | None = None
 
     @property
     def sampled(self) -> bool:
@@ -62,6 +68,9 @@ def rows_of(path: str, tokenizer: PreTrainedTokenizerBase) -> RowFacts:
     joined = Joined(open_sources(path, None))
     if not len(joined):
         raise InputError("there are no rows", where=path)
+    task = task_of_rows(path)
+    if task is not None:
+        return _labelled(path, len(joined), task, tokenizer)
     kind = joined.parts[0].format
     template = _missing_template(kind, tokenizer)
     if template is not None:
@@ -85,6 +94,24 @@ def rows_of(path: str, tokenizer: PreTrainedTokenizerBase) -> RowFacts:
         duplicates=examples.report.duplicates,
         template=template,
     )
+
+
+def _labelled(path: str, count: int, task: str, tokenizer: PreTrainedTokenizerBase) -> RowFacts:
+    """Rows of a task other than the next token."""
+    examples = read_task_rows(
+        path,
+        TASKS[task].encoder(Wishes()),
+        tokenizer,
+        max_length=ANY_LENGTH,
+        too_long="drop",
+        bad_rows="error",
+        columns=None,
+        max_rows=SAMPLE,
+    )
+    TASKS[task].learned_from(examples, Wishes())
+    supervised = np.array([int(examples.arrays(at)[1].sum()) for at in range(len(examples))])
+    repeats = examples.report.duplicates
+    return RowFacts(path, count, task, examples.lengths, supervised, duplicates=repeats, task=task)
 
 
 def _missing_template(kind: str, tokenizer: PreTrainedTokenizerBase) -> str | None:

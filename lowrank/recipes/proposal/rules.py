@@ -56,10 +56,11 @@ def propose(
     epochs, why_epochs = _passes(rows)
     r, why_r = _rank(base, rows, epochs, goal)
     step, why_step = _step_tokens(rows, length)
-    way, fitting = _choose_way(base, machine, r, length, step, goal)
+    way, fitting = _choose_way(base, machine, r, length, step, goal, dense=rows.task is not None)
     r, why_r = (r, why_r) if fitting == r else (fitting, f"{r} would not fit")
     return [
         Setting("model", "name_or_path", base.name, f"{base.model_class}, {_millions(base.parameters)} parameters"),
+        *_task(rows),
         Setting("model", "dtype", way.dtype, _why_dtype(way, machine)),
         *_quantisation(base, way, r, machine),
         Setting("adapter", "method", "lora", "variants come within 2 % of it once the learning rate is right"),
@@ -159,18 +160,26 @@ def _step_tokens(rows: RowFacts, length: int) -> tuple[int, str]:
     return tokens, f"about {tokens / mean:.0f} rows in a step; adapters learn best from small ones"
 
 
-def _choose_way(base: Base, machine: Machine, r: int, length: int, step: int, goal: Goal) -> tuple[Way, int]:
+def _task(rows: RowFacts) -> list[Setting]:
+    """What is learned, where it is not the next token."""
+    return [Setting("model", "task", rows.task, "what the rows' keys say")] if rows.task else []
+
+
+def _choose_way(
+    base: Base, machine: Machine, r: int, length: int, step: int, goal: Goal, *, dense: bool = False
+) -> tuple[Way, int]:
     """The first way that fits, and its rank.
 
     Raises:
         InputError: none does.
     """
-    ways = list(_ways(machine, length, step, goal))
+    ways = [way for way in _ways(machine, length, step, goal) if not (dense and way.four_bits)]
     for way, ranks in [*((way, r) for way in ways), (ways[-1], min(r, LEAST_RANK))]:
         if fits(base, way, ranks, machine):
             return way, ranks
+    held = "as it is" if dense else "in 4 bits"
     raise InputError(
-        f"{base.name} does not fit: in 4 bits its weights take {weights(base, ways[-1]) / GiB:.1f} GiB, a run about "
+        f"{base.name} does not fit: {held} its weights take {weights(base, ways[-1]) / GiB:.1f} GiB, a run about "
         f"{needed(base, ways[-1], LEAST_RANK) / GiB:.1f}, and {machine} leave room for {machine.room / GiB:.1f}",
         fix="Take a smaller base or shorter rows; several cards share a base under training.fsdp.",
     )
@@ -234,6 +243,13 @@ def _quantisation(base: Base, way: Way, r: int, machine: Machine) -> list[Settin
 def _data(base: Base, rows: RowFacts, held_out: str | None, length: int, told: str) -> list[Setting]:
     repeats = f", {rows.duplicates:,} of them repeats" if rows.duplicates else ""
     sampled = f", {len(rows.lengths):,} looked at" if rows.sampled else ""
+    if rows.task:
+        return [
+            Setting("data", "train", rows.path, f"{rows.count:,} rows with labels{sampled}{repeats}"),
+            _held_out(rows, held_out),
+            Setting("data", "max_length", length, told.replace("left out", "cut")),
+            Setting("data", "too_long", "truncate", "of what is longer the beginning is read"),
+        ]
     return [
         Setting("data", "train", rows.path, f"{rows.count:,} rows of the format {rows.format}{sampled}{repeats}"),
         _held_out(rows, held_out),
@@ -263,7 +279,7 @@ def _held_out(rows: RowFacts, given: str | None) -> Setting:
 
 
 def _batches(base: Base, way: Way, rows: RowFacts, step: int, why: str) -> list[Setting]:
-    if not base.packs:
+    if rows.task or not base.packs:
         size = max(1, int(way.tokens // np.percentile(rows.lengths, 99)))
         accumulate = max(1, round(step / (size * float(rows.lengths.mean()))))
         return [
@@ -296,7 +312,7 @@ def _looks(steps: int) -> list[Setting]:
 
 def _answers(rows: RowFacts) -> list[Setting]:
     longest = int(np.percentile(rows.supervised, 99))
-    if rows.text or longest > SHORT_ANSWER:
+    if rows.text or rows.task or longest > SHORT_ANSWER:
         return []
     compared = "json" if rows.json else "text"
     return [

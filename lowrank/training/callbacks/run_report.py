@@ -97,12 +97,26 @@ class ReportWriter(Callback):
 
 def comparison(before: Evaluation | None, after: Evaluation | None) -> list[tuple[str, str, str]]:
     """(what, before, after), a line each; empty texts where one is missing."""
+    if any(one is not None and one.scores is not None for one in (before, after)):
+        return _of_task(before, after)
     rows = [
         ("loss per supervised token", _number(before, "loss", ".4f"), _number(after, "loss", ".4f")),
         ("perplexity", _number(before, "perplexity", ",.3f"), _number(after, "perplexity", ",.3f")),
         ("exact match", _number(before, "exact_match", ".1%"), _number(after, "exact_match", ".1%")),
     ]
     return [row for row in rows if row[1:] != ("", "")]
+
+
+def _of_task(before: Evaluation | None, after: Evaluation | None) -> list[tuple[str, str, str]]:
+    """The loss and the scores of a task."""
+    names = dict.fromkeys(name for one in (before, after) if one is not None for name in one.scores or {})
+    rows = [("loss", _number(before, "loss", ".4f"), _number(after, "loss", ".4f"))]
+    return rows + [(name, _score(before, name), _score(after, name)) for name in names]
+
+
+def _score(evaluation: Evaluation | None, name: str) -> str:
+    value = None if evaluation is None else (evaluation.scores or {}).get(name)
+    return "" if value is None else f"{value:.4f}"
 
 
 def _number(evaluation: Evaluation | None, name: str, form: str) -> str:
@@ -124,6 +138,8 @@ def _cards(
     cards = []
     if after is not None and after.exact_match is not None:
         cards.append(("exact match", f"{after.exact_match:.1%}", f"from {_number(before, 'exact_match', '.1%')}"))
+    for name in list(after.scores or {})[:1] if after is not None else ():
+        cards.append((name, _score(after, name), f"from {_score(before, name)}"))
     if after is not None:
         cards.append(("evaluation loss", f"{after.loss:.4f}", f"from {_number(before, 'loss', '.4f')}"))
     if steps:

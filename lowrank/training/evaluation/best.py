@@ -10,7 +10,15 @@ from lowrank.errors import InputError
 if TYPE_CHECKING:
     from lowrank.training.evaluation.evaluation import Evaluation
 
-GREATER_IS_BETTER = {"loss": False, "exact_match": True}
+GREATER_IS_BETTER = {
+    "loss": False,
+    "exact_match": True,
+    "accuracy": True,
+    "f1": True,
+    "mcc": True,
+    "pearson": True,
+    "mse": False,
+}
 """The metrics that a run can be judged by; the config reads their names here, so nothing loads torch."""
 
 
@@ -58,7 +66,14 @@ def _value_of(evaluation: Evaluation, metric: str) -> float:
     Raises:
         InputError: it was not measured.
     """
-    value = getattr(evaluation, metric)
+    value = getattr(evaluation, metric, None)
+    value = (evaluation.scores or {}).get(metric) if value is None else value
+    if value is None and evaluation.scores is not None:
+        raise InputError(
+            f"{metric} is not measured in this run",
+            where="training.metric_for_best_model",
+            fix=f"Take one of loss, {', '.join(evaluation.scores)}.",
+        )
     if value is None:
         raise InputError(
             f"{metric} is not measured in this run",

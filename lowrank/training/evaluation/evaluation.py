@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -47,12 +47,14 @@ class Evaluation:
         supervised: How many there are.
         exact_match: Share of right answers, None where none were generated.
         samples: The answers, in the order of the rows.
+        scores: What a task other than the next token measures beside the loss, by name; None for the next token.
     """
 
     loss: float
     supervised: int
     exact_match: float | None = None
     samples: tuple[Sample, ...] = ()
+    scores: Mapping[str, float] | None = None
 
     @property
     def perplexity(self) -> float:
@@ -61,6 +63,8 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """The figures, for `metrics.jsonl`."""
+        if self.scores is not None:
+            return {"eval_loss": self.loss, **{f"eval_{name}": value for name, value in self.scores.items()}}
         figures = {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
         return figures if self.exact_match is None else {**figures, "eval_exact_match": self.exact_match}
 
@@ -72,9 +76,11 @@ class Evaluation:
     def from_dict(cls, state: dict[str, Any]) -> Evaluation:
         """What `as_dict` gave."""
         samples = tuple(_sample(sample) for sample in state["samples"])
-        return cls(state["loss"], state["supervised"], state["exact_match"], samples)
+        return cls(state["loss"], state["supervised"], state["exact_match"], samples, state.get("scores"))
 
     def __str__(self) -> str:
+        if self.scores is not None:
+            return ", ".join([f"evaluation loss {self.loss:.4f}", *(f"{k} {v:.4f}" for k, v in self.scores.items())])
         figures = f"evaluation loss {self.loss:.4f}, perplexity {self.perplexity:,.3f}"
         return figures if self.exact_match is None else f"{figures}, exact match {self.exact_match:.1%}"
 

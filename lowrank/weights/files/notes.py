@@ -61,7 +61,8 @@ def write_notes(folder: Path, model: Any, tokenizer: PreTrainedTokenizerBase) ->
     """Writes a tokenizer and a model's generation config into a folder, which is made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    _write_json(folder / GENERATION, model.generation_config.to_diff_dict())
+    if getattr(model, "generation_config", None) is not None:  # a classifier has none
+        _write_json(folder / GENERATION, model.generation_config.to_diff_dict())
 
 
 def copy_notes(source: Path, out: Path) -> None:

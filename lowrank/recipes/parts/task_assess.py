@@ -1,0 +1,80 @@
+"""One evaluation of a task: its loss, its figures, and what is said to the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lowrank.data import BatchPlan
+from lowrank.tasks.task import Task
+from lowrank.training.callbacks.progress import Task as Progress
+from lowrank.training.evaluation.evaluation import Evaluation, Sample
+from lowrank.training.machine.ranks import ALONE, Ranks
+
+
+def assess_task(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: BatchPlan,
+    task: Task,
+    progress: Progress,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
+) -> Evaluation:
+    """The loss a row, the task's figures, and each row's answer; processes share the work.
+
+    Args:
+        model: As it is asked.
+        tokenizer: Of the model.
+        held_out: What it is measured on.
+        task: With its labels.
+        progress: Shows how far it is.
+        dtype: Of products.
+        ranks: The processes; all get the whole result.
+    """
+    with progress("evaluating", len(held_out.epoch(0))) as advance:
+        outputs, losses = outputs_of(model, held_out, task, dtype, advance, ranks)
+    examples = held_out.examples
+    samples = []
+    for index, said in enumerate(task.predictions(outputs)):
+        text, wanted = str(tokenizer.decode(examples.arrays(index)[0])), task.expected(examples.payload(index))
+        samples.append(Sample(text, wanted, said.said, said.said == wanted, (), float(losses[index])))
+    return Evaluation(float(losses.mean()), len(losses), samples=tuple(samples), scores=task.scores(outputs, examples))
+
+
+@torch.no_grad()
+def outputs_of(
+    model: Any,
+    plan: BatchPlan,
+    task: Task,
+    dtype: torch.dtype,
+    on_batch: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the model gives for each example, (E, ...) and its loss, (E,) float64 (zeros where rows have no labels)."""
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    mine: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    left = iter(plan.epoch(0))
+    while group := list(islice(left, ranks.count)):
+        if ranks.index < len(group):
+            members = group[ranks.index]
+            batch = plan.batch(members).to(device)
+            with torch.autocast(device.type, dtype, enabled=model.dtype == torch.float32 != dtype):
+                outputs = task.outputs(model, batch)
+            has_labels = "labels" in batch.given
+            losses = task.losses(outputs, batch) if has_labels else torch.zeros(len(outputs))
+            mine.append((members.rows, outputs.cpu().numpy(), losses.double().cpu().numpy()))
+        if on_batch is not None:
+            on_batch(len(group))
+    model.train(was_training)
+    parts = [part for share in ranks.all(mine) for part in share]
+    rows, outputs, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(rows)
+    return outputs[order], losses[order]

@@ -1,0 +1,78 @@
+"""Which task a config is about: the one that it names, or the one that its rows make plain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank.config import RunConfig
+from lowrank.config.contradictions import contradictions
+from lowrank.config.sections import DataSection, SourceSection
+from lowrank.data.reading.formats import is_blank
+from lowrank.data.reading.sources import LOOKED_AT, Sources, open_sources
+from lowrank.data.reading.task_formats import TASK_FORMATS, task_of
+from lowrank.errors import InputError
+from lowrank.recipes.parts.batches import sources_of
+from lowrank.tasks.kinds_of_task import CAUSAL_LM
+
+
+def with_task(config: RunConfig) -> RunConfig:
+    """The config with its task; as it was where that is the next token.
+
+    Raises:
+        InputError: the task that is named is not that of the rows, or does not go with what else the config says.
+    """
+    named = config.model.task
+    if named == CAUSAL_LM or (named is None and not _may_be_found(config.data)):
+        return config
+    first = _first_row(sources_of(config.data.train), config.data.columns)
+    found = None if first is None else task_of(first[0])
+    if found is None and named is None:
+        _refuse_contradictions(_with(config, CAUSAL_LM))
+        return config
+    if first is not None and named not in (None, found):
+        raise InputError(
+            f"the row has {', '.join(map(repr, first[0]))}, and model.task is {named}",
+            where=first[1],
+            fix=f"Expected {TASK_FORMATS[str(named)].expects}. Columns of other names are given by data.columns.",
+        )
+    tasked = _with(config, named or str(found))
+    _refuse_contradictions(tasked)
+    data = tasked.data.model_copy(update={"packing": False})
+    return tasked.model_copy(update={"data": data})
+
+
+def _may_be_found(data: DataSection) -> bool:
+    """Whether the config leaves it to the rows: a format that is named says what they are, and a stream is text."""
+    sources = data.train if isinstance(data.train, list) else [data.train]
+    named = (data.format, *(one.format for one in sources if isinstance(one, SourceSection)))
+    return not data.streaming and all(one is None for one in named)
+
+
+def _with(config: RunConfig, task: str) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"task": task})})
+
+
+def _refuse_contradictions(config: RunConfig) -> None:
+    found = list(contradictions(config))
+    if found:
+        raise InputError("\n".join(map(str, found)), fix="The task was found by the rows; model.task names another.")
+
+
+def task_of_rows(path: str) -> str | None:
+    """The task that the first row of a file or a folder makes plain; None for the next token."""
+    first = _first_row(path)
+    return None if first is None else task_of(first[0])
+
+
+def _first_row(sources: Sources, columns: Mapping[str, str] | None = None) -> tuple[Mapping[str, Any], str] | None:
+    """The first row that is not empty, and where it is; None where there is none."""
+    rows = open_sources(sources, None, columns)[0].rows
+    for index in range(min(len(rows), LOOKED_AT)):
+        try:
+            row = rows[index]
+        except InputError:  # told when all rows are read
+            continue
+        if not is_blank(row):
+            return row, rows.where(index)
+    return None

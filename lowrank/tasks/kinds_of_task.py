@@ -1,0 +1,34 @@
+"""The tasks by name, as far as a config needs to know them: nothing here loads torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CAUSAL_LM = "causal_lm"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a task is to other programs.
+
+    Attributes:
+        auto_class: transformers' class that loads its models.
+        task_type: peft's word for it.
+        pipeline: The hub's word for it.
+        metrics: What its evaluations measure beside the loss.
+    """
+
+    auto_class: str
+    task_type: str
+    pipeline: str
+    metrics: tuple[str, ...]
+
+
+TASK_KINDS: dict[str, Kind] = {
+    "sequence_classification": Kind(
+        "AutoModelForSequenceClassification",
+        "SEQ_CLS",
+        "text-classification",
+        ("accuracy", "f1", "mcc", "pearson", "mse"),
+    ),
+}

@@ -1,0 +1,49 @@
+"""Figures of answers against labels, by scikit-learn."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from lowrank.errors import InputError
+from lowrank.tasks.labels import MULTI, REGRESSION
+
+
+def _library(name: str) -> Any:
+    """A library of the extra `metrics`.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(
+            f"evaluating this task needs {name.partition('.')[0]}, which is not installed",
+            where="data.eval",
+            fix="Install it: pip install 'lowrank[metrics]'; or leave data.eval out.",
+        ) from None
+
+
+def classification_scores(kind: str, expected: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Accuracy, macro F1 and Matthews' correlation of classes; F1 and accuracy of sets of them; Pearson's correlation
+    and the mean squared error of numbers.
+
+    Args:
+        kind: The problem's type.
+        expected: Numbers of classes (n,), ones and zeros (n, k), or numbers (n,).
+        predicted: In the same form.
+    """
+    metrics = _library("sklearn.metrics")
+    if kind == REGRESSION:
+        scores = {"mse": float(metrics.mean_squared_error(expected, predicted))}
+        if min(np.ptp(expected), np.ptp(predicted)) > 0:  # a correlation with what never changes is none
+            scores["pearson"] = float(np.corrcoef(expected, predicted)[0, 1])
+        return scores
+    scores = {
+        "accuracy": float(metrics.accuracy_score(expected, predicted)),
+        "f1": float(metrics.f1_score(expected, predicted, average="macro", zero_division=0)),
+    }
+    return scores if kind == MULTI else {**scores, "mcc": float(metrics.matthews_corrcoef(expected, predicted))}

@@ -1,0 +1,10 @@
+"""The tasks by name: each is a file, a line here and in `kinds_of_task.py`, and its rows in `task_formats.py`."""
+
+from __future__ import annotations
+
+from lowrank.tasks.sequence_classification import SequenceClassification
+from lowrank.tasks.task import TaskClass
+
+TASKS: dict[str, TaskClass] = {
+    "sequence_classification": SequenceClassification(),
+}
