@@ -1,4 +1,4 @@
-"""Make the configs of configs/, all but quickstart's: what `lowrank init` would write for nine situations.
+"""Make the configs of configs/, all but quickstart's: what `lowrank init` would write for ten situations.
 
     python examples/make_configs.py    # needs no model and no rows: sizes and lengths are stated here
 
@@ -221,6 +221,17 @@ For more text than fits on the disk: --set data.streaming=true --set training.ma
             Setting("training", "class_weights", "balanced", "rare labels weigh as much as they are rare"),
             Setting("training", "metric_for_best_model", "f1", "macro F1; accuracy and mcc are measured too"),
         ),
+    ),
+    "token_classification": Situation(
+        """A tag for each word: rows are {"tokens": ["Anna", ...], "tags": ["B-PER", ...]}.
+
+  pip install 'lowrank[metrics]'
+  lowrank train configs/token_classification.yaml
+  lowrank predict runs/token-classification --text "..." """.strip(),
+        "answerdotai/ModernBERT-base",
+        labelled("data/train.jsonl", 10_000, 30, 256, "token_classification"),
+        SMALL,
+        (Setting("training", "metric_for_best_model", "f1", "of whole entities, by seqeval"),),
     ),
     "fsdp": Situation(
         """A 70B model on a machine with eight cards: the frozen base is sharded, adapters are whole on each.

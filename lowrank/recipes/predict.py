@@ -19,6 +19,7 @@ from lowrank.errors import InputError
 from lowrank.models import positions_of
 from lowrank.paths import expanded
 from lowrank.recipes.parts.show import open_console
+from lowrank.recipes.parts.task_assess import by_row
 from lowrank.recipes.parts.task_opened import open_task
 from lowrank.storage.whole_file import write_whole
 from lowrank.tasks.reading import Encoded
@@ -83,7 +84,9 @@ def predictions_of(
         batch: Batch = task.collate(
             [(one.ids, one.marks) for one in chosen], [one.payload for one in chosen], pad_token_id
         )
-        outputs = task.outputs(model, batch.to(model.device)).cpu().numpy()
+        outputs = by_row(
+            task.outputs(model, batch.to(model.device)).cpu().numpy(), [int(one.marks.sum()) for one in chosen]
+        )
         for at, said in zip(order[begin : begin + batch_size], task.predictions(outputs), strict=True):
             found[at] = said
     return [one for one in found if one is not None]
@@ -125,5 +128,5 @@ def _table(rows: Sequence[Mapping[str, Any]], found: Sequence[Prediction]) -> Ta
     for row, one in zip(rows, found, strict=True):
         best = sorted(one.scores.items(), key=lambda item: -item[1])[:_SHOWN]
         told = ", ".join(f"{name} {score:.3f}" for name, score in best)
-        table.add_row(" ".join(str(row["text"]).split())[:60], one.said, told)
+        table.add_row(" ".join(str(row.get("text") or " ".join(row["tokens"])).split())[:60], one.said, told)
     return table

@@ -56,6 +56,41 @@ def encoded_text(
     return np.array(ids, dtype=np.int32), (types.index(1) if types and 1 in types else None), cut
 
 
+def encoded_words(
+    words: Any, tokenizer: PreTrainedTokenizerBase, longest: int | None
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Words with a blank between them, as a text.
+
+    Args:
+        words: Of the row.
+        tokenizer: The base's.
+        longest: Where the tokens are cut; None: nowhere.
+
+    Returns:
+        Ids (n,) int32; the first token of each word, (n,) bool; whether it was cut.
+
+    Raises:
+        RowError: they are no words, or the tokenizer joins two of them, or no word is left.
+    """
+    if not isinstance(words, list) or not words:
+        raise RowError("the row has no tokens", 'Expected {"tokens": ["a", "word", ...]}.')
+    for number, word in enumerate(words, start=1):
+        if not isinstance(word, str) or not word.strip():
+            raise RowError(f"token {number} is {word!r:.40}", "Write a word.")
+    starts = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
+    found = tokenizer(" ".join(words), return_offsets_mapping=True, truncation=longest is not None, max_length=longest)
+    ends = np.array([end for _, end in found["offset_mapping"]])
+    whole = len(ends) if longest is None else len(tokenizer(" ".join(words))["input_ids"])
+    firsts = [int(np.argmax(ends > start)) for start in starts.tolist() if ends.max(initial=0) > start]
+    if len(set(firsts)) < len(firsts):
+        raise RowError("the tokenizer makes one token of two words", "Write them as one.")
+    if not firsts:
+        raise RowError("no word is left of the row")
+    marks = np.zeros(len(ends), dtype=bool)
+    marks[firsts] = True
+    return np.array(found["input_ids"], dtype=np.int32), marks, whole > len(ends)
+
+
 def token_types(batch: Batch, second_from: Sequence[int | None]) -> dict[str, torch.Tensor]:
     """`token_type_ids` (b, n) where a row has a second text that the base tells from the first; else nothing."""
     if all(start is None for start in second_from):

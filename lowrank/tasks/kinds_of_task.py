@@ -31,4 +31,10 @@ TASK_KINDS: dict[str, Kind] = {
         "text-classification",
         ("accuracy", "f1", "mcc", "pearson", "mse"),
     ),
+    "token_classification": Kind(
+        "AutoModelForTokenClassification",
+        "TOKEN_CLS",
+        "token-classification",
+        ("f1", "precision", "recall", "accuracy"),
+    ),
 }

@@ -59,7 +59,7 @@ class Labels:
         """Raises InputError where an example has a label that is none of these."""
         for index in range(len(examples)):
             label = examples.payload(index).label
-            where = _place_of(examples, index)
+            where = place_of(examples, index)
             if (self.problem_type == REGRESSION) != isinstance(label, float) or (
                 (self.problem_type == MULTI) != isinstance(label, tuple)
             ):
@@ -111,7 +111,7 @@ def labels_in(examples: Examples, asked: str | None) -> Labels:
         other = next(at for at, one in enumerate(found) if _kind(one) != kind)
         raise InputError(
             f"the label is {found[other]!r}, and most make this a {kind}",
-            where=_place_of(examples, other),
+            where=place_of(examples, other),
             fix="Mend the row, or set model.problem_type.",
         )
     if kind == REGRESSION:
@@ -123,7 +123,12 @@ def labels_in(examples: Examples, asked: str | None) -> Labels:
             where=examples.rows.name,
             fix="Add rows of other classes.",
         )
-    return Labels(kind, tuple(sorted(map(str, names), key=_order)))
+    return named(kind, set(map(str, names)))
+
+
+def named(kind: str, names: set[str]) -> Labels:
+    """Labels in their order: whole numbers by their size, then names."""
+    return Labels(kind, tuple(sorted(names, key=_order)))
 
 
 def as_kind(label: Label, asked: str | None) -> Label:
@@ -144,7 +149,7 @@ def as_kind(label: Label, asked: str | None) -> Label:
     return label
 
 
-def _place_of(examples: Examples, index: int) -> str:
+def place_of(examples: Examples, index: int) -> str:
     """File and line of an example."""
     return examples.rows.where(int(examples.table.example_rows[examples.order[index]]))
 

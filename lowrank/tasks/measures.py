@@ -47,3 +47,24 @@ def classification_scores(kind: str, expected: np.ndarray, predicted: np.ndarray
         "f1": float(metrics.f1_score(expected, predicted, average="macro", zero_division=0)),
     }
     return scores if kind == MULTI else {**scores, "mcc": float(metrics.matthews_corrcoef(expected, predicted))}
+
+
+def tag_scores(expected: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of entities by seqeval where tags are such (B-PER, I-PER, O), else macro F1 of words;
+    and the accuracy of words.
+
+    Args:
+        expected: The tags of each row.
+        predicted: As many.
+    """
+    flat = [[tag for tags in rows for tag in tags] for rows in (expected, predicted)]
+    accuracy = float(_library("sklearn.metrics").accuracy_score(*flat))
+    if all(tag == "O" or tag[:2] in ("B-", "I-", "E-", "S-") for tag in {*flat[0], *flat[1]}):
+        metrics = _library("seqeval.metrics")
+        found = {name: getattr(metrics, f"{name}_score")(expected, predicted, zero_division=0) for name in _ENTITIES}
+        return {**{name: float(value) for name, value in found.items()}, "accuracy": accuracy}
+    f1 = _library("sklearn.metrics").f1_score(*flat, average="macro", zero_division=0)
+    return {"f1": float(f1), "accuracy": accuracy}
+
+
+_ENTITIES = ("f1", "precision", "recall")

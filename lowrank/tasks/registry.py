@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from lowrank.tasks.sequence_classification import SequenceClassification
 from lowrank.tasks.task import TaskClass
+from lowrank.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, TaskClass] = {
     "sequence_classification": SequenceClassification(),
+    "token_classification": TokenClassification(),
 }

@@ -21,7 +21,7 @@ from lowrank.tasks.encoding import encoded_text, token_types
 from lowrank.tasks.labels import MULTI, REGRESSION, SINGLE, Label, Labels, as_kind, label_of, labels_in, shown
 from lowrank.tasks.measures import classification_scores
 from lowrank.tasks.reading import Encoded
-from lowrank.tasks.task import Prediction, Wishes
+from lowrank.tasks.task import Prediction, SummedLoss, Wishes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,13 @@ class Classifier:
         if all(one.label is not None for one in payloads):
             kind = torch.int64 if self.labels.problem_type == SINGLE else torch.float32
             given["labels"] = torch.tensor([self.labels.number(one.label) for one in payloads], dtype=kind)
-        return replace(batch, given=given)
+        return replace(batch, given=given, supervised=len(parts))
 
-    def loss(self, plain: bool = False) -> ClassifierLoss:
+    def loss(self, plain: bool = False) -> SummedLoss:
         """Cross-entropy, binary cross-entropy (mean over the classes), or the squared error."""
-        return ClassifierLoss(replace(self, weights=None, label_smoothing=0.0) if plain else self)
+        names = {SINGLE: "cross-entropy", MULTI: "binary cross-entropy", REGRESSION: "squared error"}
+        task = replace(self, weights=None, label_smoothing=0.0) if plain else self
+        return SummedLoss(task, f"{names[self.labels.problem_type]} of each row's label")
 
     def outputs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """(b, k)."""
@@ -122,8 +124,11 @@ class Classifier:
             outputs, labels, weight=weights, reduction="none", label_smoothing=self.label_smoothing
         )
 
-    def predictions(self, outputs: np.ndarray) -> list[Prediction]:
+    def predictions(self, outputs: Sequence[np.ndarray]) -> list[Prediction]:
         """The likeliest class, those above one half, or the number."""
+        return self._said(np.concatenate(outputs))
+
+    def _said(self, outputs: np.ndarray) -> list[Prediction]:
         if self.labels.problem_type == REGRESSION:
             return [Prediction(f"{row[0]:.6g}", {"value": float(row[0])}) for row in outputs]
         if self.labels.problem_type == MULTI:
@@ -138,11 +143,12 @@ class Classifier:
     def _named(self, row: np.ndarray) -> dict[str, float]:
         return dict(zip(self.labels.names, row.tolist(), strict=True))
 
-    def scores(self, outputs: np.ndarray, examples: Examples) -> dict[str, float]:
+    def scores(self, outputs: Sequence[np.ndarray], examples: Examples) -> dict[str, float]:
         """As scikit-learn gives them."""
+        found = np.concatenate(outputs)
         wanted = np.array([self.labels.number(examples.payload(index).label) for index in range(len(examples))])
         kind = self.labels.problem_type
-        said = outputs[:, 0] if kind == REGRESSION else (outputs > 0) if kind == MULTI else outputs.argmax(axis=1)
+        said = found[:, 0] if kind == REGRESSION else (found > 0) if kind == MULTI else found.argmax(axis=1)
         return classification_scores(kind, wanted, said.astype(wanted.dtype))
 
     def refuse_others(self, examples: Examples) -> None:
@@ -152,24 +158,6 @@ class Classifier:
     def expected(self, payload: Any) -> str:
         """The row's label."""
         return shown(payload.label)
-
-
-class ClassifierLoss:
-    """Of each row's label."""
-
-    def __init__(self, task: Classifier) -> None:
-        self.task = task
-        names = {SINGLE: "cross-entropy", MULTI: "binary cross-entropy", REGRESSION: "squared error"}
-        self.why = f"{names[task.labels.problem_type]} of each row's label"
-
-    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The sum over rows."""
-        return self.task.losses(self.task.outputs(model, batch), batch).sum()
-
-    @torch.no_grad()
-    def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """(b,)."""
-        return self.task.losses(self.task.outputs(model, batch), batch)
 
 
 def _labelled(

@@ -44,18 +44,20 @@ class Prediction:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-class TaskLoss(Protocol):
-    """Sum over a batch's marks of their loss; `plain` is without weights and smoothing, for evaluations."""
+class SummedLoss:
+    """The sum of the losses that a task finds in its outputs."""
 
-    why: str
+    def __init__(self, task: Task, why: str) -> None:
+        self.task, self.why = task, why
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """A scalar that gradients flow from."""
-        ...
+        return self.task.losses(self.task.outputs(model, batch), batch).sum()
 
+    @torch.no_grad()
     def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Of each mark, (m,); no gradient flows from it."""
-        ...
+        """(m,)."""
+        return self.task.losses(self.task.outputs(model, batch), batch)
 
 
 class Task(Protocol):
@@ -77,23 +79,23 @@ class Task(Protocol):
         """A padded batch."""
         ...
 
-    def loss(self, plain: bool = False) -> TaskLoss:
-        """Its loss."""
+    def loss(self, plain: bool = False) -> SummedLoss:
+        """Its loss; a plain one is without weights and smoothing, for evaluations."""
         ...
 
     def outputs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """What the model gives for each row of a batch, (b, ...) float32."""
+        """What the model gives for each mark of a batch, (m, ...) float32."""
         ...
 
     def losses(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The plain loss of each of the batch's marks, from its outputs, (m,)."""
         ...
 
-    def predictions(self, outputs: np.ndarray) -> list[Prediction]:
-        """In words, a row each."""
+    def predictions(self, outputs: Sequence[np.ndarray]) -> list[Prediction]:
+        """In words, a row each, from what the model gives for its marks."""
         ...
 
-    def scores(self, outputs: np.ndarray, examples: Examples) -> dict[str, float]:
+    def scores(self, outputs: Sequence[np.ndarray], examples: Examples) -> dict[str, float]:
         """The figures of outputs for all examples, in their order."""
         ...
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent.parent
 HEADER = "# yaml-language-server: $schema="
 
 
-SHIPPED = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples" / "claims").glob("*.yaml")])
+FOLDERS = ("configs", "examples/claims", "examples/classification")
+SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", [path.relative_to(ROOT) for path in SHIPPED], ids=str)

@@ -47,6 +47,15 @@ def rows(count: int, first: int = 0) -> list[dict[str, Any]]:
     return found
 
 
+def tagged(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """Words, and which of them begin or go on with a name."""
+    found = []
+    for i in range(first, first + count):
+        words = [*("see", "hear")[i % 2 : i % 2 + 1], "Anna", "Berg"[: 2 + i % 3], "in", "Rome"]
+        found.append({"tokens": words, "tags": ["O", "B-PER", "I-PER", "O", "B-LOC"]})
+    return found
+
+
 def make_base(folder: Path, name: str) -> Path:
     """A base with its tokenizer in a folder."""
     torch.manual_seed(0)

@@ -33,6 +33,9 @@ TASK_FORMATS: dict[str, TaskFormat] = {
         ("text", "label"),
         ("text_pair",),
     ),
+    "token_classification": TaskFormat(
+        '{"tokens": ["a", "word", ...], "tags": ["O", "B-PER", ...]}', ("tokens", "tags"), ("text",)
+    ),
 }
 """By the name of the task; the config reads the names here, so nothing loads torch."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -26,7 +26,7 @@ def assess_task(
     dtype: torch.dtype,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """The loss a row, the task's figures, and each row's answer; processes share the work.
+    """The loss a mark, the task's figures, and each row's answer; processes share the work.
 
     Args:
         model: As it is asked.
@@ -38,29 +38,32 @@ def assess_task(
         ranks: The processes; all get the whole result.
     """
     with progress("evaluating", len(held_out.epoch(0))) as advance:
-        outputs, losses = outputs_of(model, held_out, task, dtype, advance, ranks)
+        outputs, losses = _outputs_of(model, held_out, task, dtype, advance, ranks)
     examples = held_out.examples
     samples = []
     for index, said in enumerate(task.predictions(outputs)):
-        text, wanted = str(tokenizer.decode(examples.arrays(index)[0])), task.expected(examples.payload(index))
+        text, wanted = (
+            str(tokenizer.decode(examples.arrays(index)[0], skip_special_tokens=True)),
+            task.expected(examples.payload(index)),
+        )
         samples.append(Sample(text, wanted, said.said, said.said == wanted, (), float(losses[index])))
     return Evaluation(float(losses.mean()), len(losses), samples=tuple(samples), scores=task.scores(outputs, examples))
 
 
 @torch.no_grad()
-def outputs_of(
+def _outputs_of(
     model: Any,
     plan: BatchPlan,
     task: Task,
     dtype: torch.dtype,
     on_batch: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the model gives for each example, (E, ...) and its loss, (E,) float64 (zeros where rows have no labels)."""
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """What the model gives for each example's marks, (m, ...) each, and the sums of their losses, (E,) float64."""
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
-    mine: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    mine: list[tuple[np.ndarray, list[np.ndarray], np.ndarray]] = []
     left = iter(plan.epoch(0))
     while group := list(islice(left, ranks.count)):
         if ranks.index < len(group):
@@ -68,13 +71,18 @@ def outputs_of(
             batch = plan.batch(members).to(device)
             with torch.autocast(device.type, dtype, enabled=model.dtype == torch.float32 != dtype):
                 outputs = task.outputs(model, batch)
-            has_labels = "labels" in batch.given
-            losses = task.losses(outputs, batch) if has_labels else torch.zeros(len(outputs))
-            mine.append((members.rows, outputs.cpu().numpy(), losses.double().cpu().numpy()))
+            marks = [int(plan.examples.arrays(int(index))[1].sum()) for index in members.rows]
+            sums = [one.sum() for one in by_row(task.losses(outputs, batch).double().cpu().numpy(), marks)]
+            mine.append((members.rows, by_row(outputs.cpu().numpy(), marks), np.array(sums)))
         if on_batch is not None:
             on_batch(len(group))
     model.train(was_training)
     parts = [part for share in ranks.all(mine) for part in share]
-    rows, outputs, losses = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(rows)
-    return outputs[order], losses[order]
+    order = np.argsort(np.concatenate([rows for rows, *_ in parts]))
+    every = [row for _, outputs, _ in parts for row in outputs]
+    return [every[at] for at in order.tolist()], np.concatenate([losses for *_, losses in parts])[order]
+
+
+def by_row(outputs: np.ndarray, marks: Sequence[int]) -> list[np.ndarray]:
+    """What the model gives for the marks of a batch, row by row."""
+    return np.split(outputs, np.cumsum(marks)[:-1])

@@ -16,8 +16,8 @@ from lowrank.recipes.parts.products import choose_products
 from lowrank.recipes.parts.setup import Setup, crowding
 from lowrank.recipes.parts.task_rows import task_examples, task_plan
 from lowrank.tasks.kinds_of_task import TASK_KINDS
-from lowrank.tasks.task import Task, TaskLoss
-from lowrank.training.losses.supervised import Autocast
+from lowrank.tasks.task import SummedLoss, Task
+from lowrank.training.losses.supervised import Autocast, Loss
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import run_length
 from lowrank.training.transforms.recompute import recompute_activations
@@ -85,6 +85,6 @@ def task_attention(model: PreTrainedModel, section: ModelSection) -> AttentionCh
     return swap_attention(model, section, packing=False)
 
 
-def _in_products(loss: TaskLoss, model: PreTrainedModel, products: torch.dtype) -> TaskLoss:
+def _in_products(loss: SummedLoss, model: PreTrainedModel, products: torch.dtype) -> Loss:
     """The loss; where weights have more digits than products shall have, those are computed with fewer."""
     return Autocast(loss, products) if model.dtype == torch.float32 != products else loss

@@ -15,6 +15,8 @@ GREATER_IS_BETTER = {
     "exact_match": True,
     "accuracy": True,
     "f1": True,
+    "precision": True,
+    "recall": True,
     "mcc": True,
     "pearson": True,
     "mse": False,
