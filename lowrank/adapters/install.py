@@ -152,8 +152,7 @@ def _adapted_forward(module: HostModule, *args: Any, **kwargs: Any) -> Any:
     adapters: AdapterSet = module.adapters
     choice = adapters.activity.now
     if choice.routing is not None:
-        y = own_output(module, *args, **kwargs)
-        return choice.routing.add(module, adapters.layers(), y, args, kwargs)
+        return choice.routing.output(module, cast("dict[str, Layer]", adapters._modules), args, kwargs)
     layers = adapters.acting(choice.names)
     if len(layers) == 1:
         return layers[0].output(module, *args, **kwargs)

@@ -189,7 +189,7 @@ def _check_name(adapter: str, record: Record | None) -> None:
 
 def _check_free(record: Record, adapter: str) -> None:
     now = record.activity.now
-    routed = () if now.routing is None else now.routing.rows
+    routed = () if now.routing is None else now.routing.names
     if now is not record.activity.value and adapter in (*now.names, *routed):
         raise InputError(f"the adapter {adapter!r} acts in a block that is open here", fix="Do this after the block.")
 

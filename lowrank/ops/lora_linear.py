@@ -62,7 +62,7 @@ def _apply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: LowRank, unpack: Unpack
 ) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1.0 - term.dropout) if term.dropout else None
+    keep = kept_places(rows, term.dropout)
     y = _LoraLinear.apply(rows, weight, bias, term.A, term.B, term.gain, keep, term.scale, term.dropout, unpack)
     assert isinstance(y, torch.Tensor)
     return y.view(*x.shape[:-1], y.shape[-1])  # here, not inside: models add to the output in place (Llama 4)
@@ -84,7 +84,7 @@ class _LoraLinear(torch.autograd.Function):
         unpack: Unpack,
     ) -> torch.Tensor:
         W = unpack(weight, rows.dtype)
-        low = _dropped(rows, keep, dropout) @ A.to(rows.dtype).t()  # (n, r)
+        low = dropped(rows, keep, dropout) @ A.to(rows.dtype).t()  # (n, r)
         y = F.linear(rows, W, None if bias is None or gain is not None else bias.to(rows.dtype))
         y.addmm_(low, B.to(rows.dtype).t(), alpha=scale)
         unscaled = None
@@ -107,15 +107,8 @@ class _LoraLinear(torch.autograd.Function):
         d_y = d_out if gain is None else d_out * gain.to(d_out.dtype)
         d_low = d_y @ B.to(d_y.dtype)  # (n, r)
         d_low *= ctx.scale
-        d_A = d_B = None
-        if need[3] and need[4] and _wide(A, B, len(rows)):
-            d_product = d_y.t() @ _dropped(rows, keep, ctx.dropout)  # (out, in), of scale · B · A
-            d_product *= ctx.scale
-            d_A, d_B = B.to(d_y.dtype).t() @ d_product, d_product @ A.to(d_y.dtype).t()
-        else:
-            d_A = d_low.t() @ _dropped(rows, keep, ctx.dropout) if need[3] else None
-            d_B = (d_y.t() @ low).mul_(ctx.scale) if need[4] else None
-        d_A, d_B = (None if grad is None else grad.to(factor.dtype) for grad, factor in ((d_A, A), (d_B, B)))
+        taken = dropped(rows, keep, ctx.dropout)
+        d_A, d_B = gradients_of_factors(d_y, d_low, taken, low, A, B, ctx.scale, (need[3], need[4]))
         d_weight = (d_y.t() @ rows).to(weight.dtype) if need[1] else None
         d_x = None
         if need[0]:
@@ -123,8 +116,39 @@ class _LoraLinear(torch.autograd.Function):
             if keep is None:
                 d_x.addmm_(d_low, A.to(d_low.dtype))
             else:
-                d_x += _dropped(d_low @ A.to(d_low.dtype), keep, ctx.dropout)
+                d_x += dropped(d_low @ A.to(d_low.dtype), keep, ctx.dropout)
         return d_x, d_weight, d_bias, d_A, d_B, d_gain, None, None, None, None
+
+
+def gradients_of_factors(
+    d_y: torch.Tensor,
+    d_low: torch.Tensor,
+    taken: torch.Tensor,
+    low: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scale: float,
+    need: tuple[bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of A and B.
+
+    Args:
+        d_y: Of the sum before a gain, (n, out).
+        d_low: Of x·Aᵀ, (n, r).
+        taken: What A was multiplied with, (n, in).
+        low: x·Aᵀ.
+        A, B, scale: Of the term.
+        need: Whether A's is wanted, and whether B's is.
+    """
+    d_A = d_B = None
+    if need[0] and need[1] and _wide(A, B, len(taken)):
+        d_product = d_y.t() @ taken  # (out, in), of scale · B · A
+        d_product *= scale
+        d_A, d_B = B.to(d_y.dtype).t() @ d_product, d_product @ A.to(d_y.dtype).t()
+    else:
+        d_A = d_low.t() @ taken if need[0] else None
+        d_B = (d_y.t() @ low).mul_(scale) if need[1] else None
+    return (None if d_A is None else d_A.to(A.dtype)), (None if d_B is None else d_B.to(B.dtype))
 
 
 def _wide(A: torch.Tensor, B: torch.Tensor, n: int) -> bool:
@@ -135,7 +159,15 @@ def _wide(A: torch.Tensor, B: torch.Tensor, n: int) -> bool:
     return n * r * (width + out) > (n + 2 * r) * width * out
 
 
-def _dropped(rows: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
+def kept_places(rows: torch.Tensor, dropout: float, generator: torch.Generator | None = None) -> torch.Tensor | None:
+    """Which inputs dropout leaves, drawn anew; None where it is 0."""
+    if not dropout:
+        return None
+    return torch.empty_like(rows, dtype=torch.bool).bernoulli_(1.0 - dropout, generator=generator)
+
+
+def dropped(rows: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """The rows that go to A."""
     if keep is None:
         return rows
     return rows * keep * (1.0 / (1.0 - dropout))

@@ -14,7 +14,7 @@ from torch import nn
 
 from lowrank.adapters.kinds.factor import Factor
 from lowrank.adapters.kinds.forwards import acts_as, channels_in
-from lowrank.adapters.kinds.kind import HostModule, groups_of, holds_weight, in_place_of_own
+from lowrank.adapters.kinds.kind import HostModule, Product, groups_of, holds_weight, in_place_of_own
 from lowrank.ops.low_rank import LowRank
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -43,6 +43,10 @@ class ConvKind:
         """Back in the kernel's shape."""
         merged = weight.view(module.weight.shape).to(module.weight.dtype)
         module.weight = nn.Parameter(merged, requires_grad=module.weight.requires_grad)
+
+    def product(self, module: HostModule) -> Product | None:
+        """None."""
+        return None
 
     def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
         """Three convolutions."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from lowrank.adapters.kinds.factor import Factor
 from lowrank.adapters.kinds.forwards import acts_as, tokens_in
-from lowrank.adapters.kinds.kind import HostModule, holds_weight
+from lowrank.adapters.kinds.kind import HostModule, Product, holds_weight
 from lowrank.ops.low_rank import LowRank
 
 
@@ -36,6 +36,10 @@ class EmbeddingKind:
         """Stored as a table again."""
         merged = weight.t().to(module.weight.dtype).contiguous()
         module.weight = nn.Parameter(merged, requires_grad=module.weight.requires_grad)
+
+    def product(self, module: HostModule) -> Product | None:
+        """None."""
+        return None
 
     def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
         """Two look-ups and a small product."""

@@ -15,10 +15,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from lowrank.adapters.kinds.factor import Factor
+from lowrank.ops.lora_linear import Unpack
 from lowrank.ops.low_rank import LowRank
 
 HostModule: TypeAlias = Any
 """An `nn.Module` that carries an adapter. `nn.Module` types its attributes (`weight`, `bias`) as anything at all."""
+
+
+Product: TypeAlias = tuple[torch.Tensor, Unpack]
+"""A weight as it is stored, and what makes W (out, in) of it: a module that gives x·Wᵀ + b and does no more."""
 
 
 class Kind(Protocol):
@@ -44,6 +49,10 @@ class Kind(Protocol):
 
     def write(self, module: HostModule, weight: torch.Tensor) -> None:
         """Gives the module the merged W (out, in), rounded to the parameter's dtype, as a new parameter."""
+        ...
+
+    def product(self, module: HostModule) -> Product | None:
+        """What its forward multiplies with; None where that does anything else."""
         ...
 
     def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:

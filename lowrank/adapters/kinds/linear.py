@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank.adapters.kinds.factor import Factor
 from lowrank.adapters.kinds.forwards import acts_as, features_in
-from lowrank.adapters.kinds.kind import HostModule, holds_weight, in_place_of_own
+from lowrank.adapters.kinds.kind import HostModule, Product, holds_weight, in_place_of_own
 from lowrank.ops.lora_linear import lora_linear
 from lowrank.ops.low_rank import LowRank
 from lowrank.quantisers.registry import quantiser_of
@@ -57,14 +57,17 @@ class LinearKind:
         """A dense weight replaces the old one. Quantised modules are made dense first (`dense_base`)."""
         module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
 
+    def product(self, module: HostModule) -> Product | None:
+        """The stored weight, where the module's forward is the plain product with it."""
+        quantiser = quantiser_of(module)
+        if quantiser is not None:
+            return quantiser.product(module)
+        return (module.weight, torch.Tensor.to) if type(module).forward is nn.Linear.forward else None
+
     def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
         """One autograd function, where the module's forward is the plain product."""
-        quantiser = quantiser_of(module)
-        if quantiser is not None and (found := quantiser.product(module)) is not None:
-            weight, unpack = found
-            return lora_linear(x, weight, bias, term, unpack)
-        if quantiser is None and type(module).forward is nn.Linear.forward:
-            return lora_linear(x, module.weight, bias, term)
+        if (found := self.product(module)) is not None:
+            return lora_linear(x, found[0], bias, term, found[1])
         y = type(module).forward(module, x)
         if bias is not None and bias is not module.bias:
             y = y + in_place_of_own(module, bias).to(y.dtype)
@@ -108,6 +111,10 @@ class Conv1DKind:
         """Stored transposed again."""
         merged = weight.t().to(module.weight.dtype).contiguous()
         module.weight = nn.Parameter(merged, requires_grad=module.weight.requires_grad)
+
+    def product(self, module: HostModule) -> Product | None:
+        """The transposed view."""
+        return module.weight.t(), torch.Tensor.to
 
     def fused(self, module: HostModule, x: torch.Tensor, term: LowRank, bias: torch.Tensor | None) -> torch.Tensor:
         """One autograd function over the transposed view."""

@@ -20,6 +20,8 @@ import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lowrank.adapters.activation import keep_rows
+
 
 class RoomyLayer(DynamicLayer):
     """Keys and values (b, h, n, d) of one layer that stand in blocks with room for more tokens.
@@ -126,6 +128,7 @@ def continue_rows(
             rows = torch.tensor(kept, device=model.device)
             mask, positions, tokens = mask[rows], positions[rows], tokens[rows]
             cache.batch_select_indices(rows)
+            keep_rows(model, kept)
         step = tokens[:, None]
     return answers
 
