@@ -1,4 +1,4 @@
-"""Make the configs of configs/, all but quickstart's: what `lowrank init` would write for ten situations.
+"""Make the configs of configs/, all but quickstart's: what `lowrank init` would write for eleven situations.
 
     python examples/make_configs.py    # needs no model and no rows: sizes and lengths are stated here
 
@@ -232,6 +232,20 @@ For more text than fits on the disk: --set data.streaming=true --set training.ma
         labelled("data/train.jsonl", 10_000, 30, 256, "token_classification"),
         SMALL,
         (Setting("training", "metric_for_best_model", "f1", "of whole entities, by seqeval"),),
+    ),
+    "embedding": Situation(
+        """Texts that belong together lie near one another: rows are {"anchor": ..., "positive": ...}.
+
+  lowrank train configs/embedding.yaml
+  lowrank predict runs/embedding --file texts.jsonl --out vectors.jsonl""",
+        "answerdotai/ModernBERT-base",
+        labelled("data/train.jsonl", 10_000, 40, 256, "embedding"),
+        SMALL,
+        (
+            Setting("training", "per_device_train_batch_size", 64, "a pair is told from the others of its batch"),
+            Setting("training", "gradient_accumulation_steps", 1, "steps of several batches tell no more apart"),
+            Setting("training", "metric_for_best_model", "ndcg@10", "of each anchor's own positive among all"),
+        ),
     ),
     "fsdp": Situation(
         """A 70B model on a machine with eight cards: the frozen base is sharded, adapters are whole on each.

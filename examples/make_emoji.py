@@ -1,7 +1,7 @@
-"""Make the rows of examples/classification: names of emoji, and the language that each is in.
+"""Make the rows of examples/classification and examples/embedding: names of emoji, with their language, or in two.
 
     pip install --no-deps emoji==2.16.0
-    python examples/make_emoji.py    # emoji_languages_train.jsonl and emoji_languages_eval.jsonl in examples/data
+    python examples/make_emoji.py    # emoji_languages_*.jsonl and emoji_names_*.jsonl in examples/data
 
 The names are those of the package emoji (BSD), which has them from Unicode's CLDR (Unicode License). The same version
 gives the same files, byte for byte, and no emoji of the eval split is in the train split.
@@ -34,6 +34,12 @@ def names() -> list[dict[str, str]]:
     return found
 
 
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    """As JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} rows")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the emoji rows.")
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to (default: examples/data)")
@@ -48,9 +54,9 @@ def main() -> None:
             for code in rng.sample(LANGUAGES, EACH)
             if sum(entry[code] == entry[other] for other in LANGUAGES) == 1  # a word of one language alone
         ]
-        path = options.out / f"emoji_languages_{split}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        print(f"{path}: {len(rows)} rows")
+        write(options.out / f"emoji_languages_{split}.jsonl", rows)
+        pairs = [{"anchor": entry["en"], "positive": entry["de"]} for entry in entries if entry["en"] != entry["de"]]
+        write(options.out / f"emoji_names_{split}.jsonl", pairs)
 
 
 if __name__ == "__main__":

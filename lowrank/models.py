@@ -105,9 +105,11 @@ def load_model(
 def _refuse_missing(model: Any, info: Mapping[str, Any], name: str, *, headed: bool) -> None:
     """Raises InputError for weights that the files lack; those of a head are noted (`new_modules`)."""
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if headed:
+    if headed and model.base_model is model:  # its pooler is not used
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    elif headed:
         model._lowrank_new = _new_of(model, missing)
-        missing = [key for key in missing if not key.startswith(tuple(f"{path}." for path in model._lowrank_new))]
+        missing = [key for key in missing if not key.startswith(tuple(f"{path}." for path in new_modules(model)))]
     if missing:  # transformers fills these with random numbers and goes on
         raise InputError(
             f"{name} lacks {len(missing)} of the weights of {type(model).__name__}: "

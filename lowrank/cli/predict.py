@@ -27,6 +27,9 @@ def predict(
     base: Annotated[
         str | None, typer.Option(help="The adapter's base; by default the one that the adapter names.")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What a merged decoder has learned; by default what its files say.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 32,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -41,4 +44,5 @@ def predict(
         base=base,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
+        task=task,
     )

@@ -34,6 +34,8 @@ def of_task(config: RunSections) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (f"training.{name}", "model.task"), f"it is not made for {task}; leave it out"
     if training.offload != "none":
         yield ("training.offload", "model.task"), f"it is not made for {task}; leave it out"
+    if getattr(config.adapter, "init_lora_weights", None) == "eva":
+        yield ("adapter.init_lora_weights", "model.task"), "eva would look at what pads rows, too; take another start"
     named = getattr(config.adapter, "task_type", None)
     if named not in (None, TASK_KINDS[task].task_type):
         why = f"model.task: {task} is peft's {TASK_KINDS[task].task_type}; leave it out"

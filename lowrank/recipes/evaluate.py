@@ -25,7 +25,7 @@ from lowrank.recipes.parts.show import open_console
 from lowrank.recipes.parts.task_assess import assess_task
 from lowrank.recipes.parts.task_opened import head_in, put_on
 from lowrank.recipes.parts.task_rows import task_examples, task_plan
-from lowrank.recipes.parts.task_setup import head_of, task_attention
+from lowrank.recipes.parts.task_setup import head_of, refuse_what_does_not_fit, task_attention
 from lowrank.recipes.parts.tasked import with_task
 from lowrank.tasks.registry import TASKS
 from lowrank.training.callbacks.progress import Screen
@@ -101,7 +101,7 @@ def _of_task(config: RunConfig, file: AdapterFile | None, console: Console) -> E
         put_on(model, file)
         task = TASKS[task.name].of_config(model.config)
         task.refuse_others(examples)
-    check_fits(examples, tokenizer, vocabulary_of(model), positions_of(model))
+    refuse_what_does_not_fit(examples, tokenizer, model)
     products = choose_products(config.compute_dtype, model, model.dtype, None)
     task_attention(model, config.model)
     plan = task_plan(config.training, task, examples, tokenizer, shuffle=False)

@@ -77,14 +77,16 @@ def merge_adapter(
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    print("\n".join([*_report_lines(report), _how_to_ask(str(report.out))]))
+    print("\n".join([*_report_lines(report), _how_to_ask(str(report.out), task_in(source))]))
     return report
 
 
-def _how_to_ask(out: str) -> str:
-    """The command that asks the merged model."""
-    told = shlex.quote(out)
-    return f"ask it: lowrank chat {told}" if task_in(out) is None else f'ask it: lowrank predict {told} --text "..."'
+def _how_to_ask(out: str, task: str | None) -> str:
+    """The command that asks the merged model, by what the adapter has learned."""
+    if task is None:
+        return f"ask it: lowrank chat {shlex.quote(out)}"
+    named = "" if task_in(out) == task else f" --task {task}"
+    return f'ask it: lowrank predict {shlex.quote(out)}{named} --text "..."'
 
 
 def _beside(adapter: str | Path) -> Path:

@@ -38,6 +38,7 @@ def predict(
     base: str | None = None,
     batch_size: int = 32,
     trust_remote_code: bool = False,
+    task: str | None = None,
 ) -> list[Prediction]:
     """Predicts, and prints or writes what comes of it, in the order of the texts.
 
@@ -49,6 +50,7 @@ def predict(
         base: The adapter's base, where it is not the one that the adapter names.
         batch_size: Rows at a time.
         trust_remote_code: Whether code that comes with the model may run.
+        task: What the model has learned, where its files do not say.
 
     Raises:
         InputError: nothing is asked, a row cannot be used, the model has learned no such task, the file exists.
@@ -59,21 +61,23 @@ def predict(
     target = None if out is None else Path(expanded(out))
     if target is not None and target.exists():
         raise InputError(f"{target} exists already; nothing was written", where="--out", fix="Give another file.")
-    task, model, tokenizer = open_task(path, base=base, trust_remote_code=trust_remote_code)
+    if task not in (None, *TASKS):
+        raise InputError(f"there is no task {task!r}", where="--task", fix=f"Tasks: {', '.join(TASKS)}.")
+    learned, model, tokenizer = open_task(path, base=base, trust_remote_code=trust_remote_code, task=task)
     rows, places = _rows(texts, file)
-    encoded = _encoded(rows, places, task, tokenizer, positions_of(model))
-    found = predictions_of(model, task, encoded, tokenizer.pad_token_id, batch_size)
+    encoded = _encoded(rows, places, learned, tokenizer, positions_of(model))
+    found = _predictions_of(model, learned, encoded, tokenizer.pad_token_id, batch_size)
     if target is None:
         open_console().print(_table(rows, found), highlight=False)
     else:
-        lines = [{**row, "prediction": one.said, "scores": one.scores} for row, one in zip(rows, found, strict=True)]
+        lines = [{**row, **one.as_dict()} for row, one in zip(rows, found, strict=True)]
         write_whole(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         open_console().print(f"wrote {target}: {len(found):,} predictions", highlight=False)
     return found
 
 
 @torch.no_grad()
-def predictions_of(
+def _predictions_of(
     model: Any, task: Task, encoded: Sequence[Encoded], pad_token_id: int, batch_size: int
 ) -> list[Prediction]:
     """What the model says to rows; those of a like length go through it together."""

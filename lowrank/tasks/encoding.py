@@ -23,7 +23,7 @@ def _checked_text(value: Any, key: str) -> str:
 
 
 def encoded_text(
-    text: Any, pair: Any, tokenizer: PreTrainedTokenizerBase, longest: int | None
+    text: Any, pair: Any, tokenizer: PreTrainedTokenizerBase, longest: int | None, key: str = "text"
 ) -> tuple[np.ndarray, int | None, bool]:
     """A text, or two of them.
 
@@ -34,6 +34,7 @@ def encoded_text(
         pair: The second text, None for none.
         tokenizer: The base's.
         longest: What is longer is cut to so many tokens, the longer of two texts first; None: nothing is.
+        key: Of the row, where the text stands.
 
     Returns:
         Ids (n,) int32; the first token of the second text where the base has types of tokens; whether it was cut.
@@ -41,7 +42,7 @@ def encoded_text(
     Raises:
         RowError: one of them is no text, or empty, or gives no token.
     """
-    first = _checked_text(text, "text")
+    first = _checked_text(text, key)
     second = None if pair is None else _checked_text(pair, "text_pair")
     if second is not None and tokenizer.sep_token_id is None:
         first, second = f"{first}\n\n{second}", None

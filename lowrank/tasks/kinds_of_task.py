@@ -37,4 +37,5 @@ TASK_KINDS: dict[str, Kind] = {
         "token-classification",
         ("f1", "precision", "recall", "accuracy"),
     ),
+    "embedding": Kind("AutoModel", "FEATURE_EXTRACTION", "sentence-similarity", ("recall@1", "recall@10", "ndcg@10")),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,3 +69,34 @@ def tag_scores(expected: list[list[str]], predicted: list[list[str]]) -> dict[st
 
 
 _ENTITIES = ("f1", "precision", "recall")
+
+
+def retrieval_scores(
+    anchors: np.ndarray, positives: np.ndarray, asked: Sequence[bytes], found: Sequence[bytes]
+) -> dict[str, float]:
+    """Recall among the first 1 and the first 10, and nDCG of the first 10, of each row's own positive among all.
+
+    Other positives of an equal anchor, and equal positives, are left out of a row's ranking. Of equal scores the row's
+    own counts as the last.
+
+    Args:
+        anchors: (n, d).
+        positives: (n, d).
+        asked: What the anchors are, equal for equal ones.
+        found: The same of the positives.
+    """
+    numbers = [np.unique(np.array([key.hex() for key in keys]), return_inverse=True)[1] for keys in (asked, found)]
+    anchor_of, positive_of = numbers
+    first = np.zeros(len(found), dtype=bool)
+    first[np.unique(positive_of, return_index=True)[1]] = True
+    ranks = np.empty(len(anchors), dtype=np.int64)
+    for at, anchor in enumerate(anchors):
+        scores = positives @ anchor
+        right = np.isin(positive_of, positive_of[anchor_of == anchor_of[at]])
+        ranks[at] = int((scores[first & ~right] >= scores[at]).sum())
+    gains = np.where(ranks < _LOOKED_AT, 1.0 / np.log2(ranks + 2.0), 0.0)
+    recalls = {f"recall@{k}": float((ranks < k).mean()) for k in (1, _LOOKED_AT)}
+    return {**recalls, f"ndcg@{_LOOKED_AT}": float(gains.mean())}
+
+
+_LOOKED_AT = 10

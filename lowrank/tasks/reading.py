@@ -33,12 +33,14 @@ class Encoded:
         marks: Which tokens a summand of the loss belongs to, (n,) bool; one at least.
         payload: What the task's batches need beside the tokens: the label, as the row has it, and its like.
         cut: Whether it was cut at the longest length.
+        longest: Tokens of its longest text, where it has several; None: all of them.
     """
 
     ids: np.ndarray
     marks: np.ndarray
     payload: Any
     cut: bool
+    longest: int | None = None
 
 
 class Encoder(Protocol):
@@ -131,8 +133,8 @@ def _take(
         if len(found.reasons) < LISTED:
             found.reasons.append((at, str(found.bad[-1]).splitlines()[0]))
         return
-    found.lengths[-1] = len(one.ids)
-    if len(one.ids) > max_length:
+    found.lengths[-1] = one.longest or len(one.ids)
+    if found.lengths[-1] > max_length:
         found.outcomes.append(Outcome.TOO_LONG)
         return
     found.outcomes.append(Outcome.KEPT)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from lowrank.tasks.sequence_classification import SequenceClassification
 from lowrank.tasks.task import TaskClass
+from lowrank.tasks.text_embedding import Embedding
 from lowrank.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, TaskClass] = {
     "sequence_classification": SequenceClassification(),
     "token_classification": TokenClassification(),
+    "embedding": Embedding(),
 }

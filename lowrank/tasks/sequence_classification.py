@@ -21,7 +21,7 @@ from lowrank.tasks.encoding import encoded_text, token_types
 from lowrank.tasks.labels import MULTI, REGRESSION, SINGLE, Label, Labels, as_kind, label_of, labels_in, shown
 from lowrank.tasks.measures import classification_scores
 from lowrank.tasks.reading import Encoded
-from lowrank.tasks.task import Prediction, SummedLoss, Wishes
+from lowrank.tasks.task import Prediction, SummedLoss, Wishes, labelled_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,12 @@ class Classifier:
 
     def _named(self, row: np.ndarray) -> dict[str, float]:
         return dict(zip(self.labels.names, row.tolist(), strict=True))
+
+    def answers(
+        self, outputs: Sequence[np.ndarray], examples: Examples, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[str, str, str]]:
+        """Each text, its labels, and those that are said."""
+        return labelled_answers(self, outputs, examples, tokenizer)
 
     def scores(self, outputs: Sequence[np.ndarray], examples: Examples) -> dict[str, float]:
         """As scikit-learn gives them."""

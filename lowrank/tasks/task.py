@@ -38,10 +38,16 @@ class Prediction:
     Attributes:
         said: In words: the label.
         scores: By class, or under "value" a number.
+        vector: Of a text, (d,); None of tasks that give none.
     """
 
     said: str
     scores: dict[str, float] = field(default_factory=dict)
+    vector: list[float] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a line of JSON."""
+        return {"embedding": self.vector} if self.vector else {"prediction": self.said, "scores": self.scores}
 
 
 class SummedLoss:
@@ -95,6 +101,12 @@ class Task(Protocol):
         """In words, a row each, from what the model gives for its marks."""
         ...
 
+    def answers(
+        self, outputs: Sequence[np.ndarray], examples: Examples, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[str, str, str]]:
+        """Of each example what was asked, what is right and what was said, for a person to read."""
+        ...
+
     def scores(self, outputs: Sequence[np.ndarray], examples: Examples) -> dict[str, float]:
         """The figures of outputs for all examples, in their order."""
         ...
@@ -106,6 +118,17 @@ class Task(Protocol):
     def expected(self, payload: Any) -> str:
         """What a row's label is, for a person to read."""
         ...
+
+
+def labelled_answers(
+    task: Task, outputs: Sequence[np.ndarray], examples: Examples, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, str, str]]:
+    """`answers` of a task whose rows are one text with labels."""
+    found = []
+    for index, one in enumerate(task.predictions(outputs)):
+        text = str(tokenizer.decode(examples.arrays(index)[0], skip_special_tokens=True))
+        found.append((text, task.expected(examples.payload(index)), one.said))
+    return found
 
 
 class TaskClass(Protocol):

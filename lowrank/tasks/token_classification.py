@@ -20,7 +20,7 @@ from lowrank.tasks.encoding import encoded_words
 from lowrank.tasks.labels import SINGLE, Labels, label_of, named, place_of
 from lowrank.tasks.measures import tag_scores
 from lowrank.tasks.reading import Encoded
-from lowrank.tasks.task import Prediction, SummedLoss, Wishes
+from lowrank.tasks.task import Prediction, SummedLoss, Wishes, labelled_answers
 
 _SHOWN = 12
 
@@ -117,6 +117,12 @@ class Tagger:
 
     def _likeliest(self, outputs: Sequence[np.ndarray]) -> list[list[str]]:
         return [[self.labels.names[at] for at in row.argmax(axis=1).tolist()] for row in outputs]
+
+    def answers(
+        self, outputs: Sequence[np.ndarray], examples: Examples, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[str, str, str]]:
+        """Each text, its labels, and those that are said."""
+        return labelled_answers(self, outputs, examples, tokenizer)
 
     def scores(self, outputs: Sequence[np.ndarray], examples: Examples) -> dict[str, float]:
         """Of whole entities by seqeval, where the tags are such (B-PER, I-PER, O); else of words by scikit-learn."""

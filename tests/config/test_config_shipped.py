@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 HEADER = "# yaml-language-server: $schema="
 
 
-FOLDERS = ("configs", "examples/claims", "examples/classification")
+FOLDERS = ("configs", "examples/claims", "examples/classification", "examples/embedding")
 SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.yaml"))
 
 

@@ -75,6 +75,7 @@ def test_a_run_from_config_to_merged_model_and_through_peft(write_task, bases, n
     ids = tiny_tokenizer(None)("see Anna", return_tensors="pt")["input_ids"]
     torch.testing.assert_close(merged(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
     assert predict("out", texts=["see Anna"])[0].said == predict("out-merged", texts=["see Anna"])[0].said
+    assert result.after.supervised == 20  # five words in each of four rows
     again = evaluate("out", "out")
     assert again.scores == pytest.approx(result.after.scores)
     assert again.loss == pytest.approx(result.after.loss, abs=1e-5)

@@ -82,9 +82,17 @@ class BatchPlan:
 
     def computed(self, members: Members) -> int:
         """Tokens of one batch that go through the model: padding too, and what examples share once."""
+        if self.collate is not None and self._of_several_texts:
+            return self.batch(members).computed
         if not self.packing:
             return len(members) * int(self.examples.lengths[members.rows].max())
         return self.tokens(members) - (0 if members.shared is None else int(members.shared.sum()))
+
+    @property
+    def _of_several_texts(self) -> bool:
+        """Whether an example is more than one text, each of which becomes a row."""
+        table = self.examples.table
+        return bool((table.row_lengths[table.example_rows] != np.diff(table.starts)).any())
 
     def supervised(self, members: Members) -> int:
         """Tokens of one batch's examples that carry loss."""

@@ -36,6 +36,9 @@ TASK_FORMATS: dict[str, TaskFormat] = {
     "token_classification": TaskFormat(
         '{"tokens": ["a", "word", ...], "tags": ["O", "B-PER", ...]}', ("tokens", "tags"), ("text",)
     ),
+    "embedding": TaskFormat(
+        '{"anchor": ..., "positive": ...}, with "negative" where one is known', ("anchor", "positive"), ("negative",)
+    ),
 }
 """By the name of the task; the config reads the names here, so nothing loads torch."""
 

@@ -104,8 +104,18 @@ def put_in(
         config = adapter_config(adapter)
         if task_type is not None:
             saved = list(dict.fromkeys([*(config.modules_to_save or []), *new_modules(model)])) or None
-            config = config.model_copy(update={"task_type": task_type, "modules_to_save": saved})
+            update = {"task_type": task_type, "modules_to_save": saved, **_without_pooler(model, config)}
+            config = config.model_copy(update=update)
         wrap(model, config, batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
+
+
+def _without_pooler(model: PreTrainedModel, config: AdapterConfig) -> dict[str, Any]:
+    """A bare base's pooler computes nothing that an embedding is made of: it gets no adapter."""
+    idle = [path for path, one in model.named_modules() if path.startswith("pooler.") and [*one.parameters(False)]]
+    named = config.target_modules != "all-linear" or isinstance(config.exclude_modules, str)
+    if model.base_model is not model or not idle or named:
+        return {}
+    return {"exclude_modules": [*(config.exclude_modules or []), *idle]}
 
 
 def swap_attention(model: PreTrainedModel, section: ModelSection, *, packing: bool) -> AttentionChoice:

@@ -40,14 +40,13 @@ def assess_task(
     with progress("evaluating", len(held_out.epoch(0))) as advance:
         outputs, losses = _outputs_of(model, held_out, task, dtype, advance, ranks)
     examples = held_out.examples
-    samples = []
-    for index, said in enumerate(task.predictions(outputs)):
-        text, wanted = (
-            str(tokenizer.decode(examples.arrays(index)[0], skip_special_tokens=True)),
-            task.expected(examples.payload(index)),
-        )
-        samples.append(Sample(text, wanted, said.said, said.said == wanted, (), float(losses[index])))
-    return Evaluation(float(losses.mean()), len(losses), samples=tuple(samples), scores=task.scores(outputs, examples))
+    answers = task.answers(outputs, examples, tokenizer)
+    samples = tuple(
+        Sample(asked, right, said, said == right, (), float(loss) / len(own))
+        for (asked, right, said), own, loss in zip(answers, outputs, losses, strict=True)
+    )
+    marks = sum(map(len, outputs))
+    return Evaluation(float(losses.sum()) / marks, marks, samples=samples, scores=task.scores(outputs, examples))
 
 
 @torch.no_grad()

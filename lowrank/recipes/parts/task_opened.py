@@ -27,7 +27,7 @@ def task_in(path: str, *, trust_remote_code: bool = False) -> str | None:
 
 
 def open_task(
-    path: str, *, base: str | None = None, trust_remote_code: bool = False
+    path: str, *, base: str | None = None, trust_remote_code: bool = False, task: str | None = None
 ) -> tuple[Task, Any, PreTrainedTokenizerBase]:
     """The task with its labels, the model, its tokenizer.
 
@@ -35,14 +35,16 @@ def open_task(
         path: A model's folder or name, or an adapter's folder or name.
         base: The adapter's base, where it is not the one that the adapter names.
         trust_remote_code: Whether code that comes with the model may run.
+        task: What it has learned, where its files do not say: that of a decoder merged with an embedding's adapter.
 
     Raises:
         InputError: it has learned no such task, or cannot be loaded.
     """
-    name = task_in(path, trust_remote_code=trust_remote_code)
+    name = task or task_in(path, trust_remote_code=trust_remote_code)
     if name is None:
         raise InputError(
-            f"{path} has learned none of {', '.join(TASK_KINDS)}", fix=f"To talk to it: lowrank chat {path}."
+            f"{path} has learned none of {', '.join(TASK_KINDS)}",
+            fix=f"Give --task, or talk to it: lowrank chat {path}.",
         )
     path, folder = expanded(path), adapter_folder(path)
     auto_class = TASK_KINDS[name].auto_class
@@ -83,7 +85,7 @@ def head_in(file: AdapterFile, name: str) -> Head:
     settings = dict(file.head)
     if "id2label" in settings:
         settings["id2label"] = {int(number): label for number, label in settings["id2label"].items()}
-    if not settings:
+    if not settings and name != "embedding":
         raise InputError(
             "the adapter does not say what its labels are, as those that lowrank writes do",
             where=str(file.path),
@@ -107,8 +109,8 @@ def _by_type(task_type: str | None) -> str | None:
 
 def _by_class(config: Any) -> str | None:
     """By what a model's config says of its class."""
-    ends = {name: kind.auto_class.removeprefix("AutoModel") for name, kind in TASK_KINDS.items()}
-    named = str((config.architectures or [""])[0])
+    ends = {name: kind.auto_class.removeprefix("AutoModel") or "Model" for name, kind in TASK_KINDS.items()}
+    named = str((config.architectures or [""])[0]).replace("HeadModel", "Head").replace("HeadsModel", "Heads")
     return next((name for name, end in ends.items() if named.endswith(end)), None)
 
 

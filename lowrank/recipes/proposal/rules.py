@@ -245,7 +245,7 @@ def _data(base: Base, rows: RowFacts, held_out: str | None, length: int, told: s
     sampled = f", {len(rows.lengths):,} looked at" if rows.sampled else ""
     if rows.task:
         return [
-            Setting("data", "train", rows.path, f"{rows.count:,} rows with labels{sampled}{repeats}"),
+            Setting("data", "train", rows.path, f"{rows.count:,} rows for {rows.task}{sampled}{repeats}"),
             _held_out(rows, held_out),
             Setting("data", "max_length", length, told.replace("left out", "cut")),
             Setting("data", "too_long", "truncate", "of what is longer the beginning is read"),

@@ -18,6 +18,9 @@ GREATER_IS_BETTER = {
     "precision": True,
     "recall": True,
     "mcc": True,
+    "recall@1": True,
+    "recall@10": True,
+    "ndcg@10": True,
     "pearson": True,
     "mse": False,
 }
