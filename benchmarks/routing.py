@@ -27,7 +27,7 @@ from meter import machine
 import lowrank
 
 HERE = Path(__file__).parent
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "SmolLM2's, 2 layers": {
         "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
         "num_hidden_layers": 2,
@@ -62,7 +62,7 @@ def main() -> None:
     (HERE / "results" / "routing-cpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _row(name: str, sizes: Mapping[str, int], dtype: torch.dtype, backward: bool, repeats: int) -> str:
+def _row(name: str, sizes: Mapping[str, Any], dtype: torch.dtype, backward: bool, repeats: int) -> str:
     few, many = _model(sizes, dtype, ADAPTERS), _model(sizes, dtype, LOADED)
     steps = {
         "one": _step(few, backward, lambda: lowrank.using(few, "a0"), rows=False),
@@ -87,13 +87,13 @@ def _by_segments(model: Any) -> Any:
     return lowrank.routed(model, NAMES, [LENGTH] * ADAPTERS)
 
 
-def _base(sizes: Mapping[str, int], dtype: torch.dtype) -> Any:
+def _base(sizes: Mapping[str, Any], dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, vocab_size=64, max_position_embeddings=2048)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
 
 
-def _model(sizes: Mapping[str, int], dtype: torch.dtype, adapters: int) -> Any:
+def _model(sizes: Mapping[str, Any], dtype: torch.dtype, adapters: int) -> Any:
     model = _base(sizes, dtype)
     for number in range(adapters):
         lowrank.wrap(model, lowrank.LoraConfig(r=16, target_modules=TARGETS, init_lora_weights=False), f"a{number}")
@@ -117,7 +117,7 @@ def _step(model: Any, backward: bool, block: Callable[[], Any], rows: bool) -> C
     return step
 
 
-def _peft_steps(sizes: Mapping[str, int], dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+def _peft_steps(sizes: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     config = peft.LoraConfig(r=16, target_modules=TARGETS, init_lora_weights=False)
     model = peft.get_peft_model(_base(sizes, dtype), config, adapter_name=NAMES[0])
     for name in NAMES[1:]:

@@ -12,14 +12,22 @@ from lowrank.errors import InputError
 
 
 def orthogonality(layers: Sequence[Holder]) -> torch.Tensor:
-    """Mean over all P and Q of ‖PᵀP - I‖ and ‖QQᵀ - I‖ (equation 4)."""
-    terms = []
-    for layer in layers:
-        for gram in (layer.lora_A @ layer.lora_A.t(), layer.lora_B.t() @ layer.lora_B):
-            terms.append(
-                torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
-            )
-    return torch.stack(terms).mean()
+    """Mean over all P and Q of ‖PᵀP - I‖ and ‖QQᵀ - I‖ (equation 4); those of one shape in one product."""
+    rows = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B.t())]  # each (r, width)
+    return torch.cat([_apart_from_orthogonal(torch.stack(alike)) for alike in _by_shape(rows)]).mean()
+
+
+def _apart_from_orthogonal(rows: torch.Tensor) -> torch.Tensor:
+    """‖M·Mᵀ - I‖ of each M of (k, r, width), (k,)."""
+    grams = rows @ rows.mT
+    return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1], device=grams.device, dtype=grams.dtype))
+
+
+def _by_shape(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    alike: dict[torch.Size, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.shape, []).append(tensor)
+    return list(alike.values())
 
 
 class Budget:
@@ -78,27 +86,33 @@ class Budget:
 
     def _observe(self) -> None:
         """Smoothed sensitivity |w · ∂L/∂w| and its smoothed uncertainty (equations 8 to 10)."""
-        for parameter, sensitivity in self._sensitivity.items():
-            assert parameter.grad is not None, "step() comes after backward and before the gradients are cleared"
-            now = (parameter * parameter.grad).abs()
-            sensitivity.lerp_(now, 1.0 - self.config.beta1)
-            self._uncertainty[parameter].lerp_((now - sensitivity).abs(), 1.0 - self.config.beta2)
+        parameters = list(self._sensitivity)
+        gradients = [parameter.grad for parameter in parameters]
+        assert None not in gradients, "step() comes after backward and before the gradients are cleared"
+        sensitivity, uncertainty = list(self._sensitivity.values()), list(self._uncertainty.values())
+        now = torch._foreach_abs(torch._foreach_mul(parameters, gradients))
+        torch._foreach_lerp_(sensitivity, now, 1.0 - self.config.beta1)
+        apart = torch._foreach_abs(torch._foreach_sub(now, sensitivity))
+        torch._foreach_lerp_(uncertainty, apart, 1.0 - self.config.beta2)
 
     def _prune(self, budget: int, renew: bool) -> None:
         """Zeroes Λ outside of the `budget` most important triplets (equation 6); once final, the same ones again."""
+        masks = [layer.kept for layer in self.layers]
+        sizes = [mask.numel() for mask in masks]
         if renew:
-            importance = torch.cat([self._importance(layer) for layer in self.layers])
+            importance = self._importance()
             kept = torch.zeros_like(importance, dtype=torch.bool)
             kept[importance.topk(budget).indices] = True
-            for layer, mask in zip(self.layers, kept.split([layer.kept.numel() for layer in self.layers]), strict=True):
-                layer.kept.copy_(mask)
-        for layer in self.layers:
-            layer.lora_E.masked_fill_(~layer.kept[:, None], 0.0)
+            torch._foreach_copy_(masks, list(kept.split(sizes)))
+        values = [layer.lora_E for layer in self.layers]
+        left = torch.cat(values).masked_fill_(~torch.cat(masks)[:, None], 0.0)  # a product would leave NaN as it is
+        torch._foreach_copy_(values, list(left.split(sizes)))
 
-    def _importance(self, layer: Holder) -> torch.Tensor:
-        """Of each triplet, (r,): s(λ) + mean s(P column) + mean s(Q row), s = sensitivity · uncertainty (eq. 11)."""
-        A, E, B = (self._sensitivity[p] * self._uncertainty[p] for p in (layer.lora_A, layer.lora_E, layer.lora_B))
-        return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)
+    def _importance(self) -> torch.Tensor:
+        """Of each triplet, layer by layer: s(λ) + mean s(P column) + mean s(Q row), s = sensitivity · uncertainty
+        (equation 11)."""
+        scores = torch._foreach_mul(list(self._sensitivity.values()), list(self._uncertainty.values()))
+        return torch.cat(scores[1::3])[:, 0] + _means(scores[0::3], 1) + _means(scores[2::3], 0)
 
     def state_dict(self) -> dict[str, list[torch.Tensor]]:
         """The smoothed sensitivities and uncertainties."""
@@ -109,3 +123,14 @@ class Budget:
         for table, saved in ((self._sensitivity, "sensitivity"), (self._uncertainty, "uncertainty")):
             for mine, theirs in zip(table.values(), state[saved], strict=True):
                 mine.copy_(theirs)
+
+
+def _means(tables: Sequence[torch.Tensor], over: int) -> torch.Tensor:
+    """The mean of each row (`over` 1) or column (0) of all tables, one after another; equally long ones at once."""
+    other = 1 - over
+    means: dict[int, torch.Tensor] = {}
+    for length in {table.shape[over] for table in tables}:
+        some = [number for number, table in enumerate(tables) if table.shape[over] == length]
+        found = torch.cat([tables[number] for number in some], dim=other).mean(dim=over)
+        means |= zip(some, found.split([tables[number].shape[other] for number in some]), strict=True)
+    return torch.cat([means[number] for number in range(len(tables))])
