@@ -65,7 +65,7 @@ def chat(
     Raises:
         InputError: model or adapter cannot be used, or the chat template refuses the conversation.
     """
-    _refuse_a_task(path)
+    refuse_a_task(path)
     model, tokenizer = open_model(path, base=base, use_adapter=use_adapter, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise InputError(f"{path}: its tokenizer has no chat template; the model was not made to be talked to")
@@ -87,7 +87,7 @@ def chat(
     return []
 
 
-def _refuse_a_task(path: str) -> None:
+def refuse_a_task(path: str) -> None:
     """Raises InputError for an adapter that predicts labels: it says no words."""
     folder = adapter_folder(path)
     kind = None if folder is None else open_adapter(folder).config.task_type

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank.errors import InputError
-from lowrank.recipes.chat import answer, converse, found_answers, refuse_broken, remembered, system_of
+from lowrank.recipes.chat import answer, converse, found_answers, refuse_a_task, refuse_broken, remembered, system_of
 from lowrank.recipes.parts.interrupt import Ended, ended_by_interrupt
 from lowrank.recipes.parts.one_pass import MixedRowsError, answers_together, why_apart
 from lowrank.recipes.parts.sampling import GREEDY, Sampling
@@ -54,6 +54,8 @@ def compare(
     Raises:
         InputError: an adapter cannot be used, their bases differ, or a chat template refuses the conversation.
     """
+    for path in paths:
+        refuse_a_task(path)
     voices, talk = _introduced(
         paths, open_voices(paths, base, trust_remote_code), system, prompts[0] if prompts else "Hi"
     )

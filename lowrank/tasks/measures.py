@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,11 @@ def classification_scores(kind: str, expected: np.ndarray, predicted: np.ndarray
         "accuracy": float(metrics.accuracy_score(expected, predicted)),
         "f1": float(metrics.f1_score(expected, predicted, average="macro", zero_division=0)),
     }
-    return scores if kind == MULTI else {**scores, "mcc": float(metrics.matthews_corrcoef(expected, predicted))}
+    if kind == MULTI:
+        return scores
+    with warnings.catch_warnings():  # of one class alone it is 0, and scikit-learn warns of that
+        warnings.simplefilter("ignore", UserWarning)
+        return {**scores, "mcc": float(metrics.matthews_corrcoef(expected, predicted))}
 
 
 def tag_scores(expected: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from labelled import rows
 import lowrank
 from lowrank.errors import InputError
 from lowrank.recipes.chat import chat
+from lowrank.recipes.compare import compare
 from lowrank.recipes.predict import predict
 
 CASES = {
@@ -58,6 +59,8 @@ def test_a_classifier_is_not_talked_to(write_task):
     lowrank.train(write_task("llama"), ["training.max_steps=1"])
     with pytest.raises(InputError, match="says no words\nAsk it with `lowrank predict out`"):
         chat("out")
+    with pytest.raises(InputError, match="says no words"):
+        compare(["out"], prompts=["hi"])
     with pytest.raises(InputError, match="--text 2: 'text' is empty"):
         predict("out", texts=["a", " "])
     with pytest.raises(InputError, match="there is nothing to predict"):
