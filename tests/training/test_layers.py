@@ -15,7 +15,9 @@ from lowrank.training.transforms.layers import compile_layers, layers_of
 
 def gradients(compiled: bool, **options) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    model = lowrank.wrap(tiny_llama(), lowrank.LoraConfig(r=4, init_lora_weights="gaussian", **options)).train()
+    model = lowrank.wrap(
+        tiny_llama(num_hidden_layers=1), lowrank.LoraConfig(r=4, init_lora_weights="gaussian", **options)
+    ).train()
     set_attention(model, "segments", packing=True)
     if compiled:
         compile_layers(model)

@@ -57,10 +57,11 @@ class ReportWriter(Callback):
             self._write(run)
 
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
-        """Keeps it, and writes."""
+        """Keeps it, and writes, unless the run's end comes next, which does."""
         if run.step > 0:
             self._after = evaluation
-        self._write(run)
+        if run.step < run.total_steps and not run.stop:
+            self._write(run)
 
     def on_run_end(self, run: Run) -> None:
         """Writes, if there is anything to tell."""
