@@ -65,6 +65,7 @@ def _cuda(capability: tuple[int, int]) -> dict[tuple[Any, str], Any]:
         (cuda, "get_rng_state_all"): lambda: [torch.get_rng_state()],
         (cuda, "set_rng_state_all"): lambda states: torch.set_rng_state(states[0]),
         (cuda, "device"): _Chosen,
+        (cuda, "device_of"): _Chosen,
         (cuda.amp.common, "amp_definitely_not_available"): _always(False),
     }
 

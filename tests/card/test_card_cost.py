@@ -1,0 +1,54 @@
+"""The count of a step's cost on a card: linear layers multiply what their shapes say, and kernels take fewer launches."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from card_cost import RANK, Rates, Shape, step_cost, table_of, whole_cost
+
+SHAPE = Shape(vocabulary=320, hidden=64, intermediate=96, layers=5, heads=4, key_heads=2)
+TOKENS, SEGMENT = 48, 24
+RATES = Rates()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return whole_cost(SHAPE, TOKENS, SEGMENT, RATES, own=False)
+
+
+def test_products_by_hand(plain):
+    """A product is three: forward, and backward for the input; the first layer's q, k and v have no input to learn."""
+    q, kv, mlp = 64 * 64, 64 * 32, 64 * 96
+    layer, entry = 2 * q + 2 * kv + 3 * mlp, q + 2 * kv
+    assert plain["products, base"].flops == 2 * TOKENS * (2 * SHAPE.layers * layer - entry)
+    widths = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96)  # of A and of B, all modules
+    entry_widths = 3 * 64  # A of q, k and v
+    expected = 2 * TOKENS * RANK * (3 * SHAPE.layers * widths - entry_widths)
+    assert plain["products, low-rank"].flops == expected
+    assert plain["products, head"].flops == 2 * 2 * (TOKENS - TOKENS // SEGMENT) * 64 * 320
+    attended = 2 * TOKENS * SEGMENT * 64  # two products of half a square
+    assert plain["attention"].flops == SHAPE.layers * attended * 3.5
+
+
+def test_kernels_take_fewer_launches_and_multiply_the_same(plain):
+    own = whole_cost(SHAPE, TOKENS, SEGMENT, RATES, own=True)
+    assert own["products, base"] == plain["products, base"]
+    # A layer's two go forward, are made again and go backward; the first one's input is there and learns nothing.
+    assert own["norms"].launches == 6 * SHAPE.layers - 2 + 2  # and the last one
+    assert own["rotary"].launches < plain["rotary"].launches
+    table = table_of(own, plain, TOKENS)
+    assert len(table) == 2 + len(plain.keys() | own.keys()) + 3
+    assert sum(cost.seconds for cost in own.values()) < sum(cost.seconds for cost in plain.values())
+
+
+def test_a_step_takes_the_slowest_of_its_three_times():
+    costs = [
+        sum(cost.seconds for cost in step_cost(SHAPE, 1, TOKENS, SEGMENT, rates, own=False).values())
+        for rates in (RATES, Rates(launch=4e-6), Rates(bytes=1.0))
+    ]
+    assert costs[1] == pytest.approx(2 * costs[0])  # all of a step this small is launches
+    assert costs[2] > 1e3 * costs[1]
