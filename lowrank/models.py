@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def load_model(
             options["quantization_config"] = dense
         auto = AutoModelForCausalLM if head is None else _with_head(config, head, name_or_path)
         options |= {} if head is None else {"ignore_mismatched_sizes": True}
-        model, info = auto.from_pretrained(name_or_path, config=config, **options)
+        with nullcontext() if head is None else _told_by_us():
+            model, info = auto.from_pretrained(name_or_path, config=config, **options)
     except (torch.OutOfMemoryError, InputError):
         raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
@@ -100,6 +102,22 @@ def load_model(
     model.config._commit_hash = hub_commit(name_or_path, revision)
     settle(model)
     return (model if quantization is not None else model.to(where)).eval()
+
+
+@contextmanager
+def _told_by_us() -> Iterator[None]:
+    """Without transformers' table of the weights that a new head lacks: that is as it should be, and what else is
+    missing is refused."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_no_table)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_no_table)
+
+
+def _no_table(record: logging.LogRecord) -> bool:
+    return " LOAD REPORT" not in record.getMessage()
 
 
 def _refuse_missing(model: Any, info: Mapping[str, Any], name: str, *, headed: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowrank.config.run_sections import RunSections
-from lowrank.tasks.kinds_of_task import TASK_KINDS
+from lowrank.tasks.kinds_of_task import LABEL_KEYS, TASK_KINDS
 
 _OF_TEXT = {
     "data": ("format", "chat_template", "date", "train_on", "share_prefixes"),
@@ -60,6 +60,9 @@ def idle_for_task(config: RunSections) -> Iterator[tuple[tuple[str, ...], str]]:
         for section, names in _OF_TEXT.items():
             for name in names:
                 yield (f"{section}.{name}", "model.task"), f"does nothing for {config.model.task}; leave it out"
+        for key in LABEL_KEYS:
+            if key not in TASK_KINDS[str(config.model.task)].wishes:
+                yield (key, "model.task"), f"does nothing for {config.model.task}; leave it out"
     elif config.model.task is not None:
         for key in ("model.problem_type", "training.class_weights"):
             yield (key, "model.task"), "is about sequence_classification; leave it out"

@@ -16,12 +16,18 @@ class Kind:
         task_type: peft's word for it.
         pipeline: The hub's word for it.
         metrics: What its evaluations measure beside the loss.
+        wishes: The config's keys about labels that its loss obeys.
     """
 
     auto_class: str
     task_type: str
     pipeline: str
     metrics: tuple[str, ...]
+    wishes: tuple[str, ...] = ()
+
+
+LABEL_KEYS = "model.problem_type", "training.class_weights", "training.label_smoothing_factor"
+"""What a config may ask of the loss of labels."""
 
 
 TASK_KINDS: dict[str, Kind] = {
@@ -30,12 +36,14 @@ TASK_KINDS: dict[str, Kind] = {
         "SEQ_CLS",
         "text-classification",
         ("accuracy", "f1", "mcc", "pearson", "mse"),
+        LABEL_KEYS,
     ),
     "token_classification": Kind(
         "AutoModelForTokenClassification",
         "TOKEN_CLS",
         "token-classification",
         ("f1", "precision", "recall", "accuracy"),
+        ("training.label_smoothing_factor",),
     ),
     "embedding": Kind("AutoModel", "FEATURE_EXTRACTION", "sentence-similarity", ("recall@1", "recall@10", "ndcg@10")),
 }

@@ -29,6 +29,18 @@ CASES = {
     "a format": (rows(6), rows(3), {"model": {"task": "sequence_classification"}, "data": {"format": "text"}}, "nothing"),
     "a weight": (rows(6), rows(3), {"training": {"class_weights": {"nobody": 2.0}}}, "there is no label 'nobody'"),
     "exact match": (rows(6), rows(3), {"training": {"predict_with_generate": True}}, "does nothing for"),
+    "weights of tags": (
+        [{"tokens": ["a", "b"], "tags": ["x", "y"]}] * 3,
+        rows(3),
+        {"training": {"class_weights": {"x": 2.0}}},
+        "training.class_weights: does nothing for token_classification",
+    ),
+    "smoothed pairs": (
+        [{"anchor": "a", "positive": "b"}] * 3,
+        rows(3),
+        {"model": {"task": "embedding"}, "training": {"label_smoothing_factor": 0.1}},
+        "does nothing for embedding",
+    ),
     "too long": (rows(6), rows(3), {"data": {"max_length": 8}}, "rows are longer than data.max_length = 8"),
 }  # fmt: skip
 
