@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "paths": 0,
     "lazily": 0,
+    "named_function": 1,
     "ops": 0,
     "storage": 1,
     "quantisers": 2,

@@ -73,6 +73,7 @@ def read_task_rows(
     too_long: str,
     bad_rows: str,
     columns: Mapping[str, str] | None,
+    transform: str | None = None,
     max_rows: int | None,
 ) -> Examples:
     """Reads and encodes rows.
@@ -85,12 +86,13 @@ def read_task_rows(
         too_long: What becomes of a longer one: `error`, `drop` or `truncate`.
         bad_rows: `error`, or `skip` those that cannot be used, if they are few.
         columns: Where the keys of the task's rows are found.
+        transform: As `load_examples` takes it.
         max_rows: Read only so many rows.
 
     Raises:
         InputError: names the file and line of what cannot be used.
     """
-    rows = Joined(open_sources(sources, None, columns), max_rows)
+    rows = Joined(open_sources(sources, None, columns, transform), max_rows)
     if any(part.weight is not None for part in rows.parts):
         raise InputError("rows of a task are not mixed by weights", where="data.train", fix="Leave the weights out.")
     for part in rows.parts:

@@ -66,6 +66,10 @@ class DataSection(Section):
     """Where the keys of a format are found in the rows, such as {prompt: question, completion: answer}. Known without
     it are question, query and input for prompt, answer, response and output for completion."""
 
+    transform: str | None = None
+    """module:function, from the current folder or what is installed: takes a row (a dict) before its format and columns
+    are looked at, and gives a row, or None to leave it out. Where its module changes, rows are read anew."""
+
     bad_rows: BadRows = "error"
     """What is done with rows that cannot be used; skip counts them, lists the first ten, and refuses more than 5 %."""
 

@@ -25,10 +25,13 @@ from lowrank.data.reading.columns import checked_columns, with_columns
 from lowrank.data.reading.readers import Placed, stream_fingerprint, stream_rows
 from lowrank.data.reading.rows import RowList, Rows, digest
 from lowrank.data.reading.sources import Joined, Part, Source, Sources, checked_format, format_of, named_sources
+from lowrank.data.reading.transform import KEY as TRANSFORM
+from lowrank.data.reading.transform import transform_of, with_transform
 from lowrank.data.supervision.check_supervision import check_fits, check_supervision
 from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.tokenise import Tokeniser
 from lowrank.errors import InputError
+from lowrank.named_function import source_digest
 
 # A pack that is less full goes back into the buffer for a later one.
 FULL_ENOUGH = 0.98
@@ -56,6 +59,7 @@ class BatchStream:
     seed: int
     buffer: int
     columns: Mapping[str, str] | None = None
+    transform: str | None = None
     room: Room | None = None
     unshared: str | None = None
     limits: tuple[int, int | None] | None = None
@@ -118,6 +122,7 @@ class BatchStream:
         that share beginnings."""
         told = [f"{stream_fingerprint(each.path, each.split, each.subset)} {each.weight}" for each in self.sources]
         told += [] if self.room is None else [str(self.room)]
+        told += [] if self.transform is None else [source_digest(transform_of(self.transform), TRANSFORM)]
         return digest("\n".join(told).encode())
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -251,7 +256,7 @@ class BatchStream:
 
     def _row_list(self, placed: Sequence[Placed], source: Source) -> Rows:
         rows = RowList([row for row, _ in placed], source.path, [where for _, where in placed])
-        return with_columns(rows, checked_columns(source.columns or self.columns))
+        return with_columns(with_transform(rows, self.transform), checked_columns(source.columns or self.columns))
 
 
 def stream_batches(
@@ -263,6 +268,7 @@ def stream_batches(
     too_long: str = "error",
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    transform: str | None = None,
     bad_rows: str = "error",
     packing: bool,
     batch_size: int,
@@ -281,14 +287,10 @@ def stream_batches(
         train_on: See there.
         max_length: See there.
         too_long: See there; `error` is raised when the row is reached.
-        format: See there.
-        columns: See there.
+        format, columns, transform: See there.
         bad_rows: See there; `error` is raised when the row is reached, and with `skip` when too many have been.
         packing: As in `plan_batches`, like `batch_size`, `max_tokens`, `pad_token_id` and `seed`.
-        batch_size: See there.
-        max_tokens: See there.
-        pad_token_id: See there.
-        seed: See there.
+        batch_size, max_tokens, pad_token_id, seed: See there.
         buffer: Examples that are shuffled and packed together.
         today: As in `load_examples`.
 
@@ -305,7 +307,8 @@ def stream_batches(
     for form in (format, *(each.format for each in sources)):
         checked_format(form)
     checked_columns(columns)
+    if transform is not None:
+        transform_of(transform)
     tokeniser = Tokeniser(tokenizer, Options(train_on, max_length, too_long, bad_rows, today))
-    return BatchStream(
-        sources, format, tokenizer, tokeniser, packing, batch_size, max_tokens, pad_token_id, seed, buffer, columns
-    )
+    shape = packing, batch_size, max_tokens, pad_token_id, seed, buffer
+    return BatchStream(sources, format, tokenizer, tokeniser, *shape, columns, transform)

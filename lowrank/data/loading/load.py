@@ -34,6 +34,7 @@ def load_examples(
     too_long: str = "error",
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    transform: str | None = None,
     bad_rows: str = "error",
     max_rows: int | None = None,
     workers: int | None = None,
@@ -49,6 +50,8 @@ def load_examples(
         too_long: What to do with a longer one: `error`, `drop`, `truncate`, or for plain text `split`.
         format: A key of `FORMATS`, or None to find it by looking at the rows.
         columns: Where the keys of a format are found in the rows, such as {"prompt": "question"}.
+        transform: A function (`module:function`) that takes a row (a dict) before its format is looked at, and gives
+            one, or None to leave it out.
         bad_rows: What to do with rows that cannot be used: `error`, or `skip` them, if they are few.
         max_rows: Read only so many rows, the same number from each source.
         workers: Processes that tokenise; None: one for each core where that is worth it.
@@ -57,7 +60,7 @@ def load_examples(
     Raises:
         InputError: names the file and line of what cannot be used.
     """
-    rows = Joined(open_sources(source, format, columns), max_rows)
+    rows = Joined(open_sources(source, format, columns, transform), max_rows)
     examples = tokenised(rows, tokenizer, Options(train_on, max_length, too_long, bad_rows, today), workers)
     return _mixed(examples, rows)
 
@@ -72,6 +75,7 @@ def load_train_eval(
     too_long: str = "error",
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    transform: str | None = None,
     bad_rows: str = "error",
     max_train_rows: int | None = None,
     max_eval_rows: int | None = None,
@@ -91,6 +95,7 @@ def load_train_eval(
         too_long: See there.
         format: See there.
         columns: See there.
+        transform: See there.
         bad_rows: See there.
         max_train_rows: Read only so many rows of `train`.
         max_eval_rows: Evaluate on only so many rows.
@@ -101,14 +106,14 @@ def load_train_eval(
         InputError: names the file and line of what cannot be used, or a share that leaves one side empty.
     """
     options = Options(train_on, max_length, too_long, bad_rows, today)
-    rows = Joined(open_sources(train, format, columns), max_train_rows)
+    rows = Joined(open_sources(train, format, columns, transform), max_train_rows)
     examples = tokenised(rows, tokenizer, options, workers)
     if eval is None:
         return _mixed(examples, rows), None
     if isinstance(eval, float | int):
         trained, held_out = split_by_hash(examples, eval)
         return _mixed(trained, rows), held_out if max_eval_rows is None else first_rows(held_out, max_eval_rows)
-    eval_rows = Joined(open_sources(eval, format, columns), max_eval_rows)
+    eval_rows = Joined(open_sources(eval, format, columns, transform), max_eval_rows)
     return _mixed(examples, rows), _mixed(tokenised(eval_rows, tokenizer, options, workers), eval_rows)
 
 

@@ -16,6 +16,7 @@ from lowrank.data.reading.readers import open_rows
 from lowrank.data.reading.row_error import RowError
 from lowrank.data.reading.rows import Row, RowList, Rows, digest
 from lowrank.data.reading.tables import dataset_rows
+from lowrank.data.reading.transform import with_transform
 from lowrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,7 +96,12 @@ def format_of(rows: Rows) -> str | None:
     return None
 
 
-def open_sources(sources: Sources, form: str | None = None, columns: Mapping[str, str] | None = None) -> list[Part]:
+def open_sources(
+    sources: Sources,
+    form: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    transform: str | None = None,
+) -> list[Part]:
     """Open every source that is named, without reading rows yet.
 
     Args:
@@ -103,6 +109,7 @@ def open_sources(sources: Sources, form: str | None = None, columns: Mapping[str
             `datasets.Dataset`.
         form: The format of all rows, where a source does not name its own; None: found by looking.
         columns: Where the keys of a format are found, where a source does not say so itself.
+        transform: The function (`module:function`) that each row goes through before that.
 
     Raises:
         InputError: a source is missing or of an unknown kind, a format is unknown, or weights are not right.
@@ -111,19 +118,23 @@ def open_sources(sources: Sources, form: str | None = None, columns: Mapping[str
         if type(sources).__name__ != "Dataset":
             fix = "Give one Dataset: of a DatasetDict a split; of an IterableDataset its source."
             raise InputError(f"a {type(sources).__name__} cannot be read from", where="data.train", fix=fix)
-        rows = with_columns(dataset_rows(cast("datasets.Dataset", sources), "data set"), checked_columns(columns))
+        rows = _as_asked(dataset_rows(cast("datasets.Dataset", sources), "data set"), columns, transform)
         return [Part(rows, checked_format(form), None)]
     if isinstance(sources, Sequence) and not isinstance(sources, str) and _are_rows(sources):
-        rows = with_columns(RowList(cast("Sequence[Row]", sources), "rows"), checked_columns(columns))
+        rows = _as_asked(RowList(cast("Sequence[Row]", sources), "rows"), columns, transform)
         return [Part(rows, checked_format(form), None)]
     return [
         Part(
-            with_columns(open_rows(item.path, item.split, item.subset), checked_columns(item.columns or columns)),
+            _as_asked(open_rows(item.path, item.split, item.subset), item.columns or columns, transform),
             checked_format(item.format or form),
             item.weight,
         )
         for item in named_sources(sources)
     ]
+
+
+def _as_asked(rows: Rows, columns: Mapping[str, str] | None, transform: str | None) -> Rows:
+    return with_columns(with_transform(rows, transform), checked_columns(columns))
 
 
 def named_sources(sources: Sources) -> list[Source]:

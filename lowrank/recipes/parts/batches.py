@@ -77,6 +77,7 @@ def _as_read(data: DataSection) -> dict[str, Any]:
         "too_long": data.too_long,
         "format": data.format,
         "columns": data.columns,
+        "transform": data.transform,
         "bad_rows": data.bad_rows,
         "today": data.date,
     }

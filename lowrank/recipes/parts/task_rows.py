@@ -32,6 +32,7 @@ def task_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
             too_long=data.too_long,
             bad_rows=data.bad_rows,
             columns=data.columns,
+            transform=data.transform,
             max_rows=count,
         )
 

@@ -25,7 +25,7 @@ def with_task(config: RunConfig) -> RunConfig:
     named = config.model.task
     if named == CAUSAL_LM or (named is None and not _may_be_found(config.data)):
         return config
-    first = _first_row(sources_of(config.data.train), config.data.columns)
+    first = _first_row(sources_of(config.data.train), config.data.columns, config.data.transform)
     found = None if first is None else task_of(first[0])
     if found is None and named is None:
         _refuse_contradictions(_with(config, CAUSAL_LM))
@@ -65,9 +65,11 @@ def task_of_rows(path: str) -> str | None:
     return None if first is None else task_of(first[0])
 
 
-def _first_row(sources: Sources, columns: Mapping[str, str] | None = None) -> tuple[Mapping[str, Any], str] | None:
+def _first_row(
+    sources: Sources, columns: Mapping[str, str] | None = None, transform: str | None = None
+) -> tuple[Mapping[str, Any], str] | None:
     """The first row that is not empty, and where it is; None where there is none."""
-    rows = open_sources(sources, None, columns)[0].rows
+    rows = open_sources(sources, None, columns, transform)[0].rows
     for index in range(min(len(rows), LOOKED_AT)):
         try:
             row = rows[index]
