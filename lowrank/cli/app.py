@@ -20,6 +20,7 @@ from lowrank.cli import (
     predict,
     preview,
     report,
+    sweep,
     train,
 )
 
@@ -54,6 +55,7 @@ app.command("init", epilog=init.EXAMPLE)(init.init)
 app.command("check", epilog=check.EXAMPLE)(check.check)
 app.command("preview", epilog=preview.EXAMPLE)(preview.preview)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("sweep", epilog=sweep.EXAMPLE)(sweep.sweep)
 app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("chat", epilog=chat.EXAMPLE)(chat.chat)
 app.command("predict", epilog=predict.EXAMPLE)(predict.predict)

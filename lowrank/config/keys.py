@@ -60,6 +60,8 @@ def _found(path: KeyPath, document: Document) -> Any:
 
 def unknown(path: KeyPath, document: Document) -> str:
     """What to say about a key that is not known where it stands."""
+    if path == ("sweep",):
+        return "is a section of what `lowrank sweep` is given; take that verb, or leave the section out"
     name, here = str(path[-1]), _names(path[:-1], document)
     near = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
     if len(path) <= 2 and (told := _known_elsewhere(name, str(path[0]), document)):

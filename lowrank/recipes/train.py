@@ -7,39 +7,33 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from lowrank.adapters import describe, disabled
-from lowrank.config import RunConfig, dump_config, load_config
-from lowrank.config.loading import CONFIG
+from lowrank.config import RunConfig, load_config
 from lowrank.config.sections import TrainingSection
 from lowrank.recipes.parts.beginning import joined_accelerator, launched_device, new_run, try_the_longest
+from lowrank.recipes.parts.course import begin, evaluate_the_base, evaluate_the_result, save_run
 from lowrank.recipes.parts.followers import Followers, followers_of, trackers_of
 from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
 from lowrank.recipes.parts.products import begun_in, computing_in
-from lowrank.recipes.parts.result import RunResult, farewell, save_result, try_to_write_card
+from lowrank.recipes.parts.result import RunResult, farewell, try_to_write_card
 from lowrank.recipes.parts.resume import (
     day_of,
     describe_start,
     flat,
     on_day,
     own_folder,
-    refuse_another_schedule,
 )
 from lowrank.recipes.parts.setup import Setup, set_up
 from lowrank.recipes.parts.show import open_console, plan_of, show_line, show_outcome, show_plan
 from lowrank.recipes.parts.task_setup import set_up_task
 from lowrank.recipes.parts.tasked import with_task
-from lowrank.storage.whole_file import write_whole
-from lowrank.training.callbacks.metrics_file import FILE as METRICS
-from lowrank.training.callbacks.signals import saving, stopping_softly
-from lowrank.training.checkpoints.snapshot import load_model_state, restore
+from lowrank.training.callbacks.signals import stopping_softly
+from lowrank.training.checkpoints.snapshot import load_model_state
 from lowrank.training.checkpoints.state import read_state
 from lowrank.training.checkpoints.writer import FOLDER
 from lowrank.training.evaluation.best import Best
-from lowrank.training.evaluation.evaluation import Evaluation
 from lowrank.training.loop import fit
 from lowrank.training.machine.determinism import deterministic_kernels
 from lowrank.training.machine.memory import few_kernels_kept, freed_blocks_kept
@@ -104,42 +98,18 @@ def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) ->
         trackers = trackers_of(accelerator, output, flat(config.model_dump(mode="json")), console)
         followers = followers_of(training, setup, run, console, plan, ranks, [*trackers, *callbacks])
         run.callbacks = followers.callbacks
-        _begin(run, computing_in(config if setup.writes_date else given, setup.products), checkpoint, ranks)
+        begin(run, computing_in(config if setup.writes_date else given, setup.products), checkpoint, ranks)
         with run.underway(), told_when_short(device, "training", less_to_train(config)):
             if training.eval_on_start and run.step == 0:
-                _evaluate_the_base(run, followers)
+                evaluate_the_base(run, followers)
             _learn(run, training, setup, followers, accelerator, ranks)
-            _save(run, setup, followers, config.data.format, ranks)
-            after = _evaluate_the_result(run, followers)
+            save_run(run, setup, followers, config.data.format, ranks)
+            after = evaluate_the_result(run, followers)
         if ranks.main and (remark := try_to_write_card(config, plan, setup, run, after)):
             show_line(console, remark)
         show_outcome(console, run.before, after)
         show_line(console, farewell(run, followers.best, setup.plan, "chat" if setup.task is None else "predict"))
         return RunResult(output, run.step, run.interrupted, run.before, after)
-
-
-def _begin(run: Run, config: RunConfig, checkpoint: Path | None, ranks: Ranks) -> None:
-    """Takes up a checkpoint, or makes the output folder."""
-    if ranks.index > 0:  # dropout is another one in each process; adapters began alike
-        torch.manual_seed(config.training.seed + ranks.index)
-    if checkpoint is not None:
-        state = read_state(checkpoint)
-        refuse_another_schedule(config.training, config.adapter, state["total_steps"], run.total_steps, state["step"])
-        restore(run, state, ranks)
-    if ranks.main:
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            (run.output_dir / METRICS).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        write_whole(run.output_dir / CONFIG, dump_config(config))
-    ranks.wait()
-
-
-def _evaluate_the_base(run: Run, followers: Followers) -> None:
-    """What the result is compared with."""
-    if followers.evaluate is not None:
-        with disabled(run.model) if describe(run.model) else nullcontext():
-            run.before = followers.evaluate()
-        run.tell(Callback.on_eval, run.before)
 
 
 def _learn(
@@ -170,23 +140,4 @@ def _take_the_best(run: Run, best: Best) -> None:
     if best.step in (None, run.step):  # none: a callback has stopped the run before its first evaluation
         return
     path = run.output_dir / FOLDER / f"step-{best.step}"
-    load_model_state(run.model, read_state(path)["model"])
-
-
-def _save(run: Run, setup: Setup, followers: Followers, format: str | None, ranks: Ranks) -> None:
-    """What was learned; of a run that was interrupted also a checkpoint to go on from."""
-    with saving(run):
-        if run.interrupted:
-            followers.checkpoints.write(run)
-        if ranks.main:
-            save_result(run, setup, format)
-        run.tell(Callback.on_save, run.output_dir)
-
-
-def _evaluate_the_result(run: Run, followers: Followers) -> Evaluation | None:
-    """None where the config names nothing to evaluate on, or the run was interrupted."""
-    if followers.evaluate is None or run.interrupted:
-        return None
-    after = followers.evaluate()
-    run.tell(Callback.on_eval, after)
-    return after
+    load_model_state(run.model, read_state(path)["model"], run.adapter)

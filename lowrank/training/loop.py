@@ -67,19 +67,19 @@ def fit(
         fetched = time.perf_counter()
         total = ranks.total(_gradients(run, loss, group, accelerator, penalty, ranks))
         ranks.add_up_gradients(parameters)
-        step = _step(run, total, parameters, max_grad_norm)
+        step = take_step(run, total, parameters, max_grad_norm)
         _agree_to_stop(run, ranks)
         run.step, run.position = run.step + 1, group.after
         if not step.taken:
             in_a_row += not step.lowered  # float16 overflows now and then until its scale is found
             run.tell(Callback.on_skip, step.loss, step.grad_norm)
-            _stop_when_lost(in_a_row, max_skips, run)
+            stop_when_lost(in_a_row, max_skips, run)
             continue
         in_a_row = 0
         run.tell(Callback.on_gradients)
         run.optimizer.zero_grad(set_to_none=True)
         heap.mend()
-        run.tell(Callback.on_step_end, _measured(step, run.step, group, began, fetched, device))
+        run.tell(Callback.on_step_end, measured(step, run.step, group, began, fetched, device))
     run.interrupted = run.stop and ranks.any(run.interrupted)
 
 
@@ -110,7 +110,7 @@ def _gradients(
     return torch.stack(parts).sum()
 
 
-class _Step(NamedTuple):
+class Taken(NamedTuple):
     """What came of an optimiser step: `taken` unless loss or gradients were not finite, `lowered` with the scale."""
 
     loss: float
@@ -120,7 +120,7 @@ class _Step(NamedTuple):
     lowered: bool
 
 
-def _step(run: Run, total: torch.Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> _Step:
+def take_step(run: Run, total: torch.Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> Taken:
     """Clips the gradients that are there and takes the step; they are dropped if they or the loss are not finite."""
     run.scaler.unscale_(run.optimizer)
     norm = _clip(parameters, max_grad_norm)
@@ -134,12 +134,10 @@ def _step(run: Run, total: torch.Tensor, parameters: list[nn.Parameter], max_gra
         run.skipped += 1
     lowered = _rescale(run.scaler)
     run.schedule.step()
-    return _Step(value, norm_value, learning_rate, finite, lowered)
+    return Taken(value, norm_value, learning_rate, finite, lowered)
 
 
-def _measured(
-    step: _Step, number: int, group: Group, began: float, fetched: float, device: torch.device
-) -> StepMetrics:
+def measured(step: Taken, number: int, group: Group, began: float, fetched: float, device: torch.device) -> StepMetrics:
     """A step that began, and had its data, at these times."""
     return StepMetrics(
         step=number,
@@ -176,7 +174,8 @@ def _clip(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     return norm
 
 
-def _stop_when_lost(in_a_row: int, allowed: int, run: Run) -> None:
+def stop_when_lost(in_a_row: int, allowed: int, run: Run) -> None:
+    """Raises JobError where more steps in a row than allowed were not taken."""
     if in_a_row > allowed:
         raise JobError(
             f"step {run.step}: {in_a_row} steps in a row had a loss or gradients that are not finite; none was taken",

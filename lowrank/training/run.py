@@ -102,6 +102,7 @@ class Run:
         before: The evaluation of the base.
         stop: Set it, and training ends after the current step.
         interrupted: Whether a signal asked for the end.
+        adapter: That is trained; others on the model are none of its business.
     """
 
     model: Any
@@ -119,6 +120,7 @@ class Run:
     before: Evaluation | None = None
     stop: bool = False
     interrupted: bool = False
+    adapter: str = "default"
 
     def tell(self, moment: Callable[Concatenate[Any, Run, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Calls every callback's method of that name: `run.tell(Callback.on_eval, evaluation)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,20 +69,36 @@ def followers_of(
     summary: Mapping[str, str],
     ranks: Ranks,
     more: Sequence[Callback],
+    screen: Screen | None = None,
+    acting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    keeping: Keeping | None = None,
 ) -> Followers:
-    """The callbacks that a config asks for, and `more`. One process writes and shows; all evaluate and gather."""
+    """The callbacks that a config asks for, and `more`. One process writes and shows; all evaluate and gather.
+
+    Args:
+        training: The config's section.
+        setup: Of the run.
+        run: That they follow.
+        console: What is shown goes there.
+        summary: Of the plan, for the page.
+        ranks: The run's processes.
+        more: Told before a checkpoint is written.
+        screen: In place of one of the run's own.
+        acting: Opened for each evaluation: has the run's adapter act, where others are on the model.
+        keeping: What is done with checkpoints, in place of what the config says.
+    """
     output = run.output_dir
-    screen = Screen(console, training.logging_steps)
+    screen = Screen(console, training.logging_steps) if screen is None else screen
     told = partial(show_line, console)
     writers = [
         MetricsFile(output / METRICS, told),
         screen,
         ReportWriter(output / REPORT, output.name, summary, output / METRICS, told=told),
     ]
-    evaluate = _evaluation_of(setup, screen, ranks)
+    evaluate = _evaluation_of(setup, screen, ranks, acting)
     budget = companions(setup.model, run.total_steps)
     best = Best(training.metric_for_best_model) if training.load_best_model_at_end else None
-    checkpoints = _checkpoints_of(training, run, setup.tokenizer, told, best, ranks)
+    checkpoints = _checkpoints_of(keeping or keeping_of(training), run, setup.tokenizer, told, best, ranks)
     callbacks = [
         *(writers if ranks.main else []),
         *budget,
@@ -101,7 +118,9 @@ def trackers_of(
     return [Trackers(accelerator, output.resolve().name, settings, partial(show_line, console))]
 
 
-def _evaluation_of(setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | None:
+def _evaluation_of(
+    setup: Setup, screen: Screen, ranks: Ranks, acting: Callable[[], AbstractContextManager[None]]
+) -> Evaluate | None:
     """Evaluates the model as it is; None where the config names nothing to evaluate on."""
     if setup.held_out is None:
         return None
@@ -109,7 +128,12 @@ def _evaluation_of(setup: Setup, screen: Screen, ranks: Ranks) -> Evaluate | Non
         held = (setup.model, setup.tokenizer, setup.held_out, setup.task, screen.task, setup.products.dtype, ranks)
         return partial(assess_task, *held)
     given = (setup.model, setup.tokenizer, setup.held_out, setup.plain_loss, screen.task, setup.exam, ranks)
-    return partial(assess, *given)
+
+    def evaluate() -> Evaluation:
+        with acting():
+            return assess(*given)
+
+    return evaluate
 
 
 def _periodic_evaluation(training: TrainingSection, evaluate: Evaluate | None) -> list[Callback]:
@@ -123,14 +147,14 @@ def _periodic_evaluation(training: TrainingSection, evaluate: Evaluate | None) -
     return found
 
 
-def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter: str = Run.adapter) -> None:
     """Writes the adapter, and what it is asked and answers with: tokenizer, chat template, tokens that end answers."""
     write_notes(folder, model, tokenizer)
-    save(model, folder, overwrite=True)
+    save(model, folder, adapter, overwrite=True)
 
 
 def _checkpoints_of(
-    training: TrainingSection,
+    keeping: Keeping,
     run: Run,
     tokenizer: PreTrainedTokenizerBase,
     told: Told,
@@ -138,10 +162,11 @@ def _checkpoints_of(
     ranks: Ranks,
 ) -> Checkpoints:
     """Writes the run's checkpoints."""
+    write = partial(save_adapter, run.model, tokenizer, adapter=run.adapter)
     return Checkpoints(
-        partial(save_adapter, run.model, tokenizer) if describe(run.model) else lambda folder: None,
+        write if describe(run.model) else lambda folder: None,
         told,
-        keeping_of(training),
+        keeping,
         best=best,
         ranks=ranks,
     )

@@ -79,7 +79,12 @@ def _quantization_options(section: QuantizationSection | None) -> Mapping[str, A
 
 
 def put_in(
-    model: PreTrainedModel, adapter: AdapterSection, base: ModelSection, plan: Batches, task_type: str | None = None
+    model: PreTrainedModel,
+    adapter: AdapterSection,
+    base: ModelSection,
+    plan: Batches,
+    task_type: str | None = None,
+    name: str = "default",
 ) -> None:
     """Puts the adapter in, or makes the model's own parameters trainable.
 
@@ -89,6 +94,7 @@ def put_in(
         base: Where the base was loaded from: an initialisation may ask for its weights as they were.
         plan: The training batches: an initialisation may look at some.
         task_type: peft's word for the task, whose head trains beside the adapter; None for the next token.
+        name: The adapter's, on the model.
     """
     if isinstance(adapter, FullSection):
         # bf16 has too few digits for small updates: weights train in float32, products are in the dtype asked for.
@@ -106,7 +112,7 @@ def put_in(
             saved = list(dict.fromkeys([*(config.modules_to_save or []), *new_modules(model)])) or None
             update = {"task_type": task_type, "modules_to_save": saved, **_without_pooler(model, config)}
             config = config.model_copy(update=update)
-        wrap(model, config, batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
+        wrap(model, config, name, batches=_eva_batches(adapter, plan), originals=_originals(adapter, base))
 
 
 def _without_pooler(model: PreTrainedModel, config: AdapterConfig) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def save_result(run: Run, setup: Setup, format: str | None) -> None:
     """
     model: Any = run.model
     if describe(model):
-        save_adapter(model, setup.tokenizer, run.output_dir)
+        save_adapter(model, setup.tokenizer, run.output_dir, run.adapter)
     else:
         model.to(setup.dtype).save_pretrained(run.output_dir)
         setup.tokenizer.save_pretrained(run.output_dir)

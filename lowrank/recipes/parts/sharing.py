@@ -55,13 +55,13 @@ def if_exact(asked: Asked, model: Any, plan: Plan) -> Plan:
 
 def unless_it_drops_out(asked: Asked, model: Any, plan: Plan) -> Plan:
     """The plan of training batches, without sharing where it is not asked for and the model has dropout of its own."""
-    if asked is True or not plan.shares or not _drops_out(model):
+    if asked is True or not plan.shares or not drops_out(model):
         return plan
     return plan.without_sharing("the model's own dropout draws for each")
 
 
-def _drops_out(model: Any) -> bool:
-    """As layers, or as a number in its config; heads for other tasks have theirs."""
+def drops_out(model: Any) -> bool:
+    """Whether the model has dropout: layers, or a number in its config; heads for other tasks have theirs."""
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     config = vars(model.config.get_text_config())
     named = [name for name in config if "drop" in name and not name.startswith(("classifier", "summary"))]

@@ -41,8 +41,8 @@ def show_line(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
-def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
-    """What the run will do, line by line."""
+def plan_of(config: RunConfig, setup: Setup, adapter: str = "default") -> dict[str, str]:
+    """What the run of an adapter will do, line by line."""
     model, plan, length = setup.model, setup.plan, setup.length
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = parameter_count(model) - sum(info.parameters for info in describe(model).values())
@@ -60,7 +60,7 @@ def plan_of(config: RunConfig, setup: Setup) -> dict[str, str]:
         "attention": f"{setup.attention.backend}: {setup.attention.why}",
         **_kernels(model.device),
         "loss": setup.loss.why,
-        "adapter": _adapter(config.adapter.method, model),
+        "adapter": _adapter(config.adapter.method, model, adapter),
         "trainable": f"{trainable:,} parameters, {trainable / base:.3%} of the base's",
         "data": plan.origin,
         **setup.asking,
@@ -108,8 +108,8 @@ def _shared(plan: Batches) -> str:
     return f"{tokens:,} tokens as {passing:,}; {tokens / passing:.2f} times"
 
 
-def _adapter(method: str, model: Any) -> str:
-    info = describe(model).get("default")
+def _adapter(method: str, model: Any, adapter: str) -> str:
+    info = describe(model).get(adapter)
     if info is None:
         return method
     matched = ", ".join(f"{pattern} {count}" for pattern, count in info.matched.items())

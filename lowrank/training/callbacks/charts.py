@@ -26,19 +26,20 @@ class Curve:
     """
 
     name: str
-    steps: Sequence[int]
+    steps: Sequence[float]
     values: Sequence[float]
     noisy: bool = True
     points: bool = False
 
 
-def chart(curves: Sequence[Curve], *, from_zero: bool = False, labelled: bool = True) -> str:
-    """An SVG element of lines over steps.
+def chart(curves: Sequence[Curve], *, from_zero: bool = False, labelled: bool = True, over: str = "step") -> str:
+    """An SVG element of lines over steps, or over something else on a logarithmic scale.
 
     Args:
         curves: At most eight.
         from_zero: Whether the vertical axis begins at 0.
         labelled: Whether points stand beside their values.
+        over: What they are lines over.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -59,7 +60,9 @@ def chart(curves: Sequence[Curve], *, from_zero: bool = False, labelled: bool = 
             if labelled and curve.points and len(curve.values) <= _LABELLED:
                 for step, value in zip(curve.steps, curve.values, strict=True):
                     axes.annotate(f"{value:.3g}", (step, value), (0, 5), textcoords="offset points", ha="center")
-        axes.set_xlabel("step")
+        axes.set_xlabel(over)
+        if over != "step":
+            axes.set_xscale("log")
         axes.grid(color=_CHROME, alpha=0.2, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

@@ -19,17 +19,18 @@ Task = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 class Screen(Callback):
     """Step, loss, learning rate, supervised tokens a second and time left; and `task` for other pieces of work."""
 
-    def __init__(self, console: Console, logging_steps: int = 1) -> None:
-        """A plain line comes every `logging_steps` steps, its loss and speed averaged over them."""
+    def __init__(self, console: Console, logging_steps: int = 1, name: str = "", bars: Progress | None = None) -> None:
+        """What it shows where.
+
+        Args:
+            console: Where.
+            logging_steps: A plain line comes every so many steps, its loss and speed averaged over them.
+            name: Of the run, where it is one of several.
+            bars: Those of all of them, which whoever made them starts and stops; None for its own.
+        """
         self.console, self.logging_steps = console, logging_steps
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._name, self._shared = name and f"{name}: ", bars is not None
+        self._bars = bars_on(console) if bars is None else bars
         self._training: TaskID | None = None
         self._window: list[StepMetrics] = []
         self._steps, self._seconds = 0, 0.0
@@ -39,13 +40,13 @@ class Screen(Callback):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        self._stop()
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """A line when it begins and a bar while it goes on; what it gives is told how much more is done."""
         self._line(f"{name} ({total:,}) ...")
-        bar = self._bars.add_task(name, total=total, figures="")
+        bar = self._bars.add_task(f"{self._name}{name}", total=total, figures="")
         try:
             yield lambda done: self._bars.advance(bar, done)
         finally:
@@ -53,7 +54,9 @@ class Screen(Callback):
 
     def on_run_start(self, run: Run) -> None:
         """Shows the bars."""
-        self._training = self._bars.add_task("training", total=run.total_steps, completed=run.step, figures="")
+        self._training = self._bars.add_task(
+            f"{self._name}training", total=run.total_steps, completed=run.step, figures=""
+        )
         self._bars.start()
 
     def on_step_end(self, run: Run, metrics: StepMetrics) -> None:
@@ -69,21 +72,37 @@ class Screen(Callback):
 
     def on_skip(self, run: Run, loss: float, grad_norm: float) -> None:
         why = f"loss {loss}, gradient norm {grad_norm}"
-        self.console.print(f"step {run.step}: skipped ({why}); {run.skipped} so far", highlight=False)
+        self.console.print(f"{self._name}step {run.step}: skipped ({why}); {run.skipped} so far", highlight=False)
 
     def on_eval(self, run: Run, evaluation: Evaluation) -> None:
-        self.console.print(f"step {run.step}: {evaluation}", highlight=False)
+        self.console.print(f"{self._name}step {run.step}: {evaluation}", highlight=False)
 
     def on_save(self, run: Run, path: Path) -> None:
-        self.console.print(f"step {run.step}: saved in {path}", highlight=False)
+        self.console.print(f"{self._name}step {run.step}: saved in {path}", highlight=False)
 
     def on_run_end(self, run: Run) -> None:
         """Lets the bars stand as they are."""
-        self._bars.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if not self._shared:
+            self._bars.stop()
 
     def _line(self, text: str) -> None:
         if not self.console.is_terminal:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(f"{self._name}{text}", highlight=False, soft_wrap=True)
+
+
+def bars_on(console: Console) -> Progress:
+    """Bars that a terminal shows, and nothing else does."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
 
 
 def _figures(window: list[StepMetrics]) -> str:

@@ -21,6 +21,9 @@ from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.run import Callback, Run
 from lowrank.training.steps import Position
 
+_ANY = f".{AdapterSet.CHILD}."
+"""In the name of a tensor that an adapter holds."""
+
 
 def capture(run: Run, ranks: Ranks = ALONE) -> dict[str, Any]:
     """The state of a run between two steps; each of its processes has random states of its own."""
@@ -32,8 +35,8 @@ def capture(run: Run, ranks: Ranks = ALONE) -> dict[str, Any]:
         "position": asdict(run.position),
         "skipped": run.skipped,
         "before": None if run.before is None else run.before.as_dict(),
-        "model": dict(_moving(run.model)),
-        "optimizer": optimizer_state(run.model, run.optimizer),
+        "model": _moving(run.model, run.adapter),
+        "optimizer": optimizer_state(run.model, run.optimizer, run.adapter),
         "schedule": run.schedule.state_dict(),
         "scaler": run.scaler.state_dict(),
         "random": ranks.all(random_state()),
@@ -60,8 +63,8 @@ def restore(run: Run, state: dict[str, Any], ranks: Ranks = ALONE) -> None:
             where="training.gradient_accumulation_steps",
             fix="Set it so that processes times gradient_accumulation_steps is as before.",
         )
-    load_model_state(run.model, state["model"])
-    load_optimizer_state(run.model, run.optimizer, state["optimizer"])
+    load_model_state(run.model, state["model"], run.adapter)
+    load_optimizer_state(run.model, run.optimizer, state["optimizer"], run.adapter)
     run.schedule.load_state_dict(state["schedule"])
     run.scaler.load_state_dict(state["scaler"])
     for name, callback in _by_name(run):
@@ -83,17 +86,31 @@ def _by_name(run: Run) -> Iterator[tuple[str, Callback]]:
         yield f"{name} {seen[name]}", callback
 
 
-def _moving(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: parameters that require gradients, and all that adapters hold, their buffers among it."""
+def _moving(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """What training changes: parameters that require gradients, and all that the run's adapter holds, its buffers among
+    it. What other adapters hold is theirs."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     held = (*model.named_parameters(), *model.named_buffers())
-    return tensors | {name: tensor.detach() for name, tensor in held if f".{AdapterSet.CHILD}." in f".{name}"}
+    tensors |= {name: tensor.detach() for name, tensor in held if _ANY in f".{name}"}
+    mine = _of(adapter)
+    return {
+        _alone(name, adapter): each for name, each in tensors.items() if _ANY not in f".{name}" or mine in f".{name}"
+    }
+
+
+def _of(adapter: str) -> str:
+    return f"{_ANY}{adapter}."
+
+
+def _alone(name: str, adapter: str) -> str:
+    """The tensor's name in a run that has the model for itself: a checkpoint fits whatever trained beside it."""
+    return name.replace(_of(adapter), _of(Run.adapter))
 
 
 @torch.no_grad()
-def load_model_state(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """Copies the saved tensors into the model's own."""
-    live = _moving(model)
+def load_model_state(model: nn.Module, saved: dict[str, torch.Tensor], adapter: str = Run.adapter) -> None:
+    """Copies the saved tensors into the model's own, those of an adapter into its."""
+    live = _moving(model, adapter)
     _same_names("model", live, saved)
     for name, tensor in live.items():
         if tensor.shape != saved[name].shape:
@@ -101,9 +118,9 @@ def load_model_state(model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
         tensor.copy_(saved[name])
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, adapter: str = Run.adapter) -> dict[str, Any]:
     """The optimiser's state with parameters by name instead of by number."""
-    names = _names(model, optimizer)
+    names = _names(model, optimizer, adapter)
     state = optimizer.state_dict()
     return {
         "state": {names[number]: kept for number, kept in state["state"].items()},
@@ -113,9 +130,11 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def load_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], adapter: str = Run.adapter
+) -> None:
     """Takes up what `optimizer_state` gave, whatever the order of the parameters was then."""
-    numbers = {name: number for number, name in _names(model, optimizer).items()}
+    numbers = {name: number for number, name in _names(model, optimizer, adapter).items()}
     known = {name: None for group in saved["param_groups"] for name in group["params"]}
     _same_names("optimiser", numbers, known)
     optimizer.load_state_dict(
@@ -128,9 +147,9 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sav
     )
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer, adapter: str) -> dict[int, str]:
     """Parameters' names by the numbers that the optimiser's state gives them."""
-    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_identity = {id(parameter): _alone(name, adapter) for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {number: by_identity[id(parameter)] for number, parameter in enumerate(parameters)}
 

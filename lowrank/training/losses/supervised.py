@@ -10,7 +10,7 @@ where it is not so.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lowrank.data import Batch, packed_batch
+from lowrank.data.batches.batch import Targets
 from lowrank.ops.cross_entropy import (
     LossOptions,
     cross_entropy,
@@ -78,7 +79,15 @@ class HiddenLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """A scalar; the head is not run for tokens without loss."""
-        hidden, targets, head = self._met(model, batch), batch.targets, self.head
+        return self.of_parts(model, batch, [batch.targets])[0]
+
+    def of_parts(self, model: nn.Module, batch: Batch, parts: Sequence[Targets]) -> list[torch.Tensor]:
+        """A scalar for each part of a batch's targets, from one forward pass."""
+        hidden = self._hidden(model, batch)
+        return [self._of(hidden.index_select(0, part.places), part) for part in parts]
+
+    def _of(self, hidden: torch.Tensor, targets: Targets) -> torch.Tensor:
+        head = self.head
         if type(head) is nn.Linear and "forward" not in head.__dict__:
             return linear_cross_entropy(
                 hidden, head.weight, targets.tokens, head.bias, self.options, row_weights=targets.weights
@@ -90,16 +99,17 @@ class HiddenLoss:
     @torch.no_grad()
     def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """(m,)."""
-        hidden, tokens = self._met(model, batch), batch.targets.tokens
+        hidden = self._hidden(model, batch).index_select(0, batch.targets.places)
+        tokens = batch.targets.tokens
         return each_cross_entropy(self.head, hidden, tokens, self.head.out_features, self.options)
 
-    def _met(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """What the head is given at the targets' places, (m, d)."""
+    def _hidden(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """What the head is given, (b·n, d)."""
         with _tapped(self.head) as given:
             _forward(model, batch)
         if len(given) != 1:
             raise RuntimeError(f"the head ran {len(given)} times in one forward pass")
-        return given[0].flatten(0, -2).index_select(0, batch.targets.places)
+        return given[0].flatten(0, -2)
 
 
 class LogitsLoss:
