@@ -41,12 +41,14 @@ from lowrank.training.run import Callback, Run
 from lowrank.training.transforms import rotary
 from lowrank.training.transforms.keep_less import keep_less
 from lowrank.training.transforms.norms import lean_norms
+from lowrank.training.transforms.shared_inputs import share_inputs
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "card")]
 from pretended import CUDA, Card, on_card, whose_line  # noqa: E402  (the card of the tests)
 
 RANK = 16
+_RANKS = {RANK, 2 * RANK, 3 * RANK}  # of factors that are stacked
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::bmm": 0}
 """Products of two matrices, or of two stacks of them, and which argument is the first of both."""
 _ATTENTION = {"torch_attn::_varlen_attn": (0, 1.0), "torch_attn::_varlen_attn_backward": (1, 2.5)}
@@ -151,7 +153,7 @@ class Count(Callback):
 
     def _kind(self, name: str, read: list[torch.Tensor]) -> str:
         line, sizes = whose_line(), {length for x in read for length in x.shape}
-        low = any(x.dim() == 2 and RANK in x.shape for x in read)
+        low = any(x.dim() == 2 and _RANKS & {*x.shape} for x in read)
         if line.endswith((" _step", " _clip")):
             return "optimiser"
         if name in _PRODUCTS:
@@ -264,6 +266,7 @@ def step_cost(shape: Shape, layers: int, tokens: int, segment: int, rates: Rates
         lowrank.wrap(on_card(model, "meta"), lowrank.LoraConfig(r=RANK, target_modules="all-linear"))
         rotary.fused_rotary(model, CUDA)
         keep_less(model)
+        share_inputs(model)
         lowrank.set_attention(model, "auto", packing=True)
         examples = [Example(list(range(segment)), [False] + [True] * (segment - 1))] * (tokens // segment)
         plan = plan_batches(

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 import lowrank
 from lowrank.training.transforms.keep_less import keep_less
 from lowrank.training.transforms.norms import lean_norms
+from lowrank.training.transforms.shared_inputs import share_inputs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -74,6 +75,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 def _less(model: PreTrainedModel) -> None:
     lean_norms(model)
     keep_less(model)
+    share_inputs(model)
 
 
 SIDES: dict[str, Callable[[PreTrainedModel], object]] = {

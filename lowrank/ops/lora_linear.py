@@ -141,7 +141,7 @@ def gradients_of_factors(
         need: Whether A's is wanted, and whether B's is.
     """
     d_A = d_B = None
-    if need[0] and need[1] and _wide(A, B, len(taken)):
+    if need[0] and need[1] and wide(A, B, len(taken)):
         d_product = d_y.t() @ taken  # (out, in), of scale · B · A
         d_product *= scale
         d_A, d_B = B.to(d_y.dtype).t() @ d_product, d_product @ A.to(d_y.dtype).t()
@@ -151,7 +151,7 @@ def gradients_of_factors(
     return (None if d_A is None else d_A.to(A.dtype)), (None if d_B is None else d_B.to(B.dtype))
 
 
-def _wide(A: torch.Tensor, B: torch.Tensor, n: int) -> bool:
+def wide(A: torch.Tensor, B: torch.Tensor, n: int) -> bool:
     """Whether the gradient of B · A costs less than n rows through the rank (RunLoRA, Cherniuk 2023)."""
     (r, width), out = A.shape, B.shape[0]
     if r * (width + out) <= width * out:  # for every n; said apart, so that what is compiled need not know n

@@ -22,6 +22,7 @@ from lowrank.training.optimisers.settings import OptimizerSettings
 from lowrank.training.steps import StepSize
 from lowrank.training.transforms.keep_less import keep_less
 from lowrank.training.transforms.recompute import recompute_activations
+from lowrank.training.transforms.shared_inputs import share_inputs
 
 LENGTHS = 20, 9, 14, 31, 17, 40, 12, 5, 25, 22
 STEPS = 3
@@ -81,6 +82,8 @@ def trained(
         lean_norms(model)
         if not recompute:
             keep_less(model)
+        if not full:
+            share_inputs(model)
         seen = Seen(card, attention=set_attention(model, "auto", packing=packing).backend)
         if packing:
             check_packing(model)

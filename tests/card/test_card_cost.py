@@ -10,8 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from card_cost import RANK, Rates, Shape, step_cost, table_of, whole_cost
 
-SHAPE = Shape(vocabulary=320, hidden=64, intermediate=96, layers=5, heads=4, key_heads=2)
-TOKENS, SEGMENT = 48, 24
+SHAPE = Shape(vocabulary=320, hidden=128, intermediate=96, layers=5, heads=4, key_heads=2)
+TOKENS, SEGMENT = 120, 60
 RATES = Rates()
 
 
@@ -21,16 +21,17 @@ def plain():
 
 
 def test_products_by_hand(plain):
-    """A product is three: forward, and backward for the input; the first layer's q, k and v have no input to learn."""
-    q, kv, mlp = 64 * 64, 64 * 32, 64 * 96
+    """Forward, and backward for the input and, of a factor, for itself; the first layer's q, k and v have no input to
+    learn."""
+    q, kv, mlp = 128 * 128, 128 * 64, 128 * 96
     layer, entry = 2 * q + 2 * kv + 3 * mlp, q + 2 * kv
     assert plain["products, base"].flops == 2 * TOKENS * (2 * SHAPE.layers * layer - entry)
-    widths = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96)  # of A and of B, all modules
-    entry_widths = 3 * 64  # A of q, k and v
+    widths = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 96)  # of A and of B, all modules
+    entry_widths = 3 * 128  # A of q, k and v
     expected = 2 * TOKENS * RANK * (3 * SHAPE.layers * widths - entry_widths)
     assert plain["products, low-rank"].flops == expected
-    assert plain["products, head"].flops == 2 * 2 * (TOKENS - TOKENS // SEGMENT) * 64 * 320
-    attended = 2 * TOKENS * SEGMENT * 64  # two products of half a square
+    assert plain["products, head"].flops == 2 * 2 * (TOKENS - TOKENS // SEGMENT) * 128 * 320
+    attended = 2 * TOKENS * SEGMENT * 128  # two products of half a square
     assert plain["attention"].flops == SHAPE.layers * attended * 3.5
 
 

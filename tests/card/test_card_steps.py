@@ -24,7 +24,7 @@ METHODS = {
 }
 
 # Of a step of one pack through two layers, counted, and a twentieth more.
-LAUNCHES = {"lora": 526, "dora": 864, "dropout": 634, "pissa": 585, "adalora": 709}
+LAUNCHES = {"lora": 485, "dora": 864, "dropout": 634, "pissa": 544, "adalora": 709}
 # Two: transformers looks whether a row is a pack, and the step's loss and norm are read.
 WAITS = 2
 

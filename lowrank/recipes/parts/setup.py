@@ -37,6 +37,7 @@ from lowrank.training.transforms.norms import lean_norms
 from lowrank.training.transforms.recompute import recompute_activations
 from lowrank.training.transforms.rotary import fused_rotary
 from lowrank.training.transforms.sharding import shard
+from lowrank.training.transforms.shared_inputs import share_inputs
 from lowrank.weights.files.notes import stop_at
 
 
@@ -133,6 +134,7 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
             fused_gates(model, device)
         else:
             keep_less(model)
+        share_inputs(model)
     if training.fsdp:
         shard(model, ranks, device)
     attention = swap_attention(model, config.model, packing=data.packing)
