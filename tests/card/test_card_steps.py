@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import MODELS
 from card_steps import trained
 from pretended import Card
 from tiny import tiny_llama
@@ -24,7 +25,10 @@ METHODS = {
 }
 
 # Of a step of one pack through two layers, counted, and a twentieth more.
-LAUNCHES = {"lora": 485, "dora": 864, "dropout": 634, "pissa": 544, "adalora": 709}
+LAUNCHES = {"lora": 485, "dora": 864, "dropout": 634, "pissa": 544, "adalora": 709, "experts": 578}
+LAUNCHES_OF_A_LAYER = 207
+# Of two layers of experts and their adapters, forward and backward.
+GROUPED = 32
 # Two: transformers looks whether a row is a pack, and the step's loss and norm are read.
 WAITS = 2
 
@@ -48,6 +52,31 @@ def test_packs(method):
     assert card.launches <= LAUNCHES[method]
     assert len(card.waits) <= WAITS, card.waits
     assert not card.pageable
+
+
+def test_launches_of_a_layer():
+    two, four = (trained(tiny_llama(num_hidden_layers=n).to(torch.bfloat16), LORA, Card()).launches for n in (2, 4))
+    assert (four - two) / 2 <= LAUNCHES_OF_A_LAYER
+
+
+def test_float16_waits_once_more():
+    card, cpu = both(dtype=torch.float16)
+    same(card, cpu)
+    assert len(card.waits) <= WAITS + 1, card.waits
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+def test_experts(capability):
+    """Only from 9.0 on has bfloat16 a kernel for grouped products; before, the host reads the groups' ends for each."""
+    experts = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], target_parameters=["gate_up_proj", "down_proj"]
+    )
+    card = trained(MODELS["qwen3_moe"]().to(torch.bfloat16), experts, Card(capability))
+    same(card, trained(MODELS["qwen3_moe"]().to(torch.bfloat16), experts, None))
+    grouped = sum(count for name, count in card.operations.items() if "_grouped_mm" in name)
+    assert 0 < grouped <= GROUPED
+    assert card.launches <= LAUNCHES["experts"]
+    assert len(card.waits) <= WAITS + (grouped if capability < (9, 0) else 0), card.waits
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -115,7 +115,7 @@ def continue_rows(
             **last_logits(model),
         ).logits
         tokens = logits[:, -1].argmax(-1)
-        chosen = tokens.tolist()  # the one wait for a card in each step
+        chosen = tokens.tolist()  # a wait for a card; transformers' mask of sdpa is another
         goes_on = [token not in ends for token in chosen]
         for row, token, more in zip(writing, chosen, goes_on, strict=True):
             if more:
