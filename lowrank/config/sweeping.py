@@ -82,8 +82,8 @@ def read_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     given = document.values.pop(SECTION, None)
     if document.problems:
         raise ConfigError(document.problems)
-    lists = dict(_lists(given, (SECTION,)))
-    found = [problem for place, values in lists.items() for problem in _wrong(document, place, values)]
+    lists, found = _last_said(document, dict(_lists(given, (SECTION,))))
+    found += [problem for place, values in lists.items() for problem in _wrong(document, place, values)]
     if not lists:
         what = "names nothing to vary; write section.key: [value, value] below it, one a line"
         found = [Problem(document.place((SECTION,)), SECTION, what)]
@@ -104,6 +104,19 @@ def _lists(value: Any, place: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
             yield from _lists(inner, (*place, key))
     elif len(place) > 1:
         yield place, value
+
+
+def _last_said(document: Document, given: Mapping[KeyPath, Any]) -> tuple[dict[KeyPath, Any], list[Problem]]:
+    """The lists, one for each key: `--set` stands before what the file says; a file that says it twice is wrong."""
+    places: dict[str, KeyPath] = {}
+    twice = []
+    for place in given:
+        earlier = places.get(_key(place))
+        if earlier is not None and not document.place(place).startswith("--set"):
+            what = f"stands at {document.place(earlier)} already"
+            twice.append(Problem(document.place(place), f"{SECTION}.{_key(place)}", what))
+        places[_key(place)] = place
+    return {place: given[place] for place in places.values()}, twice
 
 
 def _key(place: KeyPath) -> str:

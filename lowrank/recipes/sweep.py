@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def sweep(config: str | Path, overrides: Sequence[str] = (), *, resume: bool = F
         write_page(output, planned.combinations, outcomes)
         if not interrupted:
             _keep_the_best(output, planned, outcomes)
-    show_line(console, _farewell(output, outcomes, interrupted, config))
+    show_line(console, _farewell(output, outcomes, interrupted, _said(config, overrides)))
     return SweepResult(output, outcomes, interrupted)
 
 
@@ -205,9 +206,14 @@ def _keep_the_best(output: Path, planned: Sweep, outcomes: Sequence[Outcome]) ->
         shutil.copytree(output / best.name, work, ignore=shutil.ignore_patterns(FOLDER, LOCK), dirs_exist_ok=True)
 
 
-def _farewell(output: Path, outcomes: Sequence[Outcome], interrupted: bool, config: str | Path) -> str:
+def _said(config: str | Path, overrides: Sequence[str]) -> str:
+    """What the sweep was started with, as a shell takes it."""
+    return shlex.join([str(config), *(part for one in overrides for part in ("--set", one))])
+
+
+def _farewell(output: Path, outcomes: Sequence[Outcome], interrupted: bool, said: str) -> str:
     if interrupted:
-        return f"stopped; what was learned is in {output}.\nTo go on: lowrank sweep {config} --resume"
+        return f"stopped; what was learned is in {output}.\nTo go on: lowrank sweep {said} --resume"
     page = f"open {output / 'report.html'}"
     if outcomes[0].loss is None:
         return f"done: {output}; {page}. No run came to a result."

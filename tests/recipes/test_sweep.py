@@ -158,3 +158,16 @@ def test_a_folder_is_one_sweeps(sweep_config, tmp_path):
 def test_train_says_whose_section_it_is(sweep_config):
     with pytest.raises(ConfigError, match=r"sweep\.yaml:\d+: sweep: is a section of what `lowrank sweep` is given"):
         load_config(sweep_config({"adapter.r": [2, 4]}))
+
+
+def test_what_is_set_stands_before_the_list(sweep_config):
+    path = sweep_config({"training.learning_rate": [1e-2, 1e-3], "adapter.r": [2, 4]})
+    planned = read_sweep(path, ["sweep.training.learning_rate=[1e-4]"])
+    names = [one.name for one in planned.combinations]
+    assert names == ["learning_rate-0.0001_r-2", "learning_rate-0.0001_r-4"]
+
+
+def test_a_key_stands_once(sweep_config):
+    path = sweep_config({"training.learning_rate": [1e-2], "training": {"learning_rate": [1e-3]}})
+    with pytest.raises(ConfigError, match=r"sweep\.yaml:\d+: sweep\.training\.learning_rate: stands at .* already"):
+        read_sweep(path)
