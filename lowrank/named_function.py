@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -50,22 +51,28 @@ def named_function(named: str, where: str, takes: tuple[str, ...]) -> Callable[.
     return function
 
 
-def source_digest(function: Callable[..., Any], where: str) -> str:
-    """A hash of the source of the function's module, which changes when what the function does may have.
+def source_digest(named: str, function: Callable[..., Any], where: str) -> str:
+    """A hash of the function's name and of the source of its module, and of the module that names it.
+
+    It changes when what the function does may have. A partial's own arguments are in the module that names it.
 
     Raises:
         InputError: it has no source.
     """
-    try:
-        source = inspect.getsource(sys.modules[function.__module__])
-    except (OSError, TypeError, KeyError) as error:
-        raise InputError(
-            f"the source of {function.__module__} cannot be read ({error}), and without it a changed function could "
-            "not be told from this one",
-            where=where,
-            fix="Define the function in a Python file.",
-        ) from error
-    return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+    while isinstance(function, functools.partial):
+        function = function.func
+    told = [named]
+    for module in dict.fromkeys((named.partition(":")[0], function.__module__)):
+        try:
+            told.append(inspect.getsource(sys.modules[module]))
+        except (OSError, TypeError, KeyError) as error:
+            raise InputError(
+                f"the source of {module} cannot be read ({error}), and without it a changed function could not be "
+                "told from this one",
+                where=where,
+                fix="Define the function in a Python file.",
+            ) from error
+    return hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
 
 
 def _imported(path: str, named: str, where: str) -> Any:

@@ -96,6 +96,43 @@ def test_a_changed_function_gives_other_rows(module, tmp_path, monkeypatch):
     assert open_sources(ROWS, transform=f"{module}:spoken")[0].rows.fingerprint != before
 
 
+PARTIAL = """
+import functools
+
+def said(row, word):
+    return {"prompt": row["ask"], "completion": word}
+
+def yes(row):
+    return said(row, "yes")
+
+one = functools.partial(said, word="one")
+"""
+
+
+def test_a_changed_partial_and_another_function_of_the_module_give_other_rows(tmp_path, monkeypatch):
+    import importlib
+    import sys
+
+    from lowrank.data.reading.sources import open_sources
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_partial.py").write_text(PARTIAL)
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    options = {"max_length": 64, "packing": True, "batch_size": 1, "max_tokens": 256, "pad_token_id": 0, "seed": 0}
+
+    def both(name: str) -> tuple[str, str]:
+        named = f"own_partial:{name}"
+        stream = stream_batches(source, tiny_tokenizer(), **options, transform=named)
+        return open_sources(ROWS, transform=named)[0].rows.fingerprint, stream.fingerprint
+
+    before = both("one")
+    assert not set(before) & set(both("yes"))
+    (tmp_path / "own_partial.py").write_text(PARTIAL.replace('word="one"', 'word="another"'))
+    importlib.reload(sys.modules["own_partial"])
+    assert not set(before) & set(both("one"))
+
+
 @pytest.mark.parametrize(
     ("named", "message"),
     [

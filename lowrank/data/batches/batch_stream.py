@@ -122,7 +122,8 @@ class BatchStream:
         that share beginnings."""
         told = [f"{stream_fingerprint(each.path, each.split, each.subset)} {each.weight}" for each in self.sources]
         told += [] if self.room is None else [str(self.room)]
-        told += [] if self.transform is None else [source_digest(transform_of(self.transform), TRANSFORM)]
+        if self.transform is not None:
+            told.append(source_digest(self.transform, transform_of(self.transform), TRANSFORM))
         return digest("\n".join(told).encode())
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -50,7 +50,7 @@ class _Transformed:
     @property
     def fingerprint(self) -> str:
         """Of the rows, and of the module that the function is from."""
-        return digest(f"{self.before.fingerprint} {self.named} {source_digest(self.function, KEY)}".encode())
+        return digest(f"{self.before.fingerprint} {source_digest(self.named, self.function, KEY)}".encode())
 
 
 _FIX = "Let it give a row (a dict), or None to leave the row out."
