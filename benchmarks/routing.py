@@ -5,8 +5,8 @@
 A pack of 8 segments of 100 tokens through layers of SmolLM2-135M's shapes and of a Llama of a billion weights (hidden
 size 2,048, 8,192 in its MLP), forward and backward, LoRA of rank 16 on all linear layers: `using` one adapter, `routed`
 with 8 by segments and, over 8 rows of 100 tokens, by rows, with 8 among 64 that are loaded too; `peft`: a wrapped
-twin's mixed batch (`adapter_names`), forward alone as peft allows no more, beside its own one adapter and lowrank's. All
-sides in turn, in seconds of the CPU; medians, as multiples of one adapter. Writes benchmarks/results/routing-cpu.md.
+twin's mixed batch (`adapter_names`), forward alone as peft allows no more, beside its own one adapter and lowrank's.
+All sides in turn, seconds of the CPU; medians, as multiples of one adapter. Writes benchmarks/results/routing-cpu.md.
 """
 
 from __future__ import annotations
