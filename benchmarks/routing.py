@@ -113,6 +113,7 @@ def _step(model: Any, backward: bool, block: Callable[[], Any], rows: bool) -> C
             out = model(inputs_embeds=embedded, position_ids=places.view(shape), use_cache=False).logits
             if backward:
                 out.sum().backward()
+                model.zero_grad(set_to_none=True)
 
     return step
 

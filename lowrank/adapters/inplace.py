@@ -16,9 +16,14 @@ from lowrank.errors import InputError
 Sizes = tuple[object, ...] | None
 
 
-def places_of(model: nn.Module, adapter: str) -> dict[str, Sizes]:
-    """The modules that carry an adapter, and the sizes of each; None where those may change (single rows)."""
-    return {path: _sizes(module, adapters[adapter]) for path, module, adapters in hosts(model) if adapter in adapters}
+def places_of(model: nn.Module, names: tuple[str, ...]) -> dict[str, dict[str, Sizes]]:
+    """For each adapter the modules that carry it, and the sizes of each; None where those may change (single rows)."""
+    found: dict[str, dict[str, Sizes]] = {name: {} for name in names}
+    for path, module, adapters in hosts(model):
+        for name in names:
+            if name in adapters:
+                found[name][path] = _sizes(module, adapters[name])
+    return found
 
 
 def _sizes(module: HostModule, layer: nn.Module) -> Sizes:
@@ -35,8 +40,7 @@ def check_in_place(model: nn.Module, names: tuple[str, ...]) -> None:
     without a word, or not fit.
     """
     record = record_of(model)
-    for name in names:
-        now = places_of(model, name)
+    for name, now in places_of(model, names).items():
         for path, sizes in record.places.get(name, {}).items():
             if path in now and now[path] == sizes:
                 continue

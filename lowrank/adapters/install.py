@@ -18,7 +18,7 @@ from lowrank.adapters.activity import Setting
 from lowrank.adapters.kinds.kind import HostModule
 from lowrank.adapters.kinds.wide import own_output
 from lowrank.adapters.methods.layer import JointLayer, Layer
-from lowrank.adapters.modules import ADAPTERS, named_modules
+from lowrank.adapters.modules import ADAPTERS, hosting_modules
 from lowrank.adapters.recomputation import pin_recomputation
 from lowrank.adapters.routing import Routing
 from lowrank.errors import InputError
@@ -142,7 +142,7 @@ def _slot(module: nn.Module) -> str:
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSet]]:
     """Every module that carries adapters: its path, itself, its adapters."""
-    for path, module in named_modules(model):
+    for path, module in hosting_modules(model):
         if isinstance(child := module._modules.get(AdapterSet.CHILD), AdapterSet):
             yield path, module, child
 

@@ -33,17 +33,22 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, HostModule]]:
     """Every module once, the model itself first under ""; adapters included."""
-    return _walk(bare(model), "", set())
+    return _walk(bare(model), "", set(), "")
 
 
-def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def hosting_modules(model: nn.Module) -> Iterator[tuple[str, HostModule]]:
+    """The same without adapters: the time that it takes is the base's, however many are loaded."""
+    return _walk(bare(model), "", set(), ADAPTERS)
+
+
+def _walk(module: nn.Module, path: str, seen: set[nn.Module], but: str) -> Iterator[tuple[str, nn.Module]]:
     if module in seen:
         return
     seen.add(module)
     yield path, module
     for name, child in module._modules.items():
-        if child is not None:
-            yield from _walk(bare(child), f"{path}.{name}".lstrip("."), seen)
+        if child is not None and name != but:
+            yield from _walk(bare(child), f"{path}.{name}".lstrip("."), seen, but)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -87,7 +87,7 @@ def wrap(
         if adapter in adapters and not trainable:
             adapters[adapter].requires_grad_(False)
     take_dense(model)
-    record.places[adapter] = places_of(model, adapter)
+    record.places |= places_of(model, (adapter,))
     record.activity.names = (adapter,)
     return model
 

@@ -84,9 +84,10 @@ class _LoraLinear(torch.autograd.Function):
         unpack: Unpack,
     ) -> torch.Tensor:
         W = unpack(weight, rows.dtype)
-        low = dropped(rows, keep, dropout) @ A.to(rows.dtype).t()  # (n, r)
+        A, B, own = A.to(rows.dtype), B.to(rows.dtype), (A.dtype, B.dtype)
+        low = dropped(rows, keep, dropout) @ A.t()  # (n, r)
         y = F.linear(rows, W, None if bias is None or gain is not None else bias.to(rows.dtype))
-        y.addmm_(low, B.to(rows.dtype).t(), alpha=scale)
+        y.addmm_(low, B.t(), alpha=scale)
         unscaled = None
         if gain is not None:
             unscaled = y if gain.requires_grad else None
@@ -94,7 +95,7 @@ class _LoraLinear(torch.autograd.Function):
             if bias is not None:
                 y += bias.to(rows.dtype)
         ctx.save_for_backward(rows, weight, A, B, gain, keep, low, unscaled)
-        ctx.scale, ctx.dropout, ctx.unpack = scale, dropout, unpack
+        ctx.scale, ctx.dropout, ctx.unpack, ctx.own = scale, dropout, unpack, own
         return y
 
     @staticmethod
@@ -105,18 +106,18 @@ class _LoraLinear(torch.autograd.Function):
         d_bias = d_out.sum(0) if need[2] else None
         d_gain = (d_out * unscaled).sum(0, dtype=gain.dtype) if need[5] else None
         d_y = d_out if gain is None else d_out * gain.to(d_out.dtype)
-        d_low = d_y @ B.to(d_y.dtype)  # (n, r)
+        d_low = d_y @ B  # (n, r)
         d_low *= ctx.scale
         taken = dropped(rows, keep, ctx.dropout)
-        d_A, d_B = gradients_of_factors(d_y, d_low, taken, low, A, B, ctx.scale, (need[3], need[4]))
+        d_A, d_B = gradients_of_factors(d_y, d_low, taken, low, A, B, ctx.scale, (need[3], need[4]), ctx.own)
         d_weight = (d_y.t() @ rows).to(weight.dtype) if need[1] else None
         d_x = None
         if need[0]:
             d_x = d_y @ ctx.unpack(weight, d_y.dtype)
             if keep is None:
-                d_x.addmm_(d_low, A.to(d_low.dtype))
+                d_x.addmm_(d_low, A)
             else:
-                d_x += dropped(d_low @ A.to(d_low.dtype), keep, ctx.dropout)
+                d_x += dropped(d_low @ A, keep, ctx.dropout)
         return d_x, d_weight, d_bias, d_A, d_B, d_gain, None, None, None, None
 
 
@@ -129,6 +130,7 @@ def gradients_of_factors(
     B: torch.Tensor,
     scale: float,
     need: tuple[bool, bool],
+    own: tuple[torch.dtype, torch.dtype],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of A and B.
 
@@ -137,18 +139,19 @@ def gradients_of_factors(
         d_low: Of x·Aᵀ, (n, r).
         taken: What A was multiplied with, (n, in).
         low: x·Aᵀ.
-        A, B, scale: Of the term.
+        A, B, scale: Of the term, A and B in the dtype of the products.
         need: Whether A's is wanted, and whether B's is.
+        own: The dtypes of A and B where they train.
     """
     d_A = d_B = None
     if need[0] and need[1] and wide(A, B, len(taken)):
         d_product = d_y.t() @ taken  # (out, in), of scale · B · A
         d_product *= scale
-        d_A, d_B = B.to(d_y.dtype).t() @ d_product, d_product @ A.to(d_y.dtype).t()
+        d_A, d_B = B.t() @ d_product, d_product @ A.t()
     else:
         d_A = d_low.t() @ taken if need[0] else None
         d_B = (d_y.t() @ low).mul_(scale) if need[1] else None
-    return (None if d_A is None else d_A.to(A.dtype)), (None if d_B is None else d_B.to(B.dtype))
+    return (None if d_A is None else d_A.to(own[0])), (None if d_B is None else d_B.to(own[1]))
 
 
 def wide(A: torch.Tensor, B: torch.Tensor, n: int) -> bool:

@@ -82,8 +82,8 @@ class _Told:
     own_bias: bool
 
 
-_EACH = 4
-"""Tensors of each part: A, B, gain, bias."""
+_EACH, _KEPT = 4, 6
+"""Tensors that each part has (A, B, gain, bias), and that are kept of it (also x·Aᵀ, and the sum before the gain)."""
 
 
 def _apply(
@@ -123,8 +123,9 @@ class _RoutedLinear(torch.autograd.Function):
         kept: list[torch.Tensor | None] = []
         for part, A, B, gain, own in each:
             there = y[part.rows]
-            low = dropped(rows[part.rows], part.keep, part.dropout) @ A.to(dtype).t()  # (m, r)
-            there.addmm_(low, B.to(dtype).t(), alpha=part.scale)
+            A, B = A.to(dtype), B.to(dtype)
+            low = dropped(rows[part.rows], part.keep, part.dropout) @ A.t()  # (m, r)
+            there.addmm_(low, B.t(), alpha=part.scale)
             unscaled = None
             if gain is not None:
                 unscaled = there.clone() if gain.requires_grad else None
@@ -132,32 +133,30 @@ class _RoutedLinear(torch.autograd.Function):
             acting = own if part.own_bias else bias
             if acting is not None and later:
                 there += acting.to(dtype)
-            kept += [low, unscaled]
-        ctx.save_for_backward(rows, weight, *tensors, *kept)
+            kept += [A, B, gain, own, low, unscaled]
+        ctx.save_for_backward(rows, weight, *kept)
         ctx.told, ctx.unpack = told, unpack
+        ctx.own = [(A.dtype, B.dtype) for _, A, B, _, _ in each]
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        rows, weight, *others = ctx.saved_tensors
+        rows, weight, *kept = ctx.saved_tensors
         told, d_out = ctx.told, grads[0]
-        tensors, kept = others[: _EACH * len(told)], others[_EACH * len(told) :]
-        gained = any(gain is not None for gain in tensors[2::_EACH])
-        d_y = d_out.clone() if gained else d_out
+        d_y = d_out.clone() if any(gain is not None for gain in kept[2::_KEPT]) else d_out
         found: list[torch.Tensor | None] = []
         to_input = []
-        for number, (part, A, B, gain, own) in enumerate(_with_tensors(told, tensors)):
-            low, unscaled = kept[2 * number : 2 * number + 2]
+        for number, part in enumerate(told):
+            A, B, gain, own, low, unscaled = kept[_KEPT * number :][:_KEPT]
             need = ctx.needs_input_grad[5 + _EACH * number :][:_EACH]
             d_there, outside = d_y[part.rows], d_out[part.rows]
             if gain is not None:
                 d_there *= gain.to(d_y.dtype)
-            d_low = (d_there @ B.to(d_y.dtype)).mul_(part.scale)  # (m, r)
+            d_low = (d_there @ B).mul_(part.scale)  # (m, r)
             taken = dropped(rows[part.rows], part.keep, part.dropout)
-            d_A, d_B = gradients_of_factors(d_there, d_low, taken, low, A, B, part.scale, (need[0], need[1]))
-            d_gain = (outside * unscaled).sum(0, dtype=gain.dtype) if need[2] else None
-            d_bias = outside.sum(0, dtype=own.dtype) if need[3] else None
-            found += [d_A, d_B, d_gain, d_bias]
+            found += gradients_of_factors(d_there, d_low, taken, low, A, B, part.scale, need[:2], ctx.own[number])
+            found.append((outside * unscaled).sum(0, dtype=gain.dtype) if need[2] else None)
+            found.append(outside.sum(0, dtype=own.dtype) if need[3] else None)
             to_input.append((part, d_low, A))
         d_x = _of_input(d_y, ctx.unpack(weight, d_y.dtype), to_input) if ctx.needs_input_grad[0] else None
         return d_x, None, None, None, None, *found
@@ -170,9 +169,9 @@ def _of_input(
     d_x = d_y @ W
     for part, d_low, A in parts:
         if part.keep is None:
-            d_x[part.rows].addmm_(d_low, A.to(d_low.dtype))
+            d_x[part.rows].addmm_(d_low, A)
         else:
-            d_x[part.rows] += dropped(d_low @ A.to(d_low.dtype), part.keep, part.dropout)
+            d_x[part.rows] += dropped(d_low @ A, part.keep, part.dropout)
     return d_x
 
 
