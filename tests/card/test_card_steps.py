@@ -25,7 +25,7 @@ METHODS = {
 }
 
 # Of a step of one pack through two layers, counted, and a twentieth more.
-LAUNCHES = {"lora": 485, "dora": 864, "dropout": 634, "pissa": 544, "adalora": 709, "experts": 578}
+LAUNCHES = {"lora": 477, "dora": 838, "dropout": 608, "pissa": 536, "adalora": 683, "experts": 578}
 LAUNCHES_OF_A_LAYER = 207
 # Of two layers of experts and their adapters, forward and backward.
 GROUPED = 32
