@@ -55,7 +55,8 @@ def evaluate(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
-    config, adapter = with_task(config), adapter and expanded(adapter)
+    adapter = adapter and expanded(adapter)
+    config = with_task(config)
     if config.data.eval is None:
         raise InputError("there is nothing to evaluate on", where="data.eval", fix="Name the evaluation data.")
     console = open_console()

@@ -184,7 +184,7 @@ class TestColumns:
     @pytest.mark.parametrize(
         ("columns", "message"),
         [
-            ({"promt": "asked"}, r"data.columns: no format has a column 'promt'\nKnown are chosen, completion"),
+            ({"promt": "asked"}, r"data.columns: no format has a column 'promt'\nKnown are anchor, chosen, completion"),
             ({"prompt": "asked", "output": "said"}, r"data.columns: no format has all of prompt, output"),
             ({"prompt": "asked", "completion": "sayd"}, r"there is no column 'sayd', which data.columns gives for"),
         ],

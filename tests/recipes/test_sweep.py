@@ -34,7 +34,7 @@ def sweep_config(write_config):
     return write
 
 
-VARIED = {"training.learning_rate": [1e-2, 1e-3], "adapter.r": [2, 4], "training.seed": [1, 2]}
+VARIED = {"training.learning_rate": [3e-3, 1e-3], "adapter.r": [2, 4], "training.seed": [1, 2]}
 
 
 def adapter_of(folder):
