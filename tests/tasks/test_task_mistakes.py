@@ -18,6 +18,13 @@ CASES = {
     "one class": ([{"text": "a", "label": "x"}] * 3, rows(3), {}, "train.jsonl: all rows have the label 'x'"),
     "no text": ([*rows(3), {"text": " ", "label": "pos"}], rows(3), {}, "train.jsonl:4: 'text' is empty"),
     "no label": ([*rows(3), {"text": "a"}], rows(3), {}, "train.jsonl:4: the row has no label"),
+    "no label at first": ([{"text": "a", "label": None}, *rows(3)], rows(3), {}, "train.jsonl:1: the row has no label"),
+    "no label anywhere": (
+        [{"text": "a", "label": None}] * 3,
+        rows(3),
+        {"model": {"task": "sequence_classification"}},
+        "train.jsonl:1: the row has 'text', and model.task is sequence_classification",
+    ),
     "mixed labels": ([*rows(3), {"text": "a", "label": 0.5}], rows(3), {}, "train.jsonl:4: the label is 0.5"),
     "no such rows": (
         [{"prompt": "a", "completion": "b"}] * 3,

@@ -25,14 +25,13 @@ def with_task(config: RunConfig) -> RunConfig:
     named = config.model.task
     if named == CAUSAL_LM or (named is None and not _may_be_found(config.data)):
         return config
-    first = _first_row(sources_of(config.data.train), config.data.columns, config.data.transform)
-    found = None if first is None else task_of(first[0])
+    first, found = _plainest(sources_of(config.data.train), config.data.columns, config.data.transform)
     if found is None and named is None:
         _refuse_contradictions(_with(config, CAUSAL_LM))
         return config
     if first is not None and named not in (None, found):
         raise InputError(
-            f"the row has {', '.join(map(repr, first[0]))}, and model.task is {named}",
+            f"the row has {', '.join(_filled(first[0]))}, and model.task is {named}",
             where=first[1],
             fix=f"Expected {TASK_FORMATS[str(named)].expects}. Columns of other names are given by data.columns.",
         )
@@ -60,21 +59,30 @@ def _refuse_contradictions(config: RunConfig) -> None:
 
 
 def task_of_rows(path: str) -> str | None:
-    """The task that the first row of a file or a folder makes plain; None for the next token."""
-    first = _first_row(path)
-    return None if first is None else task_of(first[0])
+    """The task that the first rows of a file or a folder make plain; None for the next token."""
+    return _plainest(path)[1]
 
 
-def _first_row(
+def _filled(row: Mapping[str, Any]) -> list[str]:
+    """The keys that have a value."""
+    return [repr(key) for key, value in row.items() if value is not None]
+
+
+def _plainest(
     sources: Sources, columns: Mapping[str, str] | None = None, transform: str | None = None
-) -> tuple[Mapping[str, Any], str] | None:
-    """The first row that is not empty, and where it is; None where there is none."""
+) -> tuple[tuple[Mapping[str, Any], str] | None, str | None]:
+    """The first row whose task is plain, where it is, and the task: a label may be missing in the rows before. Where
+    there is none, the first that is not empty (None where all are), and None."""
+    first: tuple[Mapping[str, Any], str] | None = None
     rows = open_sources(sources, None, columns, transform)[0].rows
     for index in range(min(len(rows), LOOKED_AT)):
         try:
             row = rows[index]
         except InputError:  # told when all rows are read
             continue
-        if not is_blank(row):
-            return row, rows.where(index)
-    return None
+        if is_blank(row):
+            continue
+        if (task := task_of(row)) is not None:
+            return (row, rows.where(index)), task
+        first = first or (row, rows.where(index))
+    return first, None
