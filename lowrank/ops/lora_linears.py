@@ -54,41 +54,33 @@ class _LoraLinears(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, scales: list[float], biases: list[torch.Tensor | None], *of: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         weights, As, Bs = of[::3], of[1::3], of[2::3]
-        low = rows @ _stacked(As, rows.dtype).t()  # (n, all ranks)
-        ys = []
-        for W, bias, B, part, scale in zip(weights, biases, Bs, _parts(low, As), scales, strict=True):
+        A, ranks = torch.cat(As).to(rows.dtype), [len(A) for A in As]  # (all ranks, in)
+        low = rows @ A.t()  # (n, all ranks)
+        ys, cast = [], [B.to(rows.dtype) for B in Bs]
+        for W, bias, B, part, scale in zip(weights, biases, cast, low.split(ranks, dim=1), scales, strict=True):
             y = F.linear(rows, W.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
-            ys.append(y.addmm_(part, B.to(rows.dtype).t(), alpha=scale))
-        ctx.save_for_backward(rows, low, *weights, *As, *Bs)
-        ctx.scales = scales
+            ys.append(y.addmm_(part, B.t(), alpha=scale))
+        ctx.save_for_backward(rows, low, A, *weights, *cast)
+        ctx.scales, ctx.ranks, ctx.own = scales, ranks, (As[0].dtype, [B.dtype for B in Bs])
         return tuple(ys)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *d_ys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        rows, low, *of = ctx.saved_tensors
-        count = len(d_ys)
-        weights, As, Bs = of[:count], of[count : 2 * count], of[2 * count :]
+        rows, low, A, *of = ctx.saved_tensors
+        weights, Bs = of[: len(d_ys)], of[len(d_ys) :]
+        own_A, own_B = ctx.own
         d_low, d_Bs = torch.empty_like(low), []
-        for d_y, B, part, d_part, scale in zip(d_ys, Bs, _parts(low, As), _parts(d_low, As), ctx.scales, strict=True):
-            torch.addmm(d_part, d_y, B.to(d_y.dtype), beta=0, alpha=scale, out=d_part)
-            d_Bs.append((d_y.t() @ part).mul_(scale).to(B.dtype))
-        d_As = (d_low.t() @ rows).to(As[0].dtype).split([len(A) for A in As])
+        parts, d_parts = (each.split(ctx.ranks, dim=1) for each in (low, d_low))
+        for d_y, B, part, d_part, scale, dtype in zip(d_ys, Bs, parts, d_parts, ctx.scales, own_B, strict=True):
+            torch.addmm(d_part, d_y, B, beta=0, alpha=scale, out=d_part)
+            d_Bs.append((d_y.t() @ part).mul_(scale).to(dtype))
+        d_As = (d_low.t() @ rows).to(own_A).split(ctx.ranks)
         d_rows = None
         if ctx.needs_input_grad[0]:
             d_rows = d_ys[0] @ weights[0].to(rows.dtype)
             for d_y, W in zip(d_ys[1:], weights[1:], strict=True):
                 d_rows.addmm_(d_y, W.to(rows.dtype))
-            d_rows.addmm_(d_low, _stacked(As, rows.dtype))
+            d_rows.addmm_(d_low, A)
         d_of = (each for d_A, d_B in zip(d_As, d_Bs, strict=True) for each in (None, d_A, d_B))
         return d_rows, None, None, *d_of
-
-
-def _stacked(As: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """(all ranks, in)."""
-    return torch.cat(tuple(As)).to(dtype)
-
-
-def _parts(low: torch.Tensor, As: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Each layer's columns."""
-    return low.split([len(A) for A in As], dim=1)
