@@ -92,15 +92,16 @@ def routed(
     record.check_known(present)
     _check_lengths(names, lengths)
     check_in_place(model, present)
-    paths = [path for path, _, adapters in hosts(model) if any(name in adapters for name in present)]
     _check_routable(model, record, present, by_segment=lengths is not None)
     if hasattr(model, _GENERATION_STEP) and _GENERATION_STEP not in record.patched:
         expand = functools.partial(note_repeats, model, getattr(model, _GENERATION_STEP))
         record.patch(model, _GENERATION_STEP, expand)
-    by_rows = lengths is None
-    where = turning(model, paths) if by_rows else ()
-    routing = Routing(tuple(names), None if by_rows else tuple(lengths), random or {}, where)
-    hook = None if by_rows else model.register_forward_pre_hook(functools.partial(_check_pack, routing))
+    if lengths is None:
+        paths = [path for path, _, adapters in hosts(model) if any(name in adapters for name in present)]
+        routing, hook = Routing(tuple(names), random=random or {}, turning=turning(model, paths)), None
+    else:
+        routing = Routing(tuple(names), tuple(lengths), random or {})
+        hook = model.register_forward_pre_hook(functools.partial(_check_pack, routing))
     try:
         with _block(record, Choice(routing=routing)):
             yield

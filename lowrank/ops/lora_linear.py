@@ -1,7 +1,8 @@
 """y = gain · (x·Wᵀ + s · drop(x)·Aᵀ·Bᵀ) + b as one autograd function (LoRA, Hu 2021, equation 3).
 
-Against the plain composition it keeps no second input, no cast copy and no (n, out) intermediate: the low-rank terms
-are added in place to the products with W, and the backward pass needs x, the (n, r) product x·Aᵀ and the weights.
+Against the plain composition it keeps no second input, no cast copy of x and no (n, out) intermediate: the low-rank
+terms are added in place to the products with W, and the backward pass needs x, the (n, r) product x·Aᵀ, the weights,
+and A and B in the dtype of the products.
 """
 
 from __future__ import annotations
@@ -37,11 +38,16 @@ def lora_linear(
     Returns:
         (..., out), of x's dtype (under autocast: of the autocast dtype).
     """
+    return under_autocast(_apply, x, weight, bias, term, unpack)
+
+
+def under_autocast(apply: Callable[..., torch.Tensor], x: torch.Tensor, *others: Any) -> torch.Tensor:
+    """apply(x, *others); under autocast with x in its dtype, and without what it would do inside."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x.to(dtype), weight, bias, term, unpack)
-    return _apply(x, weight, bias, term, unpack)
+            return apply(x.to(dtype), *others)
+    return apply(x, *others)
 
 
 def lora_linear_reference(

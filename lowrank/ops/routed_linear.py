@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lowrank.ops.lora_linear import Unpack, dropped, gradients_of_factors, kept_places, lora_linear_reference
+from lowrank.ops.lora_linear import (
+    Unpack,
+    dropped,
+    gradients_of_factors,
+    kept_places,
+    lora_linear_reference,
+    under_autocast,
+)
 from lowrank.ops.low_rank import LowRank
 
 
@@ -53,11 +60,7 @@ def routed_linear(
     Returns:
         (..., out), of x's dtype (under autocast: of the autocast dtype).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            return _apply(x.to(dtype), weight, bias, parts, unpack)
-    return _apply(x, weight, bias, parts, unpack)
+    return under_autocast(_apply, x, weight, bias, parts, unpack)
 
 
 def routed_linear_reference(

@@ -21,12 +21,21 @@ from lowrank.data.examples.figures import StreamCounts
 from lowrank.data.examples.token_table import Outcome
 from lowrank.data.loading.bad_rows import LISTED, reason, refusal, refuse_many
 from lowrank.data.loading.load import tokenised
-from lowrank.data.reading.columns import checked_columns, with_columns
+from lowrank.data.reading.columns import checked_columns
 from lowrank.data.reading.readers import Placed, stream_fingerprint, stream_rows
 from lowrank.data.reading.rows import RowList, Rows, digest
-from lowrank.data.reading.sources import Joined, Part, Source, Sources, checked_format, format_of, named_sources
+from lowrank.data.reading.sources import (
+    Joined,
+    Part,
+    Source,
+    Sources,
+    as_asked,
+    checked_format,
+    format_of,
+    named_sources,
+)
 from lowrank.data.reading.transform import KEY as TRANSFORM
-from lowrank.data.reading.transform import transform_of, with_transform
+from lowrank.data.reading.transform import transform_of
 from lowrank.data.supervision.check_supervision import check_fits, check_supervision
 from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.tokenise import Tokeniser
@@ -257,7 +266,7 @@ class BatchStream:
 
     def _row_list(self, placed: Sequence[Placed], source: Source) -> Rows:
         rows = RowList([row for row, _ in placed], source.path, [where for _, where in placed])
-        return with_columns(with_transform(rows, self.transform), checked_columns(source.columns or self.columns))
+        return as_asked(rows, source.columns or self.columns, self.transform)
 
 
 def stream_batches(

@@ -118,14 +118,14 @@ def open_sources(
         if type(sources).__name__ != "Dataset":
             fix = "Give one Dataset: of a DatasetDict a split; of an IterableDataset its source."
             raise InputError(f"a {type(sources).__name__} cannot be read from", where="data.train", fix=fix)
-        rows = _as_asked(dataset_rows(cast("datasets.Dataset", sources), "data set"), columns, transform)
+        rows = as_asked(dataset_rows(cast("datasets.Dataset", sources), "data set"), columns, transform)
         return [Part(rows, checked_format(form), None)]
     if isinstance(sources, Sequence) and not isinstance(sources, str) and _are_rows(sources):
-        rows = _as_asked(RowList(cast("Sequence[Row]", sources), "rows"), columns, transform)
+        rows = as_asked(RowList(cast("Sequence[Row]", sources), "rows"), columns, transform)
         return [Part(rows, checked_format(form), None)]
     return [
         Part(
-            _as_asked(open_rows(item.path, item.split, item.subset), item.columns or columns, transform),
+            as_asked(open_rows(item.path, item.split, item.subset), item.columns or columns, transform),
             checked_format(item.format or form),
             item.weight,
         )
@@ -133,7 +133,8 @@ def open_sources(
     ]
 
 
-def _as_asked(rows: Rows, columns: Mapping[str, str] | None, transform: str | None) -> Rows:
+def as_asked(rows: Rows, columns: Mapping[str, str] | None, transform: str | None) -> Rows:
+    """The rows, each through the user's function, then under the names that formats have for their columns."""
     return with_columns(with_transform(rows, transform), checked_columns(columns))
 
 

@@ -204,6 +204,9 @@ def _rigid(training: TrainingSection) -> str | None:
 
 
 def _exact_loss(model: PreTrainedModel, products: torch.dtype, options: LossOptions | None = None) -> Loss:
+    return in_products(supervised_loss(model, options), model, products)
+
+
+def in_products(loss: Loss, model: PreTrainedModel, products: torch.dtype) -> Loss:
     """The loss; where weights have more digits than products shall have, those are computed with fewer."""
-    loss = supervised_loss(model, options)
     return Autocast(loss, products) if model.dtype == torch.float32 != products else loss

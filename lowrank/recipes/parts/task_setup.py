@@ -16,11 +16,10 @@ from lowrank.models import Head, positions_of, vocabulary_of
 from lowrank.recipes.parts.batches import step_size
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
 from lowrank.recipes.parts.products import choose_products
-from lowrank.recipes.parts.setup import Setup, crowding
+from lowrank.recipes.parts.setup import Setup, crowding, in_products
 from lowrank.recipes.parts.task_rows import task_examples, task_plan
 from lowrank.tasks.kinds_of_task import TASK_KINDS
-from lowrank.tasks.task import SummedLoss, Task
-from lowrank.training.losses.supervised import Autocast, Loss
+from lowrank.tasks.task import Task
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.steps import run_length
 from lowrank.training.transforms.recompute import recompute_activations
@@ -65,8 +64,8 @@ def set_up_task(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -
         dtype=dtype,
         products=products,
         attention=attention,
-        loss=_in_products(task.loss(), model, products.dtype),
-        plain_loss=_in_products(task.loss(plain=True), model, products.dtype),
+        loss=in_products(task.loss(), model, products.dtype),
+        plain_loss=in_products(task.loss(plain=True), model, products.dtype),
         date=None,
         ends=[],
         crowded=crowding(device),
@@ -100,8 +99,3 @@ def task_attention(model: PreTrainedModel, section: ModelSection) -> AttentionCh
     if section.attention == "auto" and not any(getattr(module, "is_causal", False) for module in model.modules()):
         return AttentionChoice(model.config._attn_implementation or "eager", "the base's own: it looks both ways")
     return swap_attention(model, section, packing=False)
-
-
-def _in_products(loss: SummedLoss, model: PreTrainedModel, products: torch.dtype) -> Loss:
-    """The loss; where weights have more digits than products shall have, those are computed with fewer."""
-    return Autocast(loss, products) if model.dtype == torch.float32 != products else loss
