@@ -178,7 +178,7 @@ def from_mask_function(
 
     The function, causal within windows, segments or chunks, is asked about O(length) pairs of positions: neighbours
     give the borders, and the pairs (token, first of its span), (token, token - window) and (token, last before its
-    span) must answer as spans would.
+    span) must answer as spans would. The host reads all answers at once: for a card it waits one time.
 
     Args:
         mask_function: `(batch_idx, head_idx, q_idx, kv_idx) -> bool`, elementwise, as in `transformers.masking_utils`.
@@ -199,31 +199,29 @@ def from_mask_function(
     last_real = torch.where(real, place, -1).cummax(dim=-1).values
     outside = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1).gather(-1, start)
     leaks = real & (outside >= 0) & sees(place, outside.clamp(min=0))
-    if bool(
-        (sees(before, after) & real[:, 1:] & real[:, :-1]).any() | leaks.any() | (real & ~sees(place, place)).any()
-    ):
+    ahead = sees(before, after) & real[:, 1:] & real[:, :-1]
+    wrong = ahead.any() | leaks.any() | (real & ~sees(place, place)).any()
+    whole = (sees(place, start) | ~real).all()
+    fits = whole if window is None else whole | _in_window(sees, place, start, real, window)
+    kinds = real.to(torch.int8) + (real & ~joined)  # padding, a token, the first of its span
+    told = torch.cat([torch.stack([~wrong & fits, whole]).to(torch.int8), kinds.flatten()]).cpu()
+    if not told[0]:
         return None
-    found_window = _window(sees, place, start, real, window)
-    if found_window is False:
-        return None
-    heads = (real & ~joined).flatten().nonzero().flatten().tolist()
-    sizes = torch.bincount((real & ~joined).flatten().cumsum(0)[real.flatten()] - 1).tolist() if heads else []
-    return Spans(batch, length, tuple((h, h + n) for h, n in zip(heads, sizes, strict=True)), found_window)
+    kinds = told[2:]
+    heads = (kinds == 2).nonzero().flatten().tolist()
+    sizes = torch.bincount((kinds == 2).cumsum(0)[kinds > 0] - 1).tolist() if heads else []
+    spans = tuple((head, head + size) for head, size in zip(heads, sizes, strict=True))
+    return Spans(batch, length, spans, None if told[1] else window)
 
 
-def _window(
+def _in_window(
     sees: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     place: torch.Tensor,
     start: torch.Tensor,
     real: torch.Tensor,
-    window: int | None,
-) -> int | bool | None:
-    """None: every token sees back to the start of its span; `window`: that far and no further; False: neither."""
-    if bool((sees(place, start) | ~real).all()):
-        return None
-    if window is None:
-        return False
+    window: int,
+) -> torch.Tensor:
+    """Whether every token sees back to the start of its span, but no further than `window`."""
     nearest_hidden, farthest_seen = place - window, (place - window + 1).maximum(start)
     hidden = sees(place, nearest_hidden.clamp(min=0)) & (nearest_hidden >= start)
-    right = (sees(place, farthest_seen) & ~hidden) | ~real
-    return window if bool(right.all()) else False
+    return ((sees(place, farthest_seen) & ~hidden) | ~real).all()
