@@ -98,7 +98,7 @@ def _stepper(setup: Setup, batch: Batch, training: TrainingSection) -> Callable[
 
     def step() -> float:
         began = time.perf_counter()
-        with segments(model, batch.segments, batch.parents):
+        with segments(model, batch.segments, batch.parents, batch.padded):
             (setup.loss(model, batch) / batch.supervised).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,17 +1,19 @@
-"""Packs: telling the backends where segments end."""
+"""Packs and padded rows: telling the backends where segments end."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from lowrank.attention import packed_positions
 from lowrank.attention.announced import ANNOUNCED, SHARING, Announced, share_masks
+from lowrank.attention.announced_rows import ROWS, AnnouncedRows, PaddedRows
 from lowrank.attention.flash import flash_attention, packing_arguments
 from lowrank.attention.forest import starts_of
 from lowrank.attention.segmentwise import IMPLEMENTATION
@@ -23,9 +25,12 @@ Hook = Callable[[object, tuple[object, ...], dict[str, object]], tuple[Any, Any]
 
 @contextmanager
 def segments(
-    model: PreTrainedModel, lengths: Sequence[int] | None, parents: Sequence[int] | None = None
+    model: PreTrainedModel,
+    lengths: Sequence[int] | None,
+    parents: Sequence[int] | None = None,
+    padded: PaddedRows | None = None,
 ) -> Iterator[None]:
-    """Announce the segments of one pack, to be held over its forward *and* backward pass.
+    """Announce one pack's segments or a padded batch's rows, to be held over its forward *and* backward pass.
 
     The pack is one row of `sum(lengths)` tokens whose position_ids restart at each segment, given to the model with
     `attention_mask=None` and `use_cache=False`. `eager` and `sdpa` need no more than that; the announcement spares the
@@ -35,33 +40,56 @@ def segments(
     position_ids go on from its parent's (`positions_of`). Its logits are those of the tokens at the end of the example
     that its ancestors and it make up; run `check_sharing` before the first.
 
+    Padded rows mean the same whether they are announced or not; a card is then not asked where they end.
+
     Args:
         model: The model, its attention set by `set_attention`.
-        lengths: Tokens of each segment, in order; None (a padded batch): announces nothing.
+        lengths: Tokens of each segment, in order; None: it is no pack.
         parents: For each segment the number of the one that it goes on from, which must come earlier in the pack; -1:
             none. None: -1 for all.
+        padded: The rows of a batch that is no pack; None: announces nothing of them.
 
     Raises:
         InputError: `parents` name no earlier segments, or the model's attention cannot share beginnings. On the model's
             call: it is given the pack's tokens with an attention_mask or a cache, under which transformers looks for no
             segments; or, with parents, without position_ids, or it makes a mask of its own.
     """
-    if lengths is None:
-        yield
-        return
-    told = Announced(tuple(lengths), _parents(model, lengths, parents))
-    hooks = [model.register_forward_pre_hook(_for_a_pack(model, told), with_kwargs=True)]
-    if told.parents is not None:
-        hooks.append(model.register_forward_hook(_after_a_forest(told)))
     keys = {id(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
-    ANNOUNCED.update(dict.fromkeys(keys, told))
-    try:
+    with ExitStack() as end:
+        if lengths is not None:
+            _announce_pack(model, Announced(tuple(lengths), _parents(model, lengths, parents)), keys, end)
+        elif padded is not None:
+            _announce(ROWS, keys, told := AnnouncedRows(model, padded), end)
+            end.callback(model.register_forward_pre_hook(_for_rows(model, told), with_kwargs=True).remove)
         yield
-    finally:
-        for key in keys:
-            del ANNOUNCED[key]
-        for hook in hooks:
-            hook.remove()
+
+
+def _announce_pack(model: PreTrainedModel, told: Announced, keys: set[int], end: ExitStack) -> None:
+    end.callback(model.register_forward_pre_hook(_for_a_pack(model, told, end), with_kwargs=True).remove)
+    if told.parents is not None:
+        end.callback(model.register_forward_hook(_after_a_forest(told)).remove)
+    _announce(ANNOUNCED, keys, told, end)
+
+
+def _announce(table: dict[int, Any], keys: set[int], told: object, end: ExitStack) -> None:
+    for key in keys:
+        table[key] = told
+        end.callback(table.pop, key)
+
+
+def _for_rows(model: PreTrainedModel, told: AnnouncedRows) -> Hook:
+    """Before the model's call: whether it is given the rows' mask, and not another."""
+    names = _arguments(model)
+
+    def before(module: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        asked = {**dict(zip(names, args, strict=False)), **kwargs}
+        told.called = asked.get("attention_mask") is told.rows.mask
+
+    return before
+
+
+def _arguments(model: PreTrainedModel) -> list[str]:
+    return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
 def _parents(model: PreTrainedModel, lengths: Sequence[int], parents: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -83,9 +111,10 @@ def _parents(model: PreTrainedModel, lengths: Sequence[int], parents: Sequence[i
 _KINDS = {"full_attention", "sliding_attention"}
 
 
-def _for_a_pack(model: PreTrainedModel, told: Announced) -> Hook:
+def _for_a_pack(model: PreTrainedModel, told: Announced, end: ExitStack) -> Hook:
     """Before the model's call with the pack's tokens: refuses what makes segments see one another, adds the borders."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    names = _arguments(model)
+    restart = _restart(told) or model.config._attn_implementation == IMPLEMENTATION
     cached = getattr(model.config.get_text_config(), "use_cache", False)
     more = {}
     if is_flash_attention_requested(model.config):
@@ -109,9 +138,20 @@ def _for_a_pack(model: PreTrainedModel, told: Announced) -> Hook:
                 "without position_ids the segments of a pack would not go on from their parents' positions",
                 fix="Give the model the position_ids that `positions_of` says.",
             )
+        positions = asked.get("position_ids")
+        if restart and isinstance(positions, torch.Tensor):
+            packed_positions.announce(positions)
+            end.callback(packed_positions.forget, positions)
         return args, {**kwargs, **more}
 
     return before
+
+
+def _restart(told: Announced) -> bool:
+    """Whether a segment begins elsewhere than at the position after the last of the one before it in the row."""
+    starts = starts_of(told.lengths, told.parents)
+    ends = [start + length for start, length in zip(starts, told.lengths, strict=True)]
+    return any(start != end for start, end in zip(starts[1:], ends[:-1], strict=True))
 
 
 def _after_a_forest(told: Announced) -> Callable[[PreTrainedModel, object, object], None]:

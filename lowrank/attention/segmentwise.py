@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lowrank.attention import square, varlen
 from lowrank.attention.announced import announced_spans
+from lowrank.attention.announced_rows import ROWS
 from lowrank.attention.backend import Backend
 from lowrank.attention.mask import SpansMask
 from lowrank.attention.maskparts import CAUSAL, CHUNKS, parts_of
@@ -72,6 +73,8 @@ def segments_mask(
     whole = whole and (attention_mask is None or attention_mask.shape[-1] == q_length)
     if whole:
         announced = announced_spans(config, batch_size, q_length, attention_mask, mask_function, local_size)
+        if announced is None and (rows := ROWS.get(id(config))) is not None:
+            announced = rows.spans(batch_size, q_length, attention_mask, mask_function, local_size)
         if announced is not None:
             return SpansMask(announced, device)
     if whole and not use_vmap and not allow_is_bidirectional_skip and parts_of(mask_function) <= CAUSAL | CHUNKS:

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lowrank.attention.spans import Spans
+from lowrank.ops.transfer import to_device
 
 TOGETHER = 1, 2, 4, 8  # spans in a stack
 GRAIN = 16  # of strips' stacks
@@ -141,7 +142,7 @@ def _stack(members: list[int], spans: Spans, layout: Layout) -> Stack:
     in_order = before == 0 and bool((keys.flatten().diff() == 1).all())
     run = (int(keys[0, 0]), int(keys[-1, -1]) + 1) if in_order else None
     places = filled.flatten().nonzero().flatten()
-    source, target, places, keys = (x.to(layout.device) for x in (source, target, places, keys))
+    source, target, places, keys = (to_device(x, layout.device) for x in (source, target, places, keys))
     return Stack(len(members), before, length, source, target, places, keys, run)
 
 

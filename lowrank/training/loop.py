@@ -101,7 +101,7 @@ def _gradients(
     parts = []
     for number, batch in enumerate(group.batches):
         counts = number < len(group.batches) - group.idle
-        with segments(run.model, batch.segments, batch.parents):
+        with segments(run.model, batch.segments, batch.parents, batch.padded):
             part = loss(run.model, batch) / group.supervised
             accelerator.backward(run.scaler.scale(part if counts else part * 0.0))
         parts.append(part.detach() if counts else torch.zeros_like(part))

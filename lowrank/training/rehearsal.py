@@ -32,12 +32,12 @@ def rehearse(model: Any, plan: Batches, loss: Loss, accelerator: Accelerator, ba
     batch = plan.largest().to(model.get_input_embeddings().weight.device)
     try:
         model.train()
-        with segments(model, batch.segments, batch.parents):
+        with segments(model, batch.segments, batch.parents, batch.padded):
             value = _backward(model, batch, loss, accelerator)
             remark = None if torch.isfinite(value) else _why(model, base, float(value), lambda: loss(model, batch))
         if unreached(model):
             model.eval()
-            with segments(model, batch.segments, batch.parents):
+            with segments(model, batch.segments, batch.parents, batch.padded):
                 _backward(model, batch, loss, accelerator)
         missed = unreached(model)
     finally:
@@ -68,6 +68,6 @@ def rehearse_evaluation(model: Any, plan: Batches, loss: Loss) -> None:
     was_training = model.training
     model.eval()
     batch = plan.largest().to(model.get_input_embeddings().weight.device)
-    with segments(model, batch.segments, batch.parents):
+    with segments(model, batch.segments, batch.parents, batch.padded):
         loss(model, batch)
     model.train(was_training)

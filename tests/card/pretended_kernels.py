@@ -18,7 +18,8 @@ def _must(holds: bool, what: str) -> None:
 
 def _varlen(card: Any, func: Any, args: Any, kwargs: Any, came: Any, came_kwargs: Any) -> Any:
     """torch.nn.attention.varlen: q (tokens, h, d), k and v (tokens, h_kv, d); `offsets` where spans begin."""
-    q, k, v, offsets, key_offsets, longest, longest_keys, is_causal, scale, window, grouped = args[:11]
+    q, k, v, offsets, key_offsets, longest, longest_keys, is_causal, scale, window = args[:10]
+    grouped = len(args) > 10 and args[10]
     _must(all(x.is_cuda for x in came[:5]), "varlen_attn: a tensor is on the host")
     _refuse_varlen(card.capability, q, k, v, offsets, key_offsets)
     _must(is_causal == (tuple(window) == (-1, 0)), "is_causal")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from lowrank.attention.announced_rows import PaddedRows
 from lowrank.data.batches.pack_forest import forest_of
 from lowrank.data.examples.example import IdsAndMask
 from lowrank.ops.transfer import to_device
@@ -64,6 +65,7 @@ class Batch:
         segments: Tokens in each segment of a pack; None for padded rows.
         parents: For each segment of a pack the number of the one that it goes on from, -1 for none; None where no
             segment has one.
+        rows: Tokens of each padded row that are not padding, which come first; None for a pack.
         tokens: Of the examples, each with all of its own.
         supervised: Those that carry loss.
         given: What the batch of a task holds beside tokens: its labels, token types.
@@ -76,9 +78,17 @@ class Batch:
     attention_mask: torch.Tensor | None
     segments: list[int] | None
     parents: list[int] | None
+    rows: list[int] | None
     tokens: int
     supervised: int
     given: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> PaddedRows | None:
+        """What attention is told of a batch that is no pack."""
+        if self.attention_mask is None or self.rows is None:
+            return None
+        return PaddedRows(self.attention_mask, self.rows)
 
     def built(self) -> Batch:
         """Itself: it is."""
@@ -125,6 +135,7 @@ def packed_batch(parts: Sequence[IdsAndMask], shared: Sequence[int] | None = Non
         attention_mask=None,
         segments=forest.segments,
         parents=forest.parents if max(forest.parents, default=-1) >= 0 else None,
+        rows=None,
         tokens=sum(len(tokens) for tokens, _ in parts),
         supervised=len(holders.examples),
     )
@@ -153,6 +164,7 @@ def padded_batch(parts: Sequence[IdsAndMask], pad_token_id: int) -> Batch:
         attention_mask=torch.from_numpy(real),
         segments=None,
         parents=None,
+        rows=[len(tokens) for tokens, _ in parts],
         tokens=int(real.sum()),
         supervised=len(holders.examples),
     )

@@ -149,7 +149,7 @@ def losses_of(
         mine = ranks.index < len(group)
         members = group[ranks.index if mine else 0]  # all go through the model equally often
         batch = plan.batch(members)
-        with segments(model, batch.segments, batch.parents):
+        with segments(model, batch.segments, batch.parents, batch.padded):
             losses = loss.each(model, batch.to(device))
         if mine:
             which = members.rows[batch.holders.examples]
