@@ -241,7 +241,7 @@ class Card(TorchDispatchMode):
         source = args[1] if name == "aten::copy_" else args[0]
         lands = isinstance(args[0], OnCard) if name == "aten::copy_" or to is None else to != "cpu"
         passes = kwargs.get("non_blocking", args[2] if name == "aten::copy_" and len(args) > 2 else False)
-        if isinstance(source, OnCard) == lands or source.device.type == "meta":
+        if isinstance(source, OnCard) == lands or source.device.type == "meta" or source.numel() == 0:
             return None
         if lands and source.numel() > 1 and not source.is_pinned():
             self.pageable.append(f"{tuple(source.shape)}: {whose_line()}")

@@ -158,6 +158,6 @@ def _sdpa(original: Callable[..., torch.Tensor], tensors: type[torch.Tensor]) ->
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         elif attn_mask is not None:
             scores = scores + attn_mask
-        return torch.dropout(torch.softmax(scores, -1), dropout_p, dropout_p > 0) @ value
+        return torch.dropout(torch._safe_softmax(scores, -1), dropout_p, dropout_p > 0) @ value  # 0 of no keys
 
     return attention

@@ -129,8 +129,9 @@ def test_roomy_layers_hold_what_transformers_own_hold():
         states = [torch.randn(rows, 2, tokens, 8, generator=generator) for _ in range(2)]
         for found, expected in zip(ours.update(*states), theirs.update(*states), strict=True):
             assert torch.equal(found, expected)
-        for layer in (ours, theirs):
-            layer.batch_select_indices(torch.tensor(kept))
+        moved = torch.tensor([[place, row] for place, row in enumerate(kept) if place != row], dtype=torch.int64)
+        ours.keep(len(kept), *moved.view(-1, 2).T)
+        theirs.batch_select_indices(torch.tensor(kept))
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
         assert ours.get_mask_sizes(2) == theirs.get_mask_sizes(2)

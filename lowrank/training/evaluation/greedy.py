@@ -21,6 +21,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowrank.adapters.activation import keep_rows
+from lowrank.ops.transfer import to_device
 
 
 class RoomyLayer(DynamicLayer):
@@ -50,18 +51,29 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (block[:, :, :stop] for block in self.blocks)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Row `i` becomes what row `indices[i]` was; only rows that change are copied."""
+    def keep(self, count: int, places: torch.Tensor, rows: torch.Tensor) -> None:
+        """The first `count` rows stay, at `places` (m,) among them what `rows` (m,) were; nothing else is copied."""
         assert self.blocks is not None
-        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
         stop = self.get_seq_length()
         for block in self.blocks:
-            block[moved, :, :stop] = block[indices[moved], :, :stop]
-        self.blocks = (self.blocks[0][: len(indices)], self.blocks[1][: len(indices)])
+            block[places, :, :stop] = block[rows, :, :stop]
+        self.blocks = (self.blocks[0][:count], self.blocks[1][:count])
         self.keys, self.values = (block[:, :, :stop] for block in self.blocks)
 
     def _block(self, states: torch.Tensor) -> torch.Tensor:
         return states.new_empty(*states.shape[:2], self.room, states.shape[3])
+
+
+class _UnaskedCache(DynamicCache):
+    """A cache for a card, which transformers does not ask for each token whether the mask holds padding.
+
+    It leaves the mask of a single token alone under caches that could be compiled, and reads nothing else from that.
+    """
+
+    @property
+    def is_compileable(self) -> bool:
+        """As if."""
+        return True
 
 
 def can_continue_rows(model: Any) -> bool:
@@ -115,7 +127,7 @@ def continue_rows(
             **last_logits(model),
         ).logits
         tokens = logits[:, -1].argmax(-1)
-        chosen = tokens.tolist()  # a wait for a card; transformers' mask of sdpa is another
+        chosen = tokens.tolist()  # the one wait for a card
         goes_on = [token not in ends for token in chosen]
         for row, token, more in zip(writing, chosen, goes_on, strict=True):
             if more:
@@ -125,9 +137,8 @@ def continue_rows(
         if not all(goes_on):
             kept = _filled_up(goes_on)
             writing = [writing[row] for row in kept]
-            rows = torch.tensor(kept, device=model.device)
+            rows = _keep(cache, kept, model.device)
             mask, positions, tokens = mask[rows], positions[rows], tokens[rows]
-            cache.batch_select_indices(rows)
             keep_rows(model, kept)
         step = tokens[:, None]
     return answers
@@ -138,6 +149,20 @@ def _filled_up(goes_on: Sequence[bool]) -> list[int]:
     count = sum(goes_on)
     later = iter([row for row in range(count, len(goes_on)) if goes_on[row]])
     return [row if goes_on[row] else next(later) for row in range(count)]
+
+
+def _keep(cache: DynamicCache, kept: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Takes rows out of a cache: row `i` becomes what row `kept[i]` was. Returns `kept` on the device."""
+    places = [place for place, row in enumerate(kept) if place != row]
+    moves = to_device(torch.tensor([places, [kept[place] for place in places]], dtype=torch.int64), device)
+    rows = to_device(torch.tensor(kept), device)
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.keep(len(kept), moves[0], moves[1])
+        else:
+            assert isinstance(layer, DynamicLayer), "rows of the model can be taken out"
+            layer.batch_select_indices(rows)
+    return rows
 
 
 @contextmanager
@@ -168,7 +193,7 @@ def padded(
         before, gap, rest = most - own, longest - (len(prompt) - own), len(prompt) - own
         ids.append([*[pad] * before, *prompt[:own], *[pad] * gap, *prompt[own:]])
         mask.append([0] * before + [1] * own + [0] * gap + [1] * rest)
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return to_device(torch.tensor(ids), device), to_device(torch.tensor(mask), device)
 
 
 def new_cache(model: Any) -> DynamicCache:
@@ -178,7 +203,7 @@ def new_cache(model: Any) -> DynamicCache:
 
 def _roomy_cache(model: Any, begun: Sequence[DynamicCache | None], shared: int, room: int) -> DynamicCache:
     """A cache for rows of at most `room` tokens, in which what has begun of each ends at place `shared`."""
-    cache = new_cache(model)
+    cache = (_UnaskedCache if model.device.type == "cuda" else DynamicCache)(config=model.config.get_text_config())
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     for number in range(len(cache.layers) if shared else 0):
         known = [(one if one is None else _keys_and_values(one, number)) for one in begun]
