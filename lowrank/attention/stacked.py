@@ -120,7 +120,8 @@ def _stacks(
     """Those of torch's kernel, and those of strips, which have each key head's queries side by side."""
     others = tuple(sorted(set(range(len(spans.spans))).difference(by_torch)))
     plain = Layout(q.device, q[0].numel())
-    by_heads = replace(plain, heads=k.shape[1], grain=GRAIN, roomy=q.element_size() == 2)
+    roomy = q.element_size() == 2 and q.device.type == "cpu"
+    by_heads = replace(plain, heads=k.shape[1], grain=GRAIN, roomy=roomy)
     return stacks_of(spans, plain, by_torch), stacks_of(spans, by_heads, others)
 
 

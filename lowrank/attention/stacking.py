@@ -28,6 +28,9 @@ TOGETHER = 1, 2, 4, 8  # spans in a stack
 GRAIN = 16  # of strips' stacks
 LEAST_ROOM = 256  # where places are handed out in powers of two
 OVERHEAD = 1 << 25  # what a stack costs beside its products, in their multiplications; measured on two cores
+CARD_TOGETHER = 1, 2, 4, 8, 16, 32, 64
+# On a card, by the count: a hundred launches, while scores go through memory some twenty times.
+CARD_OVERHEAD = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def _stacked(spans: Spans, layout: Layout, members: tuple[int, ...]) -> list[Sta
     if spans.parents is not None:
         orders.append(sorted(members, key=lambda n: (-places[n][0], -places[n][1], n)))
         orders.append(sorted(members, key=lambda n: (-sum(places[n]), -places[n][0], n)))
-    plans = [(*_counts([places[n] for n in order], layout.width), order) for order in orders]
+    card = layout.device.type != "cpu"
+    plans = [(*_counts([places[n] for n in order], layout.width, card), order) for order in orders]
     _, counts, order = min(plans)
     stacks, first = [], 0
     for count in counts:
@@ -107,15 +111,16 @@ def _stacked(spans: Spans, layout: Layout, members: tuple[int, ...]) -> list[Sta
     return stacks
 
 
-def _counts(places: list[tuple[int, int]], width: int) -> tuple[int, list[int]]:
+def _counts(places: list[tuple[int, int]], width: int, card: bool) -> tuple[int, list[int]]:
     """What the cheapest way costs, and how many of the spans, (tokens before it, tokens) each, go into each stack."""
+    together, overhead = (CARD_TOGETHER, CARD_OVERHEAD) if card else (TOGETHER, OVERHEAD)
     rest = [(0, 0)]  # of the last spans, none of them first: the least cost, and how many go into the first stack
     for first in reversed(range(len(places))):
         ways, before, end = [], places[first][0], 0
-        for number, place in enumerate(places[first : first + TOGETHER[-1]]):
+        for number, place in enumerate(places[first : first + together[-1]]):
             before, end, count = min(before, place[0]), max(end, sum(place)), number + 1
-            if count in TOGETHER:
-                ways.append((OVERHEAD + count * (end * end - before * before) * width + rest[-count][0], count))
+            if count in together:
+                ways.append((overhead + count * (end * end - before * before) * width + rest[-count][0], count))
         rest.append(min(ways))
     cost, counts = rest[-1][0], []
     while len(rest) > 1:

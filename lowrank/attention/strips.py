@@ -29,6 +29,11 @@ from lowrank.ops.precision import precise
 STRIP = 64  # queries of a short span, in 32 bits
 LONGEST_STRIP = 4 * STRIP
 SCORES_AT_ONCE = 1 << 20
+# A card's time is that of launches until it has much to do at once, and then its memory's: scores go through it a dozen
+# times.
+CARD_STRIPS = 4  # of a span: five eighths of the square are computed, where half of it counts
+CARD_SHORTEST = 2 * STRIP
+CARD_SCORES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,9 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, rule: Rule, write: Write
 ) -> None:
     """q (n, s, g, d), k (n, t, d), v (n, t, e), sinks (n, g) or None; writes (n, s, g, e), each part once."""
-    scaled_k = _scaled(k, rule.scale)
+    scaled_k, hidden = _scaled(k, rule.scale), {}
     for pairs, queries, keys in _strips(q, k.shape[1], rule.window):
-        p, _ = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule)
+        p, _ = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule, hidden)
         p = p[..., : keys.stop - keys.start].flatten(1, 2)
         write(pairs, queries, torch.bmm(p, v[pairs, keys]).unflatten(1, (-1, q.shape[2])))
 
@@ -75,13 +80,13 @@ def gradients(
     Returns:
         Of k, of v, of the sinks.
     """
-    scaled_k = _scaled(k, rule.scale)
+    scaled_k, hidden = _scaled(k, rule.scale), {}
     sums = precise(q.dtype)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=sums) for x in (k, v))
     grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=sums)
     for pairs, queries, keys in _strips(q, k.shape[1], rule.window):
         grad_nre = grad[pairs, queries].flatten(1, 2)
-        p, tanh = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule)
+        p, tanh = _probabilities(q, scaled_k, sinks, pairs, queries, keys, rule, hidden)
         grad_p = torch.bmm(grad_nre, v[pairs, keys].transpose(1, 2)).view(*p.shape[:3], -1)
         if grad_sinks is not None:
             grad_p = torch.nn.functional.pad(grad_p, (0, 1))
@@ -99,19 +104,22 @@ def gradients(
 
 
 def _strips(q: torch.Tensor, keys: int, window: int | None) -> Iterator[tuple[slice, slice, slice]]:
-    """(pairs, queries, keys) whose sizes take few values (`stacking` says why), at most `SCORES_AT_ONCE` scores each.
+    """(pairs, queries, keys) whose sizes take few values (`stacking` says why), of a bounded number of scores each.
 
     The last strip first: it has the most keys, and each next one fits into the memory that the one before gave back.
     A single pair's strip may have more scores.
     """
     n, length, g, _ = q.shape
-    strip, before = _strip(length, q.element_size()), keys - length
+    on_host, before = q.device.type == "cpu", keys - length
+    strip = _strip(length, q.element_size()) if on_host else _card_strip(length, g, keys, window)
+    scores = SCORES_AT_ONCE if on_host else CARD_SCORES
     for first in reversed(range(0, length, strip)):
         last = min(first + strip, length)
         start = 0 if window is None else max(0, before + first - window + 1) // STRIP * STRIP
-        stop = start + min(_rounded(before + last - start), keys - start)
+        seen = before + last - start
+        stop = start + (min(_rounded(seen), keys - start) if on_host else seen)
         at_once = n
-        while at_once > 1 and at_once * g * (last - first) * (stop - start) > SCORES_AT_ONCE:
+        while at_once > 1 and at_once * g * (last - first) * (stop - start) > scores:
             at_once = -(-at_once // 2)
         for pair in range(0, n, at_once):
             yield slice(pair, min(pair + at_once, n)), slice(first, last), slice(start, stop)
@@ -122,6 +130,16 @@ def _strip(length: int, bytes_each: int) -> int:
     where products take less of the time than all that is around them. Measured on two cores."""
     shortest = STRIP * (2 if bytes_each == 2 else 1)
     return min(LONGEST_STRIP, max(shortest, length // 16 // STRIP * STRIP))
+
+
+def _card_strip(length: int, group: int, keys: int, window: int | None) -> int:
+    """Queries at a time on a card, where `group` heads meet each key: at most half a window, since of longer strips'
+    scores most would be hidden."""
+    wanted = max(CARD_SHORTEST, -(-length // CARD_STRIPS // STRIP) * STRIP)
+    if window is not None:
+        wanted = min(wanted, max(CARD_SHORTEST, window // 2))
+        keys = min(keys, window + wanted)
+    return max(STRIP, min(wanted, CARD_SCORES // (group * keys)) // STRIP * STRIP)
 
 
 def _rounded(keys: int) -> int:
@@ -145,6 +163,7 @@ def _probabilities(
     queries: slice,
     keys: slice,
     rule: Rule,
+    hidden: _Hidden,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Softmax over the keys and then the sink, if there is one; and tanh of the capped scores, if they are capped."""
     q_nrgd = q[pairs, queries]
@@ -154,21 +173,27 @@ def _probabilities(
         tanh = (scores / rule.softcap).tanh_()
         scores = tanh * rule.softcap
     before = scaled_k.shape[1] - q.shape[1]
-    _hide(scores, slice(before + queries.start, before + queries.stop), keys, rule.window)
+    _hide(scores, slice(before + queries.start, before + queries.stop), keys, rule.window, hidden)
     if sinks is not None:
         sink = sinks[pairs, None, :, None].to(scores.dtype).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)
     return torch.softmax(scores, dim=-1), tanh
 
 
-def _hide(scores: torch.Tensor, queries: slice, keys: slice, window: int | None) -> None:
+_Hidden: TypeAlias = dict[tuple[int, int], torch.Tensor]
+"""By the sizes of a strip what hides the keys after a query, (queries, 1, keys from the first query on)."""
+
+
+def _hide(scores: torch.Tensor, queries: slice, keys: slice, window: int | None, hidden: _Hidden) -> None:
     """Set the scores (n, queries, g, keys) of keys after a query, or before its window, to -inf.
 
     `queries` are places among the keys.
     """
     shape = queries.stop - queries.start, keys.stop - queries.start
-    later = torch.full(shape, float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
-    scores[..., queries.start - keys.start :] += later[:, None]
+    if shape not in hidden:
+        later = torch.full(shape, float("-inf"), dtype=scores.dtype, device=scores.device)
+        hidden[shape] = later.triu(1)[:, None]
+    scores[..., queries.start - keys.start :] += hidden[shape]
     # The last query sees no key before `border`; of the strip's other queries each sees one further back.
     border = 0 if window is None else queries.stop - window - keys.start
     if window is not None and border > 0:

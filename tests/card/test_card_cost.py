@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from card_cost import RANK, Rates, Shape, step_cost, table_of, whole_cost
+import card_cost
+from card_cost import MODELS, RANK, Rates, Shape, step_cost, table_of, whole_cost
+from pretended import Card
 
 SHAPE = Shape(vocabulary=320, hidden=128, intermediate=96, layers=5, heads=4, key_heads=2)
 TOKENS, SEGMENT = 120, 60
@@ -53,3 +55,13 @@ def test_a_step_takes_the_slowest_of_its_three_times():
     ]
     assert costs[1] == pytest.approx(2 * costs[0])  # all of a step this small is launches
     assert costs[2] > 1e3 * costs[1]
+
+
+def test_launches_of_a_step_in_strips(monkeypatch):
+    """Of an 8B model on a card without variable-length kernels; with a CPU's strips they were 43,296."""
+    monkeypatch.setattr(card_cost, "Card", lambda **how: Card((7, 5), **how))
+    costs = whole_cost(MODELS["8b"], 4096, 512, RATES, own=False)
+    assert sum(cost.launches for cost in costs.values()) <= 9949
+    monkeypatch.undo()
+    kernels = whole_cost(MODELS["8b"], 4096, 512, RATES, own=False)
+    assert sum(cost.launches for cost in kernels.values()) <= 6400
