@@ -84,12 +84,10 @@ def load_model(
         "use_safetensors": True,
         "output_loading_info": True,
     }
-    if quantization is not None:
-        options |= {"quantization_config": loading_config(quantization), "device_map": {"": where}}
+    quantised = None if quantization is None else loading_config(quantization)
     try:
         config = AutoConfig.from_pretrained(name_or_path, **source)
-        if quantization is None and (dense := dense_config(config)) is not None:
-            options["quantization_config"] = dense
+        options |= _placed(config, quantised, where, headed=head is not None)
         auto = AutoModelForCausalLM if head is None else _with_head(config, head, name_or_path)
         options |= {} if head is None else {"ignore_mismatched_sizes": True}
         with nullcontext() if head is None else _told_by_us():
@@ -101,7 +99,21 @@ def load_model(
     _refuse_missing(model, info, name_or_path, headed=head is not None)
     model.config._commit_hash = hub_commit(name_or_path, revision)
     settle(model)
-    return (model if quantization is not None else model.to(where)).eval()
+    return (model if "device_map" in options else model.to(where)).eval()
+
+
+def _placed(config: Any, quantised: Any, where: str, *, headed: bool) -> dict[str, Any]:
+    """How weights get to where they shall be: quantised on the way, or dense. With a device_map they go there tensor by
+    tensor, and the host makes no copy of all.
+
+    A head that the files lack takes the CPU's random numbers, wherever it is trained.
+    """
+    if quantised is not None:
+        return {"quantization_config": quantised, "device_map": {"": where}}
+    dense = dense_config(config)
+    if dense is not None:
+        return {"quantization_config": dense}
+    return {} if headed or torch.device(where).type == "cpu" else {"device_map": {"": where}}
 
 
 @contextmanager

@@ -52,6 +52,7 @@ def _cuda(capability: tuple[int, int]) -> dict[tuple[Any, str], Any]:
         "get_device_name": "pretended",
         "is_bf16_supported": capability >= (8, 0),
         "max_memory_allocated": 0,
+        "memory_allocated": 0,
         "memory_reserved": 0,
         "reset_peak_memory_stats": None,
         "mem_get_info": (60 * GIB, 80 * GIB),
