@@ -299,6 +299,9 @@ def on_card(model: torch.nn.Module, held_on: str = "cpu") -> torch.nn.Module:
                     trains = value.requires_grad
                     moved[id(value)] = torch.nn.Parameter(there, trains) if table is module._parameters else there
                 table[name] = moved[id(value)]
+                if (state := getattr(value, "quant_state", None)) is not None:  # of bitsandbytes, what 4 bits stand for
+                    state.to(CUDA)
+                    moved[id(value)].quant_state = state
     return model
 
 

@@ -25,8 +25,8 @@ METHODS = {
 }
 
 # Of a step of one pack through two layers, counted, and a twentieth more.
-LAUNCHES = {"lora": 477, "dora": 838, "dropout": 608, "pissa": 536, "adalora": 683, "experts": 578}
-LAUNCHES_OF_A_LAYER = 207
+LAUNCHES = {"lora": 457, "dora": 835, "dropout": 605, "pissa": 516, "adalora": 680, "experts": 570}
+LAUNCHES_OF_A_LAYER = 194
 # Of two layers of experts and their adapters, forward and backward.
 GROUPED = 32
 # The step's loss and norm are read.
