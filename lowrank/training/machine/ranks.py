@@ -64,11 +64,11 @@ class Ranks:
         return values
 
     def any(self, here: bool) -> bool:
-        """Whether it is so on any process; one number travels."""
+        """Whether it is so on any process; one number travels, and a card is waited for once."""
         if self.count == 1:
             return here
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        told = torch.tensor(int(here), device=device)
+        told = torch.full((), int(here), device=device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         return bool(told.item())
 
