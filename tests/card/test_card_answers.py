@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from architectures import MODELS
 from pretended import Card, on_card
 from tiny import VOCAB, tiny_llama
 from transformers import GenerationConfig
@@ -21,8 +24,8 @@ WAITS_OF_A_TOKEN = 1
 WAITS_OF_PROMPTS = {"auto": 1, "sdpa": 2}
 
 
-def answered(card, new_tokens, ends=(), layers=2, attention="auto"):
-    model = tiny_llama(num_hidden_layers=layers).eval()
+def answered(card, new_tokens, ends=(), model=tiny_llama, attention="auto"):
+    model = model().eval()
     if card is not None:
         on_card(model)
     set_attention(model, attention, packing=True)
@@ -38,7 +41,7 @@ def of_tokens(layers):
     counts = []
     for new_tokens in (3, 8):
         with Card() as card:
-            answered(card, new_tokens, layers=layers)
+            answered(card, new_tokens, model=partial(tiny_llama, num_hidden_layers=layers))
         counts.append(card.launches)
     return counts[1] - counts[0]
 
@@ -50,6 +53,17 @@ def test_waits(attention):
         assert answered(card, 8, attention=attention) == expected
     assert len(card.waits) <= WAITS_OF_PROMPTS[attention] + 8 * WAITS_OF_A_TOKEN, card.waits
     assert not card.pageable
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
+def test_windows_that_slide(name):
+    """Layers with a window have a mask of their own, of which padding is asked once, too."""
+    expected = answered(None, 12, model=MODELS[name])
+    with Card() as card:
+        assert answered(card, 12, model=MODELS[name]) == expected
+    copies = [wait for wait in card.waits if "lazy_initialization" in wait]  # transformers' own, one a layer
+    assert len(card.waits) <= 2 * WAITS_OF_PROMPTS["auto"] + 2 + 12 * WAITS_OF_A_TOKEN, card.waits
+    assert len(copies) <= 2
 
 
 def test_launches_of_a_layer():
