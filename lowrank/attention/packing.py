@@ -69,6 +69,14 @@ def _announce_pack(model: PreTrainedModel, told: Announced, keys: set[int], end:
     if told.parents is not None:
         end.callback(model.register_forward_hook(_after_a_forest(told)).remove)
     _announce(ANNOUNCED, keys, told, end)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # some ask the card in each pass whether a token looks like padding
+            module.warn_if_padding_and_no_attention_mask = _warn_of_none
+            end.callback(delattr, module, "warn_if_padding_and_no_attention_mask")
+
+
+def _warn_of_none(input_ids: object, attention_mask: object) -> None:
+    """A pack has no padding."""
 
 
 def _announce(table: dict[int, Any], keys: set[int], told: object, end: ExitStack) -> None:

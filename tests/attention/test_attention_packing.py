@@ -88,8 +88,10 @@ def test_an_announcement_ends():
     announcement = segments(model, [3, 4])
     announcement.__enter__()
     assert {told.lengths for told in ANNOUNCED.values()} == {(3, 4)}
+    assert "warn_if_padding_and_no_attention_mask" in vars(model)
     assert not announcement.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
     assert not ANNOUNCED
+    assert "warn_if_padding_and_no_attention_mask" not in vars(model)
     with segments(model, None):
         assert not ANNOUNCED
 

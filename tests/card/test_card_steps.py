@@ -87,9 +87,10 @@ def test_padded_rows(dtype):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("name", ["gemma2", "mistral"])
-def test_windows_and_caps(name, packing):
-    """Of gemma2's two kinds of masks neither is asked about, and strips take their indices without a wait."""
+@pytest.mark.parametrize("name", ["gemma2", "mistral", "gpt2"])
+def test_windows_caps_and_warnings(name, packing):
+    """Of gemma2's two kinds of masks neither is asked about, and strips take their indices without a wait; nobody looks
+    whether a token of GPT-2's pack is padding."""
     card = trained(MODELS[name]().to(torch.bfloat16), LORA, Card(), packing=packing)
     same(card, trained(MODELS[name]().to(torch.bfloat16), LORA, None, packing=packing))
     assert len(card.waits) <= WAITS, card.waits
