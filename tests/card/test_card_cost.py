@@ -62,6 +62,3 @@ def test_launches_of_a_step_in_strips(monkeypatch):
     monkeypatch.setattr(card_cost, "Card", lambda **how: Card((7, 5), **how))
     costs = whole_cost(MODELS["8b"], 4096, 512, RATES, own=False)
     assert sum(cost.launches for cost in costs.values()) <= 9949
-    monkeypatch.undo()
-    kernels = whole_cost(MODELS["8b"], 4096, 512, RATES, own=False)
-    assert sum(cost.launches for cost in kernels.values()) <= 6400
