@@ -132,5 +132,12 @@ def _table(rows: Sequence[Mapping[str, Any]], found: Sequence[Prediction]) -> Ta
     for row, one in zip(rows, found, strict=True):
         best = sorted(one.scores.items(), key=lambda item: -item[1])[:_SHOWN]
         told = ", ".join(f"{name} {score:.3f}" for name, score in best)
-        table.add_row(" ".join(str(row.get("text") or " ".join(row["tokens"])).split())[:60], one.said, told)
+        table.add_row(" ".join(_asked(row).split())[:60], one.said, told)
     return table
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """What a row asks, for a line of a table."""
+    if row.get("text"):
+        return str(row["text"])
+    return " ".join(row["tokens"]) if row.get("tokens") else json.dumps(row, ensure_ascii=False)

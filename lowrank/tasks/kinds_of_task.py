@@ -30,6 +30,9 @@ LABEL_KEYS = "model.problem_type", "training.class_weights", "training.label_smo
 """What a config may ask of the loss of labels."""
 
 
+REWARD_LABELS = {0: "reward"}
+"""By their names in its config a reward model is told from other classifiers of texts."""
+
 TASK_KINDS: dict[str, Kind] = {
     "sequence_classification": Kind(
         "AutoModelForSequenceClassification",
@@ -46,4 +49,5 @@ TASK_KINDS: dict[str, Kind] = {
         ("training.label_smoothing_factor",),
     ),
     "embedding": Kind("AutoModel", "FEATURE_EXTRACTION", "sentence-similarity", ("recall@1", "recall@10", "ndcg@10")),
+    "reward": Kind("AutoModelForSequenceClassification", "SEQ_CLS", "text-classification", ("accuracy", "margin")),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowrank.tasks.reward_model import Reward
 from lowrank.tasks.sequence_classification import SequenceClassification
 from lowrank.tasks.task import TaskClass
 from lowrank.tasks.text_embedding import Embedding
@@ -11,4 +12,5 @@ TASKS: dict[str, TaskClass] = {
     "sequence_classification": SequenceClassification(),
     "token_classification": TokenClassification(),
     "embedding": Embedding(),
+    "reward": Reward(),
 }

@@ -23,7 +23,7 @@ class ModelSection(Section):
 
     task: Task | None = None
     """What the base learns to do; found by the rows where it is plain: text and label make sequence_classification.
-    All others are causal_lm."""
+    All others are causal_lm; reward, of chosen and rejected, is learned only where it is named here."""
 
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     """Of sequence_classification, by transformers' names; found by the labels: names and whole numbers are classes,

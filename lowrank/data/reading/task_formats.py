@@ -15,11 +15,13 @@ class TaskFormat:
         expects: What a row looks like, for error messages.
         needs: The keys that a row must have; where it has them all, its task is plain.
         optional: Further keys that it may have.
+        by_name: Whether only a config that names the task has it: its rows may mean something else.
     """
 
     expects: str
     needs: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    by_name: bool = False
 
     @property
     def keys(self) -> list[str]:
@@ -39,13 +41,19 @@ TASK_FORMATS: dict[str, TaskFormat] = {
     "embedding": TaskFormat(
         '{"anchor": ..., "positive": ...}, with "negative" where one is known', ("anchor", "positive"), ("negative",)
     ),
+    "reward": TaskFormat(
+        '{"chosen": ..., "rejected": ...}, texts or messages, with "prompt" where it stands apart',
+        ("chosen", "rejected"),
+        ("prompt", "margin"),
+        by_name=True,
+    ),
 }
 """By the name of the task; the config reads the names here, so nothing loads torch."""
 
 
-def task_of(row: Mapping[str, Any]) -> str | None:
-    """The task whose keys a row has, all of them with values; None where there is none."""
-    for name, form in TASK_FORMATS.items():
-        if all(row.get(key) is not None for key in form.needs):
+def task_of(row: Mapping[str, Any], named: str | None = None) -> str | None:
+    """The task whose keys a row has, all of them with values, the named one before others; None: there is none."""
+    for name, form in sorted(TASK_FORMATS.items(), key=lambda item: item[0] != named):
+        if (name == named or not form.by_name) and all(row.get(key) is not None for key in form.needs):
             return name
     return None

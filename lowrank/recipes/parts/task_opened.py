@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from lowrank.errors import InputError
 from lowrank.models import Head, cannot_load, check_folder, load_model, load_tokenizer, new_modules
 from lowrank.paths import expanded
 from lowrank.recipes.parts.opened import adapter_folder, base_name, tokenizer_of
-from lowrank.tasks.kinds_of_task import TASK_KINDS
+from lowrank.tasks.kinds_of_task import REWARD_LABELS, TASK_KINDS
 from lowrank.tasks.registry import TASKS
 from lowrank.tasks.task import Task
 from lowrank.weights import load as load_onto
@@ -21,9 +22,11 @@ def task_in(path: str, *, trust_remote_code: bool = False) -> str | None:
     """The name of the task that a folder's adapter or model has learned; None for the next token."""
     path, folder = expanded(path), adapter_folder(path)
     if folder is not None:
-        return _by_type(open_adapter(folder).config.task_type)
+        file = open_adapter(folder)
+        return _of_labels(_by_type(file.config.task_type), file.head.get("id2label"))
     check_folder(path)
-    return _by_class(_config_of(path, trust_remote_code))
+    config = _config_of(path, trust_remote_code)
+    return _of_labels(_by_class(config), config.id2label)
 
 
 def open_task(
@@ -105,6 +108,12 @@ def _refuse_made_up(new: tuple[str, ...], saved: list[str], path: str) -> None:
 
 def _by_type(task_type: str | None) -> str | None:
     return next((name for name, kind in TASK_KINDS.items() if kind.task_type == task_type), None)
+
+
+def _of_labels(name: str | None, labels: Mapping[Any, str] | None) -> str | None:
+    """A classifier whose one output is called a reward is a reward model."""
+    named = {int(number): label for number, label in (labels or {}).items()}
+    return "reward" if name == "sequence_classification" and named == REWARD_LABELS else name
 
 
 def _by_class(config: Any) -> str | None:

@@ -25,7 +25,7 @@ def with_task(config: RunConfig) -> RunConfig:
     named = config.model.task
     if named == CAUSAL_LM or (named is None and not _may_be_found(config.data)):
         return config
-    first, found = _plainest(sources_of(config.data.train), config.data.columns, config.data.transform)
+    first, found = _plainest(sources_of(config.data.train), config.data.columns, config.data.transform, named)
     if found is None and named is None:
         _refuse_contradictions(_with(config, CAUSAL_LM))
         return config
@@ -69,10 +69,10 @@ def _filled(row: Mapping[str, Any]) -> list[str]:
 
 
 def _plainest(
-    sources: Sources, columns: Mapping[str, str] | None = None, transform: str | None = None
+    sources: Sources, columns: Mapping[str, str] | None = None, transform: str | None = None, named: str | None = None
 ) -> tuple[tuple[Mapping[str, Any], str] | None, str | None]:
-    """The first row whose task is plain, where it is, and the task: a label may be missing in the rows before. Where
-    there is none, the first that is not empty (None where all are), and None."""
+    """The first row whose task is plain or the named one, where it is, and the task: a label may be missing in the rows
+    before. Where there is none, the first that is not empty (None where all are), and None."""
     first: tuple[Mapping[str, Any], str] | None = None
     rows = open_sources(sources, None, columns, transform)[0].rows
     for index in range(min(len(rows), LOOKED_AT)):
@@ -82,7 +82,7 @@ def _plainest(
             continue
         if is_blank(row):
             continue
-        if (task := task_of(row)) is not None:
+        if (task := task_of(row, named)) is not None:
             return (row, rows.where(index)), task
         first = first or (row, rows.where(index))
     return first, None

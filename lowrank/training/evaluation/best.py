@@ -23,6 +23,7 @@ GREATER_IS_BETTER = {
     "ndcg@10": True,
     "pearson": True,
     "mse": False,
+    "margin": True,
 }
 """The metrics that a run can be judged by; the config reads their names here, so nothing loads torch."""
 
