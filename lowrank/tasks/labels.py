@@ -102,7 +102,8 @@ def labels_in(examples: Examples, asked: str | None) -> Labels:
         asked: The problem's type, where the config names it.
 
     Raises:
-        InputError: the rows do not agree on what a label is, or they show one class alone.
+        InputError: the rows do not agree on what a label is (also where words are mixed with whole numbers, unless the
+            problem's type is asked for), or they show one class alone.
     """
     found = [examples.payload(index).label for index in range(len(examples))]
     kinds = Counter(map(_kind, found))
@@ -116,6 +117,8 @@ def labels_in(examples: Examples, asked: str | None) -> Labels:
         )
     if kind == REGRESSION:
         return Labels(REGRESSION, ())
+    if asked is None and kind == SINGLE:
+        _refuse_mixture(examples, list(map(str, found)))
     names = {name for one in found for name in (one if isinstance(one, tuple) else (one,))}
     if (len(names) < 2 and kind == SINGLE) or not names:
         raise InputError(
@@ -124,6 +127,21 @@ def labels_in(examples: Examples, asked: str | None) -> Labels:
             fix="Add rows of other classes.",
         )
     return named(kind, set(map(str, names)))
+
+
+def _refuse_mixture(examples: Examples, names: list[str]) -> None:
+    """Raises InputError where some classes are whole numbers and others words: 1 and "one" were two."""
+    numbered = [_is_whole(name) for name in names]
+    if all(numbered) or not any(numbered):
+        return
+    most = 2 * sum(numbered) >= len(names)
+    other = numbered.index(not most)
+    usual = names[numbered.index(most)]
+    raise InputError(
+        f"the label is {names[other]!r}, and most are {'whole numbers' if most else 'names'} such as {usual!r}",
+        where=place_of(examples, other),
+        fix=f"Mend the row; where both are meant as classes, set model.problem_type: {SINGLE}.",
+    )
 
 
 def named(kind: str, names: set[str]) -> Labels:
@@ -167,5 +185,9 @@ def _kind(label: Label) -> str:
 
 def _order(name: str) -> tuple[int, str]:
     """Whole numbers by their size, then names."""
+    return (int(name), "") if _is_whole(name) else (10**18, name)
+
+
+def _is_whole(name: str) -> bool:
     number = name.removeprefix("-")
-    return (int(name), "") if number.isdecimal() and number.isascii() else (10**18, name)
+    return number.isdecimal() and number.isascii()

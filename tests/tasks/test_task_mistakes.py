@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from labelled import rows
@@ -12,6 +13,7 @@ from lowrank.errors import InputError
 from lowrank.recipes.chat import chat
 from lowrank.recipes.compare import compare
 from lowrank.recipes.predict import predict
+from lowrank.weights.files.adapter_file import open_adapter
 
 CASES = {
     "another label": (rows(6), [{"text": "a", "label": "new"}], {}, "eval.jsonl:1: the label 'new' is none of those"),
@@ -26,6 +28,13 @@ CASES = {
         "train.jsonl:1: the row has 'text', and model.task is sequence_classification",
     ),
     "mixed labels": ([*rows(3), {"text": "a", "label": 0.5}], rows(3), {}, "train.jsonl:4: the label is 0.5"),
+    "a number among names": ([*rows(3), {"text": "a", "label": 1}], rows(3), {}, "train.jsonl:4: the label is '1'"),
+    "a name among numbers": (
+        [{"text": "a", "label": 0}, {"text": "b", "label": 1}, {"text": "c", "label": "one"}],
+        rows(3),
+        {},
+        "train.jsonl:3: the label is 'one', and most are whole numbers such as '0'",
+    ),
     "no such rows": (
         [{"prompt": "a", "completion": "b"}] * 3,
         rows(3),
@@ -57,6 +66,13 @@ def test_it_is_told_what_is_wrong_and_where(write_task, case):
     train, held_out, sections, told = CASES[case]
     with pytest.raises(InputError, match=re.escape(told)):
         lowrank.train(write_task("llama", train, held_out, **sections))
+
+
+def test_numbers_and_names_are_classes_together_where_the_config_says_so(write_task):
+    mixed = [{"text": text, "label": label} for text, label in (("a", 1), ("b", "one"), ("c", 0), ("d", 1))]
+    asked = {"problem_type": "single_label_classification"}
+    lowrank.train(write_task("llama", mixed, mixed, model=asked, training={"max_steps": 1}))
+    assert list(open_adapter(Path("out")).head["id2label"].values()) == ["0", "1", "one"]
 
 
 def test_an_architecture_without_such_a_model(write_task, tmp_path):
