@@ -121,8 +121,8 @@ def each_cross_entropy(
     Returns:
         (n,), float32 at least.
     """
-    chunks = _chunks(hidden.shape[0], _chunk_rows(hidden, vocabulary))
-    found = [_losses_of_chunk(head(hidden[part]), labels[part], options, None, False) for part in chunks]
+    chunks = chunks_of(hidden.shape[0], chunk_rows(hidden, vocabulary))
+    found = [losses_of_chunk(head(hidden[part]), labels[part], options, None, False) for part in chunks]
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=precise(hidden.dtype))
 
 
@@ -157,13 +157,13 @@ def cross_entropy(
     return loss.sum() if reduction == "sum" else loss
 
 
-def _chunk_rows(hidden: torch.Tensor, vocabulary: int, copies: int = 1) -> int:
+def chunk_rows(hidden: torch.Tensor, vocabulary: int, copies: int = 1) -> int:
     """Rows of logits, of hidden's dtype, that make one chunk with its copies."""
     memory = KERNEL_CHUNK_BYTES if kernels_take(hidden) else CHUNK_BYTES
     return max(1, memory // (vocabulary * hidden.element_size() * copies))
 
 
-def _chunks(n: int, most: int) -> list[slice]:
+def chunks_of(n: int, most: int) -> list[slice]:
     """n rows in as few chunks as `most` rows allow, all of about one size: products of few rows are slow."""
     rows = -(-n // max(1, -(-n // most)))
     return [slice(start, start + rows) for start in range(0, n, max(1, rows))]
@@ -186,7 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=digits) if wanted[1] else None
         d_bias = torch.zeros_like(bias, dtype=digits) if bias is not None and wanted[2] else None
         loss = torch.zeros((), dtype=digits, device=hidden.device)
-        chunks = _chunks(hidden.shape[0], _chunk_rows(hidden, weight.shape[0]))
+        chunks = chunks_of(hidden.shape[0], chunk_rows(hidden, weight.shape[0]))
         memory = hidden.new_empty(len(hidden[chunks[0]]) if chunks else 0, weight.shape[0])  # one for all chunks
         for part in chunks:
             z = memory[: len(hidden[part])]
@@ -194,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(hidden[part], weight.t(), out=z)
             else:
                 torch.addmm(bias, hidden[part], weight.t(), out=z)
-            loss += _losses_of_chunk(z, labels[part], options, _part(row_weights, part), any(wanted[:3])).sum()
+            loss += losses_of_chunk(z, labels[part], options, _part(row_weights, part), any(wanted[:3])).sum()
             if d_bias is not None:
                 d_bias += z.sum(0, dtype=digits)
             if d_hidden is not None:
@@ -230,12 +230,12 @@ class _CrossEntropyThrough(torch.autograd.Function):
         gradients = d_hidden is not None or bool(trained)
         loss = torch.zeros((), dtype=precise(hidden.dtype), device=hidden.device)
         copies = 2  # the head's backward pass may copy what it is given
-        for part in _chunks(hidden.shape[0], _chunk_rows(hidden, vocabulary, copies)):
+        for part in chunks_of(hidden.shape[0], chunk_rows(hidden, vocabulary, copies)):
             with torch.set_grad_enabled(gradients):
                 given = hidden[part].detach().requires_grad_(d_hidden is not None)
                 z = head(given)
             slope = z.detach()
-            loss += _losses_of_chunk(slope, labels[part], options, _part(row_weights, part), gradients).sum()
+            loss += losses_of_chunk(slope, labels[part], options, _part(row_weights, part), gradients).sum()
             if not gradients:
                 continue
             wanted = [*([given] if d_hidden is not None else []), *trained]
@@ -259,7 +259,7 @@ def _part(row_weights: torch.Tensor | None, part: slice) -> torch.Tensor | None:
     return None if row_weights is None else row_weights[part]
 
 
-def _losses_of_chunk(
+def losses_of_chunk(
     logits: torch.Tensor, labels: torch.Tensor, options: LossOptions, weights: torch.Tensor | None, gradient: bool
 ) -> torch.Tensor:
     """The loss of each of some rows (rows, V), in float32 at least; their `gradient`, if wanted, takes their place."""

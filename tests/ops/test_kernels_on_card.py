@@ -177,8 +177,8 @@ def test_losses_through_a_plain_and_an_adapted_head(options, monkeypatch):
 @card
 def test_chunks_are_as_large_as_a_card_wants_them(monkeypatch):
     seen = []
-    compute = cross_entropy._losses_of_chunk
-    monkeypatch.setattr(cross_entropy, "_losses_of_chunk", lambda z, *of: seen.append(len(z)) or compute(z, *of))
+    compute = cross_entropy.losses_of_chunk
+    monkeypatch.setattr(cross_entropy, "losses_of_chunk", lambda z, *of: seen.append(len(z)) or compute(z, *of))
     monkeypatch.setattr(cross_entropy, "KERNEL_CHUNK_BYTES", 4 * 11 * 4)
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 11 * 4)
     hidden, head = torch.randn(8, 5), nn.Linear(5, 11)
