@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lowrank.data.preview.gathered import preview_of as preview_of
     from lowrank.data.preview.preview_html import preview_html as preview_html
     from lowrank.data.preview.preview_text import preview_text as preview_text
-    from lowrank.data.reading.preferences import read_preferences as read_preferences
     from lowrank.data.reading.sources import Source as Source
     from lowrank.data.supervision.check_supervision import check_fits as check_fits
     from lowrank.data.supervision.check_supervision import check_supervision as check_supervision

@@ -150,16 +150,15 @@ def _better(chosen: float, rejected: float) -> str:
 def _paired(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, longest: int | None) -> Encoded:
     content = read_row(_as_pair(row), "preference", tokenizer.chat_template is not None)
     assert isinstance(content, Preference)
-    for name, one in (("chosen", content.chosen), ("rejected", content.rejected)):
-        if one.is_empty:
-            raise RowError(f"the {name} answer is empty", "Write a text, or leave the row out.")
+    if content.others:
+        raise RowError("the row has several rejected answers", "Write a row for each.")
     if content.chosen == content.rejected:
         raise RowError("chosen and rejected are the same", "There is nothing to learn from the row: leave it out.")
     (chosen, cut), (rejected, also) = (_ids(one, tokenizer, longest) for one in (content.chosen, content.rejected))
     if np.array_equal(chosen, rejected):
         what = "are the same tokens, as far as they are read" if cut or also else "are the same tokens"
         raise RowError(f"chosen and rejected {what}", "Raise data.max_length, or leave the row out.")
-    return _encoded([chosen, rejected], cut or also, _margin_of(row))
+    return _encoded([chosen, rejected], cut or also, content.margin or 0.0)
 
 
 def _as_pair(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -169,15 +168,6 @@ def _as_pair(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if "prompt" in there or not all(isinstance(one, str) and not one.lstrip().startswith("[{") for one in texts):
         return there
     return {"prompt": "", **there}
-
-
-def _margin_of(row: Mapping[str, Any]) -> float:
-    margin = row.get("margin")
-    if margin is None:
-        return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        raise RowError(f"the margin is {margin!r:.60}", "Write a finite number.")
-    return float(margin)
 
 
 def _ids(

@@ -8,8 +8,8 @@ import pytest
 from data_families import CHATML, IM, byte_level
 from tiny import tiny_tokenizer
 
-from lowrank.data import answer_of, load_examples, prompt_of, read_preferences, use_template
-from lowrank.data.reading.conversation import Conversation, Plain
+from lowrank.data import answer_of, load_examples, prompt_of, use_template
+from lowrank.data.reading.conversation import Conversation
 from lowrank.data.reading.formats import FORMATS, detect, read_row
 from lowrank.errors import InputError
 
@@ -112,13 +112,8 @@ def test_a_list_of_text_parts_is_joined():
     assert texts({"messages": [MESSAGES[0], {"role": "assistant", "content": parts}]}) == texts(ROWS["messages"])
 
 
-def test_preferences_are_read_but_not_trained_on():
-    (pair,) = read_preferences([ROWS["preference"]])
-    assert (pair.chosen, pair.rejected) == (Plain("Hi", " Hello"), Plain("Hi", " No"))
-    chats = {"chosen": MESSAGES, "rejected": [MESSAGES[0], {"role": "assistant", "content": "No"}]}
-    (pair,) = read_preferences([chats])
-    assert pair.rejected.messages[-1]["content"] == "No"
-    with pytest.raises(InputError, match=r"row 1: .*preference cannot be trained on yet"):
+def test_preferences_are_no_answers_to_learn():
+    with pytest.raises(InputError, match=r"(?s)row 1: .*chosen and a rejected answer.*Set training.objective: dpo"):
         texts(ROWS["preference"])
 
 

@@ -318,7 +318,7 @@ class TestNames:
             texts({**chat(USER, ANSWER), **mark})
 
     def test_an_answer_that_is_rated_wrong_is_not_learned_as_right(self):
-        with pytest.raises(InputError, match=r"labelled false: a rating \(KTO\)"):
+        with pytest.raises(InputError, match=r"(?s)labelled false.*training.objective: kto"):
             texts({"prompt": "2+2=", "completion": "5", "label": False})
         assert texts({**chat(USER, ANSWER), "label": True}) == texts(chat(USER, ANSWER))
 

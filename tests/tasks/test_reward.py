@@ -144,6 +144,7 @@ def test_a_resumed_run_is_the_same_to_the_byte_and_two_processes_train_what_one_
     [
         ({"chosen": "a", "rejected": "a"}, "train.jsonl:3: chosen and rejected are the same"),
         ({"chosen": "a", "rejected": " "}, "train.jsonl:3: the rejected answer is empty"),
+        ({"prompt": "q", "chosen": "a", "rejected": ["b", "c"]}, "train.jsonl:3: the row has several rejected answers"),
         ({"chosen": "a"}, "train.jsonl:3: the row has 'chosen', but lacks 'rejected'"),
         ({"chosen": "a", "rejected": "b", "margin": "much"}, "train.jsonl:3: the margin is 'much'"),
     ],

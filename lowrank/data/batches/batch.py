@@ -69,6 +69,8 @@ class Batch:
         tokens: Of the examples, each with all of its own.
         supervised: Those that carry loss.
         given: What the batch of a task holds beside tokens: its labels, token types.
+        summands: Of a loss that is no mean over supervised tokens, how many summands each of its sums has.
+        beside: A batch that is looked at before a step, and not learned from.
     """
 
     input_ids: torch.Tensor
@@ -82,6 +84,13 @@ class Batch:
     tokens: int
     supervised: int
     given: dict[str, torch.Tensor] = field(default_factory=dict)
+    summands: tuple[int, ...] | None = None
+    beside: Batch | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """What the loss's sums are divided by."""
+        return self.summands or (self.supervised,)
 
     @property
     def padded(self) -> PaddedRows | None:
@@ -109,6 +118,7 @@ class Batch:
             targets=self.targets.to(device),
             attention_mask=mask if mask is None else to_device(mask, device),
             given={name: to_device(tensor, device) for name, tensor in self.given.items()},
+            beside=None if self.beside is None else self.beside.to(device),
         )
 
 

@@ -12,6 +12,7 @@ from lowrank.data.batches.batch import Batch, packed_batch, padded_batch
 from lowrank.data.batches.beginnings import Beginnings, beginnings
 from lowrank.data.batches.bin_packing import WINDOW, pack
 from lowrank.data.batches.grouping import Members, Room, pack_forests, room_for
+from lowrank.data.batches.trees import Trees
 from lowrank.data.examples.example import Examples, IdsAndMask
 from lowrank.data.examples.figures import DataReport
 from lowrank.errors import InputError
@@ -42,6 +43,7 @@ class BatchPlan:
     Attributes:
         unshared: Why what examples begin with in common is computed for each of them, where that is to be told.
         collate: Of a task, makes padded batches; None for those of the next token.
+        trees: Of rows of several answers, how they lie in a batch; None for others.
     """
 
     examples: Examples
@@ -54,6 +56,7 @@ class BatchPlan:
     sharing: Sharing | None = None
     unshared: str | None = None
     collate: Collate | None = None
+    trees: Trees | None = None
     _epochs: dict[int, list[Members]] = field(default_factory=dict, repr=False)
 
     def epoch(self, epoch: int) -> list[Members]:
@@ -64,6 +67,8 @@ class BatchPlan:
 
     def batch(self, members: Members) -> Batch:
         """The tensors of one batch."""
+        if self.trees is not None:
+            return self.trees.batch(members.rows.tolist(), packing=self.packing, pad_token_id=self.pad_token_id)
         parts = [self.examples.arrays(int(index)) for index in members.rows]
         if self.collate is not None:
             return self.collate(parts, [self.examples.payload(int(index)) for index in members.rows], self.pad_token_id)
@@ -82,7 +87,9 @@ class BatchPlan:
 
     def computed(self, members: Members) -> int:
         """Tokens of one batch that go through the model: padding too, and what examples share once."""
-        if self.collate is not None and self._of_several_texts:
+        if self.trees is not None and self.packing:
+            return int(self.trees.lengths[members.rows].sum())
+        if (self.collate is not None and self._of_several_texts) or self.trees is not None:
             return self.batch(members).computed
         if not self.packing:
             return len(members) * int(self.examples.lengths[members.rows].max())
@@ -97,6 +104,10 @@ class BatchPlan:
     def supervised(self, members: Members) -> int:
         """Tokens of one batch's examples that carry loss."""
         return sum(int(self.examples.arrays(int(index))[1].sum()) for index in members.rows)
+
+    def counts_of(self, members: Members) -> tuple[int, ...]:
+        """What the sums of a loss over one batch are divided by."""
+        return (self.supervised(members),) if self.trees is None else self.trees.counts(members.rows.tolist())
 
     def sizes(self, epoch: int) -> list[int]:
         """Tokens of the examples of each of an epoch's batches."""
@@ -168,15 +179,19 @@ class BatchPlan:
     @property
     def shares(self) -> bool:
         """Whether what examples begin with in common is computed once."""
-        return self.sharing is not None
+        return self.sharing is not None or (self.packing and self.trees is not None and self.trees.shared)
 
     def without_sharing(self, why: str | None = None) -> Self:
-        """The same examples, each of them computed from its beginning."""
-        return replace(self, sharing=None, unshared=why, _epochs={})
+        """The same examples, each of them (of several answers each) computed from its beginning."""
+        if self.trees is None or self.max_tokens is None:
+            return replace(self, sharing=None, unshared=why, _epochs={})
+        trees = self.trees.without_sharing()
+        room = max(self.max_tokens, int(trees.lengths.max()))
+        return replace(self, trees=trees, max_tokens=room, unshared=why, _epochs={})
 
     def _planned(self, epoch: int) -> list[Members]:
         rng = np.random.default_rng([self.seed, epoch])
-        lengths = self.examples.lengths
+        lengths = self.examples.lengths if self.trees is None else self.trees.lengths
         order = rng.permutation(len(lengths)) if self.shuffle else np.arange(len(lengths))
         if self.sharing is not None:
             batches = pack_forests(order, lengths, self.sharing.alike, self.sharing.room)
@@ -206,6 +221,10 @@ class _Planned:
     @property
     def supervised(self) -> int:
         return self.plan.supervised(self.members)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self.plan.counts_of(self.members)
 
     def built(self) -> Batch:
         return self.plan.batch(self.members)

@@ -28,6 +28,11 @@ class Upcoming(Protocol):
         """Those of them that carry loss."""
         ...
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """What the loss's sums are divided by."""
+        ...
+
     def built(self) -> Batch:
         """Its tensors."""
         ...

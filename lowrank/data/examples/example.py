@@ -109,10 +109,15 @@ class Examples(Sequence[Example]):
         part = slice(int(self.table.starts[at]), int(self.table.starts[at + 1]))
         return self.table.ids[part], self.table.supervised[part]
 
+    @property
+    def payloads(self) -> Sequence[Any]:
+        """What a task's batches need beside tokens, of each of the table's examples."""
+        assert self._payloads is not None, "these examples are of no task"
+        return self._payloads
+
     def payload(self, index: int) -> Any:
         """What a task's batches need of one example beside its tokens."""
-        assert self._payloads is not None, "these examples are of no task"
-        return self._payloads[self.order[index]]
+        return self.payloads[self.order[index]]
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -48,15 +48,29 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One prompt with a better and a worse answer. Read and shown; training on it is not part of this program yet."""
+    """One prompt with a better and a worse answer.
+
+    Attributes:
+        chosen: The better one, behind the prompt.
+        rejected: The worse one, behind the same prompt.
+        others: More that are worse than the chosen one.
+        margin: By how much it is better, where the row says so.
+    """
 
     chosen: Conversation | Plain
     rejected: Conversation | Plain
+    others: tuple[Conversation | Plain, ...] = ()
+    margin: float | None = None
+
+    @property
+    def answers(self) -> tuple[Conversation | Plain, ...]:
+        """All of them, the chosen one first."""
+        return self.chosen, self.rejected, *self.others
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to learn."""
-        return self.chosen.is_empty or self.rejected.is_empty
+        return any(answer.is_empty for answer in self.answers)
 
 
 def _says_something(message: Message) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from lowrank.data.reading.conversation import Conversation, Plain, Preference, conversation
 from lowrank.data.reading.marks import refuse_marks
 from lowrank.data.reading.messages import Message, kind, parsed
+from lowrank.data.reading.preferences import margin_of, prompt_and_answers
 from lowrank.data.reading.row_error import RowError
 
 Row = Mapping[str, Any]
@@ -118,11 +119,15 @@ def _plain_text(row: Row, has_template: bool) -> Content:
 
 
 def _preference(row: Row, has_template: bool) -> Content:
-    if "prompt" not in row:
-        tools, system = _tools_of(row), _system_of(row)
-        chosen, rejected = (conversation(row[key], tools, system=system) for key in ("chosen", "rejected"))
-        return Preference(chosen, rejected)
-    return Preference(_continued(row, "chosen", has_template), _continued(row, "rejected", has_template))
+    prompt, answers = prompt_and_answers(row)
+    read = []
+    for name, answer in answers:
+        one = _continued({**row, "prompt": prompt, name: answer}, name, has_template)
+        if one.is_empty:
+            raise RowError(f"the {name} answer is empty", "Write it, or remove the row.")
+        read.append(one)
+    chosen, rejected, *others = read
+    return Preference(chosen, rejected, tuple(others), margin_of(row))
 
 
 def _system_of(row: Row) -> str | None:
@@ -178,7 +183,10 @@ FORMATS: dict[str, Format] = {
     "messages": Format('{"messages": [{"role": ..., "content": ...}, ...]}', ("messages",), _messages),
     "sharegpt": Format('{"conversations": [{"from": "human", "value": ...}, ...]}', ("conversations",), _sharegpt),
     "preference": Format(
-        '{"prompt": ..., "chosen": ..., "rejected": ...}', ("chosen", "rejected"), _preference, optional=("prompt",)
+        '{"prompt": ..., "chosen": ..., "rejected": ...}',
+        ("chosen", "rejected"),
+        _preference,
+        optional=("prompt", "margin"),
     ),
     "prompt_completion": Format(
         '{"prompt": ..., "completion": ...}',

@@ -52,8 +52,8 @@ def refuse_marks(row: Mapping[str, Any]) -> None:
     """
     if row.get("label") is False:
         raise RowError(
-            "the row's answer is labelled false: a rating (KTO), which cannot be trained on yet",
-            "Leave out the rows whose label is false, to train on the answers that are wanted.",
+            "the row's answer is labelled false: it is not wanted, and training.objective is sft",
+            "Set training.objective: kto, which learns from wanted and unwanted answers, or leave such rows out.",
         )
     fix = 'Leave it out, or say by message what carries loss: "train": true or false. A source as a whole has a weight.'
     for key, value in row.items():

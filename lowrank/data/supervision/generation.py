@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.data.examples.example import Examples
 from lowrank.data.reading.conversation import Conversation, Plain, Preference
 from lowrank.data.reading.formats import Content, detect, read_row
+from lowrank.data.reading.judged import unlabelled
 from lowrank.data.reading.row_error import RowError
 from lowrank.data.reading.sources import Joined
 from lowrank.data.supervision.row_options import Options
@@ -117,6 +118,7 @@ def _tokeniser(tokenizer: PreTrainedTokenizerBase, train_on: str, today: str | N
 
 def _question(tokeniser: Tokeniser, row: Mapping[str, Any], format: str | None, where: str | None) -> Question:
     try:
+        row = unlabelled(row)
         form = format or detect(row)
         return Question(*tokeniser.last_turn(row, form), _turns(read_row(row, form, True)))
     except RowError as error:

@@ -7,6 +7,7 @@ from collections import Counter
 from lowrank.data.examples.example import Examples
 from lowrank.data.reading.conversation import Conversation, Preference
 from lowrank.data.reading.formats import detect, read_row
+from lowrank.data.reading.judged import unlabelled
 from lowrank.data.reading.sources import Joined
 
 SAMPLE = 500
@@ -29,7 +30,8 @@ def shared_system(examples: Examples, format: str | None = None) -> str | None:
 
 def _system(examples: Examples, row: int, format: str | None) -> str | None:
     found = examples.rows.formats(row, row + 1)[0] if isinstance(examples.rows, Joined) else None
-    content = read_row(examples.rows[row], format or found or detect(examples.rows[row]), True)
+    said = unlabelled(examples.rows[row])
+    content = read_row(said, format or found or detect(said), True)
     content = content.chosen if isinstance(content, Preference) else content
     if not isinstance(content, Conversation) or content.messages[0]["role"] != "system":
         return None

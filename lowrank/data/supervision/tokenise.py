@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lowrank.data.examples.example import IdsAndMask
 from lowrank.data.examples.token_table import Cut, Outcome, TokenTable
-from lowrank.data.reading.conversation import Conversation, Plain
+from lowrank.data.reading.conversation import Conversation, Plain, Preference
 from lowrank.data.reading.formats import is_blank, read_row
 from lowrank.data.reading.row_error import RowError
 from lowrank.data.reading.rows import Row, as_json
@@ -107,19 +108,39 @@ class Tokeniser:
         return faults[0]
 
     def last_turn(self, row: Row, form: str) -> tuple[list[int], list[int]]:
-        """The last turn that is trained, whole: the tokens before it, and its own through the end token.
+        """The last turn that is trained (of a preference the chosen answer), whole: the tokens before it, and its own
+        through the end token.
 
         Raises:
             RowError: the row cannot be used, or holds nothing to learn.
         """
-        rendered, is_chat = self._rendered(row, form)
-        if not rendered.texts:
+        content = None if is_blank(row) else read_row(row, form, self._has_template)
+        content = content.chosen if isinstance(content, Preference) else content
+        if content is None or content.is_empty:
             raise RowError("the row is empty")
+        rendered, is_chat = self._written(content)
         text = rendered.texts[-1]
         last = Rendered(text.text[: text.spans[-1].end], text.spans[-1:])
         ids, mask, _ = self._masked(last, *self._encoder.batch([last.text])[0], is_chat=is_chat)
         begin = int(mask.argmax())
         return ids[:begin].tolist(), ids[begin:].tolist()
+
+    def answer(self, content: Conversation | Plain) -> IdsAndMask:
+        """A prompt and its answer as tokens, through the one that ends it, and which of them are the answer's.
+
+        Raises:
+            RowError: the answer has no place of its own in what a chat template writes.
+        """
+        rendered, is_chat = self._written(content)
+        if len(rendered.texts) != 1 or rendered.masked:
+            raise RowError(
+                "the chat template does not write the answer as one text that follows the prompt",
+                "Take another data.chat_template, or let the answer be one message.",
+            )
+        text = rendered.texts[0]
+        ids, mask, _ = self._masked(text, *self._encoder.batch([text.text])[0], is_chat=is_chat)
+        end = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else len(ids)
+        return ids[:end], mask[:end]
 
     def _masked(
         self, text: Rendered, ids: np.ndarray, offsets: np.ndarray, *, is_chat: bool
@@ -139,6 +160,15 @@ class Tokeniser:
         content = read_row(row, form, self._has_template)
         if content.is_empty:
             return RenderedRow([]), False
+        if isinstance(content, Preference):
+            raise RowError(
+                "the row has a chosen and a rejected answer, and training.objective is sft",
+                "Set training.objective: dpo (or another that learns from preferences), or give rows of answers.",
+            )
+        return self._written(content)
+
+    def _written(self, content: Conversation | Plain) -> tuple[RenderedRow, bool]:
+        """The texts of what a row says, and whether a chat template wrote them."""
         if isinstance(content, Plain):
             if self._end_token is None:
                 raise RowError(
@@ -146,10 +176,6 @@ class Tokeniser:
                 )
             text = plain_text(content.prompt, content.completion, self._end_token, self.options.train_on)
             return RenderedRow([text]), False
-        if not isinstance(content, Conversation):
-            raise RowError(
-                "rows of the format preference cannot be trained on yet", "Train on prompt and completion rows."
-            )
         if not self._has_template:
             raise RowError("the row is a conversation, but the tokenizer has no chat template", self._offer)
         return render_turns(content, self._template, self.options.train_on), True
