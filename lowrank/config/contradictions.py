@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowrank.adapters.registry import METHODS
+from lowrank.config.preference_contradictions import idle_for_objective, of_preferences
 from lowrank.config.run_sections import RunSections
 from lowrank.config.sections import QuantizationSection
 from lowrank.config.task_contradictions import idle_for_task, of_task
@@ -71,7 +72,7 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
     if training.gradient_checkpointing == "selective":
         yield from _selective_alone(config)
     yield from _elsewhere_alone(config)
-    yield from (Contradiction(keys, why) for keys, why in of_task(config))
+    yield from (Contradiction(keys, why) for keys, why in (*of_task(config), *of_preferences(config)))
     judged = {
         "load_best_model_at_end": training.load_best_model_at_end,
         "early_stopping_patience": training.early_stopping_patience is not None,
@@ -86,7 +87,7 @@ def contradictions(config: RunSections) -> Iterator[Contradiction]:
             ("training.metric_for_best_model", "training.predict_with_generate"),
             "exact_match is measured on generated answers; set training.predict_with_generate: true, or take loss",
         )
-    if config.packs and training.tokens_per_batch is not None and training.tokens_per_batch < data.max_length:
+    if config.packs and not config.preferring and (training.tokens_per_batch or data.max_length) < data.max_length:
         yield Contradiction(
             ("training.tokens_per_batch", "data.max_length", "data.packing"),
             f"a pack of {training.tokens_per_batch} tokens may not hold an example of up to data.max_length "
@@ -164,7 +165,7 @@ def _elsewhere_alone(config: RunSections) -> Iterator[Contradiction]:
 
 def without_effect(config: RunSections) -> Iterator[Contradiction]:
     """The keys that change nothing in this run, each with what makes it so."""
-    yield from (Contradiction(keys, why) for keys, why in idle_for_task(config))
+    yield from (Contradiction(keys, why) for keys, why in (*idle_for_task(config), *idle_for_objective(config)))
     if config.packs:
         yield Contradiction(
             ("training.per_device_train_batch_size", "data.packing"),

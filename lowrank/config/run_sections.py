@@ -13,6 +13,7 @@ from lowrank.config.sections import (
     default_section,
 )
 from lowrank.tasks.kinds_of_task import CAUSAL_LM
+from lowrank.training.losses.objective_kinds import SFT
 
 
 class RunSections(BaseModel):
@@ -39,6 +40,11 @@ class RunSections(BaseModel):
     def tasked(self) -> bool:
         """Whether the config names a task other than the next token."""
         return self.model.task not in (None, CAUSAL_LM)
+
+    @property
+    def preferring(self) -> bool:
+        """Whether it learns from preferences."""
+        return self.training.objective != SFT
 
     @property
     def packs(self) -> bool:

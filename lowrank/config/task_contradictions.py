@@ -27,6 +27,8 @@ def of_task(config: RunSections) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("data.streaming", "model.task"), f"{task} looks at all labels before it begins; leave it out"
     if data.too_long == "split":
         yield ("data.too_long", "model.task"), f"rows of {task} have one label and are not split; take truncate"
+    if config.model.adapter is not None:
+        yield ("model.adapter", "model.task"), f"a run of {task} begins with an adapter of its own; leave it out"
     if config.quantization is not None:
         yield ("quantization", "model.task"), f"the head of {task} is new and trains, and would be held in few bits"
     for name in _NOT_YET:
@@ -49,7 +51,7 @@ def of_task(config: RunSections) -> Iterator[tuple[tuple[str, ...], str]]:
 def _without_task(config: RunSections) -> Iterator[tuple[tuple[str, ...], str]]:
     named = config.training.metric_for_best_model
     tasks = [task for task, kind in TASK_KINDS.items() if named in kind.metrics]
-    if config.model.task is not None and tasks:
+    if config.model.task is not None and tasks and not config.preferring:
         why = f"{named} is measured by {', '.join(tasks)}, and model.task is {config.model.task}"
         yield ("training.metric_for_best_model", "model.task"), why
 

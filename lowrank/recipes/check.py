@@ -18,9 +18,11 @@ from lowrank.errors import InputError, JobError
 from lowrank.recipes.parts.followers import keeping_of
 from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
 from lowrank.recipes.parts.memory_trial import estimate_memory
+from lowrank.recipes.parts.reference import with_pretended_reference
 from lowrank.recipes.parts.resume import refuse_a_run_in
 from lowrank.recipes.parts.setup import own_device, set_up
 from lowrank.recipes.parts.show import open_console, plan_of, show_line, show_plan
+from lowrank.recipes.parts.starting import with_start
 from lowrank.recipes.parts.task_setup import set_up_task
 from lowrank.recipes.parts.tasked import with_task
 from lowrank.storage.lock import held
@@ -52,7 +54,7 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path, overrides: Sequenc
         InputError: whatever would stop the run.
     """
     command = _command(config, overrides) if isinstance(config, str | Path) else None
-    config = with_task(config if isinstance(config, RunConfig) else load_config(config, overrides))
+    config = with_task(with_start(config if isinstance(config, RunConfig) else load_config(config, overrides)))
     refuse_launcher_options(fsdp=config.training.fsdp)
     refuse_half_a_launch()
     few_kernels_kept()
@@ -75,6 +77,7 @@ def _check(config: RunConfig, command: str | None) -> MemoryEstimate:
     with _refused_when_short(device, "loading the model and its data", less_to_load(config)):
         setting_up = set_up_task if config.tasked else set_up
         setup = setting_up(whole, device, Ranks(count=config.training.num_processes or 1))
+    setup = with_pretended_reference(setup)
     model = setup.model
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     tokenizer = len(setup.tokenizer.backend_tokenizer.to_str(pretty=True).encode())

@@ -13,9 +13,11 @@ from lowrank.data.preview.preview_text import preview_text
 from lowrank.errors import InputError
 from lowrank.paths import expanded
 from lowrank.recipes.parts.batches import SAMPLE_ROWS, batch_plan, read_batches, step_size
+from lowrank.recipes.parts.preference_rows import read_preferences
 from lowrank.recipes.parts.prepare import base_tokenizer
 from lowrank.recipes.parts.sharing import drawing
 from lowrank.recipes.parts.show import open_console
+from lowrank.recipes.parts.starting import with_start
 from lowrank.recipes.parts.task_rows import task_examples, task_plan
 from lowrank.recipes.parts.tasked import with_task
 from lowrank.training.machine.ranks import Ranks
@@ -46,12 +48,16 @@ def preview(
     html = html and expanded(html, "--html")
     if html is not None and Path(html).exists():
         raise InputError(f"{html} exists already; nothing was written", where="--html", fix="Give another file.")
-    config = with_task(config)
+    config = with_task(with_start(config))
     tokenizer = base_tokenizer(config.model, config.data.chat_template)
     ranks, drawn = Ranks(count=config.training.num_processes or 1), drawing(config.adapter, config.training)
     if config.tasked:
         task, examples, _ = task_examples(config, tokenizer)
         batches = plan = task_plan(config.training, task, examples, tokenizer, shuffle=True)
+    elif config.preferring:
+        task = None
+        batches, _ = read_preferences(config.data, config.training, tokenizer, drawn)
+        plan = batches
     else:
         task = None
         batches, _ = read_batches(config.data, config.training, tokenizer, ranks, drawn)
@@ -63,7 +69,7 @@ def preview(
         row=row,
         steps_per_epoch=steps,
         of_stream=config.data.streaming,
-        expected=None if task is None else task.expected,
+        expected=str if config.preferring else None if task is None else task.expected,
     )
     console = open_console()
     if html is None:

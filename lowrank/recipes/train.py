@@ -17,6 +17,7 @@ from lowrank.recipes.parts.course import begin, evaluate_the_base, evaluate_the_
 from lowrank.recipes.parts.followers import Followers, followers_of, trackers_of
 from lowrank.recipes.parts.less_memory import less_to_load, less_to_train
 from lowrank.recipes.parts.products import begun_in, computing_in
+from lowrank.recipes.parts.reference import with_pretended_reference, with_reference
 from lowrank.recipes.parts.result import RunResult, farewell, try_to_write_card
 from lowrank.recipes.parts.resume import (
     day_of,
@@ -27,6 +28,7 @@ from lowrank.recipes.parts.resume import (
 )
 from lowrank.recipes.parts.setup import Setup, set_up
 from lowrank.recipes.parts.show import open_console, plan_of, show_line, show_outcome, show_plan
+from lowrank.recipes.parts.starting import with_start
 from lowrank.recipes.parts.task_setup import set_up_task
 from lowrank.recipes.parts.tasked import with_task
 from lowrank.training.callbacks.signals import stopping_softly
@@ -77,7 +79,7 @@ def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) ->
     accelerator = joined_accelerator(training, device)
     ranks = joined_ranks(training.num_processes)
     console = open_console(quiet=not ranks.main)
-    given = with_task(begun_in(config, output if resume else None))
+    given = with_task(with_start(begun_in(config, output if resume else None)))
     config = on_day(given, ranks.first(day_of(given.data.date, output if resume else None)))
     with own_folder(config, output, ranks, resume=resume) as checkpoint:
         if resume:
@@ -90,18 +92,19 @@ def _train(config: RunConfig, *, resume: bool, callbacks: Sequence[Callback]) ->
         run = new_run(training, setup)
         show_plan(console, plan := plan_of(config, setup))
         with told_when_short(device, "trying the longest batch", less_to_train(config)):
-            remark = try_the_longest(setup, accelerator, config.model.name_or_path)
+            remark = try_the_longest(with_pretended_reference(setup), accelerator, config.model.name_or_path)
         if remark is not None:
             show_line(console, f"warning: {remark}")
 
-        # Who is told of the run; the base as it is; the loop; what has come of it.
+        # What preferences are held to; who is told of the run; the base as it is; the loop; what has come of it.
+        setup = with_reference(setup, config, console, ranks)
         trackers = trackers_of(accelerator, output, flat(config.model_dump(mode="json")), console)
         followers = followers_of(training, setup, run, console, plan, ranks, [*trackers, *callbacks])
         run.callbacks = followers.callbacks
         begin(run, computing_in(config if setup.writes_date else given, setup.products), checkpoint, ranks)
         with run.underway(), told_when_short(device, "training", less_to_train(config)):
             if training.eval_on_start and run.step == 0:
-                evaluate_the_base(run, followers)
+                evaluate_the_base(run, followers, goes_on=config.model.adapter is not None)
             _learn(run, training, setup, followers, accelerator, ranks)
             save_run(run, setup, followers, config.data.format, ranks)
             after = evaluate_the_result(run, followers)
@@ -129,6 +132,7 @@ def _learn(
             max_grad_norm=training.max_grad_norm,
             max_skips=training.max_skipped_steps,
             penalty=followers.penalty,
+            prepare=setup.prepare(ranks),
         )
     if followers.best is not None and not run.interrupted:
         _take_the_best(run, followers.best)

@@ -53,6 +53,8 @@ class Prediction:
 class SummedLoss:
     """The sum of the losses that a task finds in its outputs."""
 
+    figures: tuple[str, ...] = ()
+
     def __init__(self, task: Task, why: str) -> None:
         self.task, self.why = task, why
 

@@ -21,7 +21,7 @@ from lowrank.training.losses.supervised import Loss
 from lowrank.training.machine.card_memory import beside_tensors
 from lowrank.training.machine.memory import SETTLING_STEPS, freed_blocks_kept, peak_bytes
 from lowrank.training.run import Callback, Run, StepMetrics
-from lowrank.training.steps import StepSize
+from lowrank.training.steps import Group, StepSize
 
 ADAM_BYTES = 2  # moments of AdamW, in values per trained value
 GROWTH = 1.1  # holes in the heap, up to memory.WEAR, and what a step takes above them: six runs grew by 1.06 to 1.15
@@ -87,6 +87,7 @@ def take_trial_steps(
     size: StepSize,
     max_grad_norm: float,
     penalty: Callable[[], torch.Tensor] | None = None,
+    prepare: Callable[[Group], None] | None = None,
 ) -> None:
     """The run's own loop, over the batches that need the most; the model is another one afterwards.
 
@@ -98,6 +99,7 @@ def take_trial_steps(
         size: Of its steps; a step of the trial holds two batches where they hold more.
         max_grad_norm: As in the run.
         penalty: As in the run.
+        prepare: As in the run.
     """
     together = min(ACCUMULATED, _in_a_step(size, plan.sizes(0)))
     batches = plan.demanding(SETTLING_STEPS * ACCUMULATED)
@@ -105,7 +107,16 @@ def take_trial_steps(
     run.callbacks = [*run.callbacks, _Ends()]
     size = StepSize(together)
     with freed_blocks_kept():
-        fit(run, trial, loss, accelerator=accelerator, size=size, max_grad_norm=max_grad_norm, penalty=penalty)
+        fit(
+            run,
+            trial,
+            loss,
+            accelerator=accelerator,
+            size=size,
+            max_grad_norm=max_grad_norm,
+            penalty=penalty,
+            prepare=prepare,
+        )
 
 
 @dataclass(frozen=True)

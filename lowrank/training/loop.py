@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from lowrank.training.losses.supervised import Loss
 from lowrank.training.machine.memory import HeapKeeper, peak_bytes
 from lowrank.training.machine.ranks import ALONE, Ranks
 from lowrank.training.run import Callback, Run, StepMetrics
-from lowrank.training.steps import ONE_BATCH, Group, StepSize, groups
+from lowrank.training.steps import ONE_BATCH, Group, StepSize, groups, means_of, minimised
 
 
 def fit(
@@ -32,12 +32,12 @@ def fit(
     max_grad_norm: float = 1.0,
     max_skips: int = 5,
     penalty: Callable[[], torch.Tensor] | None = None,
+    prepare: Callable[[Group], None] | None = None,
 ) -> None:
     """Trains `run.model` from where the run stands until `run.total_steps` are done or `run.stop` is set.
 
-    The loss of a step is the sum over its supervised tokens divided by their number, over all accumulated batches at
-    once: how a step's tokens are split into batches does not change it. accelerate's own accumulation would average
-    over batches, so it is not used.
+    The loss of a step is the sum over its supervised tokens (or pairs) divided by their number, over all accumulated
+    batches at once: how they are split into batches does not change it, as it would with accelerate's accumulation.
 
     A step whose loss or gradients are not finite is not taken: weights and optimiser stay, the data moves on.
 
@@ -51,6 +51,7 @@ def fit(
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them as they are.
         max_skips: So many steps in a row may be skipped.
         penalty: Added to the loss of each step once (AdaLoRA's orthogonality).
+        prepare: Told of a step's batches before any of them is learned from.
 
     Raises:
         JobError: more steps in a row than `max_skips` were not finite.
@@ -58,16 +59,15 @@ def fit(
     parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
     upcoming = groups(order, size, run.position, ranks)
-    heap = HeapKeeper()
-    in_a_row = 0
+    heap, in_a_row = HeapKeeper(), 0
     run.model.train()
     while run.step < run.total_steps and not _agree_to_stop(run, ranks):
         began = time.perf_counter()
         group = next(upcoming).to(device)
         fetched = time.perf_counter()
-        total = ranks.total(_gradients(run, loss, group, accelerator, penalty, ranks))
+        means = ranks.total(_gradients(run, loss, group, accelerator, penalty, prepare, ranks))
         ranks.add_up_gradients(parameters)
-        step = take_step(run, total, parameters, max_grad_norm)
+        step = take_step(run, means, group.counts, parameters, max_grad_norm)
         _agree_to_stop(run, ranks)
         run.step, run.position = run.step + 1, group.after
         if not step.taken:
@@ -79,7 +79,7 @@ def fit(
         run.tell(Callback.on_gradients)
         run.optimizer.zero_grad(set_to_none=True)
         heap.mend()
-        run.tell(Callback.on_step_end, measured(step, run.step, group, began, fetched, device))
+        run.tell(Callback.on_step_end, measured(step, run.step, group, began, fetched, device, loss.figures))
     run.interrupted = run.stop and ranks.any(run.interrupted)
 
 
@@ -95,19 +95,23 @@ def _gradients(
     group: Group,
     accelerator: Accelerator,
     penalty: Callable[[], torch.Tensor] | None,
+    prepare: Callable[[Group], None] | None,
     ranks: Ranks,
 ) -> torch.Tensor:
-    """This process's part of an optimiser step's gradients; returns its part of the loss, the penalty left out."""
+    """This process's part of an optimiser step's gradients; returns its part of the means, the penalty left out."""
+    if prepare is not None:
+        prepare(group)
     parts = []
     for number, batch in enumerate(group.batches):
         counts = number < len(group.batches) - group.idle
         with segments(run.model, batch.segments, batch.parents, batch.padded):
-            part = loss(run.model, batch) / group.supervised
+            means = means_of(loss(run.model, batch), group.counts)
+            part = minimised(means, group.counts)
             accelerator.backward(run.scaler.scale(part if counts else part * 0.0))
-        parts.append(part.detach() if counts else torch.zeros_like(part))
+        parts.append(means.detach() if counts else torch.zeros_like(means))
     if penalty is not None:
         accelerator.backward(run.scaler.scale(penalty() / ranks.count))
-    return torch.stack(parts).sum()
+    return torch.stack(parts).sum(0)
 
 
 class Taken(NamedTuple):
@@ -118,13 +122,30 @@ class Taken(NamedTuple):
     learning_rate: float
     taken: bool
     lowered: bool
+    figures: list[float]
 
 
-def take_step(run: Run, total: torch.Tensor, parameters: list[nn.Parameter], max_grad_norm: float) -> Taken:
-    """Clips the gradients that are there and takes the step; they are dropped if they or the loss are not finite."""
+def take_step(
+    run: Run,
+    means: torch.Tensor,
+    counts: Sequence[int],
+    parameters: list[nn.Parameter],
+    max_grad_norm: float,
+) -> Taken:
+    """Clips the gradients that are there and takes the step; they are dropped if they or the loss are not finite.
+
+    Args:
+        run: Its optimiser takes it.
+        means: Of the step: what is minimised, and behind it figures, read with it, so that the host waits once.
+        counts: Of the step.
+        parameters: What has gradients.
+        max_grad_norm: As in `fit`.
+    """
     run.scaler.unscale_(run.optimizer)
     norm = _clip(parameters, max_grad_norm)
-    value, norm_value = torch.stack([total, norm.to(total.dtype)]).tolist()  # where the host waits for the device
+    read = torch.stack([minimised(means, counts), norm.to(means.dtype)])
+    figures = means.reshape(-1)[len(counts) :]
+    value, norm_value, *rest = torch.cat([read, figures]).tolist()  # where the host waits for the device
     finite = math.isfinite(value) and math.isfinite(norm_value)
     learning_rate = float(run.schedule.get_last_lr()[0])
     if finite:
@@ -134,11 +155,19 @@ def take_step(run: Run, total: torch.Tensor, parameters: list[nn.Parameter], max
         run.skipped += 1
     lowered = _rescale(run.scaler)
     run.schedule.step()
-    return Taken(value, norm_value, learning_rate, finite, lowered)
+    return Taken(value, norm_value, learning_rate, finite, lowered, rest)
 
 
-def measured(step: Taken, number: int, group: Group, began: float, fetched: float, device: torch.device) -> StepMetrics:
-    """A step that began, and had its data, at these times."""
+def measured(
+    step: Taken,
+    number: int,
+    group: Group,
+    began: float,
+    fetched: float,
+    device: torch.device,
+    figures: Sequence[str] = (),
+) -> StepMetrics:
+    """A step that began, and had its data, at these times; `figures`: names of what else is known of it."""
     return StepMetrics(
         step=number,
         epoch=group.epochs,
@@ -150,6 +179,7 @@ def measured(step: Taken, number: int, group: Group, began: float, fetched: floa
         seconds=time.perf_counter() - began,
         data_seconds=fetched - began,
         peak_bytes=peak_bytes(device),
+        figures=dict(zip(figures, step.figures, strict=True)),
     )
 
 

@@ -14,6 +14,7 @@ from lowrank.training.checkpoints.snapshot import random_state, set_random_state
 from lowrank.training.diagnosis import first_not_finite, refuse_broken_weights
 from lowrank.training.losses.supervised import Loss
 from lowrank.training.reach import refuse_unreached, unreached
+from lowrank.training.steps import means_of, minimised
 
 
 def rehearse(model: Any, plan: Batches, loss: Loss, accelerator: Accelerator, base: str = "the base") -> str | None:
@@ -49,7 +50,7 @@ def rehearse(model: Any, plan: Batches, loss: Loss, accelerator: Accelerator, ba
 
 
 def _backward(model: Any, batch: Any, loss: Loss, accelerator: Accelerator) -> torch.Tensor:
-    value = loss(model, batch) / batch.supervised
+    value = minimised(means_of(loss(model, batch), batch.counts), batch.counts)
     if value.requires_grad:
         accelerator.backward(value)
     return value.detach()

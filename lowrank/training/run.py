@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -31,6 +31,7 @@ class StepMetrics:
         seconds: Duration, waiting for data included.
         data_seconds: Of these, spent waiting for data.
         peak_bytes: The most memory that was held so far: of the device, or of the process on a CPU.
+        figures: What else the loss tells of the step, by name.
     """
 
     step: int
@@ -43,11 +44,13 @@ class StepMetrics:
     seconds: float
     data_seconds: float
     peak_bytes: int
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, float]:
         """For `metrics.jsonl`."""
         speed = {"tokens_per_second": self.tokens, "supervised_per_second": self.supervised}
-        return {**asdict(self), **{name: count / self.seconds for name, count in speed.items()}}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "figures"}
+        return {**own, **self.figures, **{name: count / self.seconds for name, count in speed.items()}}
 
 
 class Callback:

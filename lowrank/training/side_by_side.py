@@ -112,7 +112,7 @@ def _advance(
 ) -> None:
     """One member's own step."""
     run = one.run
-    step = take_step(run, total, one.parameters, one.max_grad_norm)
+    step = take_step(run, total, group.counts, one.parameters, one.max_grad_norm)
     run.step, run.position = run.step + 1, group.after
     if not step.taken:
         one.in_a_row += not step.lowered

@@ -31,6 +31,7 @@ class Group:
         batches: Those that this process computes; at least one.
         tokens: Tokens of the whole step's examples, over all processes, each with all of its own.
         supervised: Those that carry loss.
+        counts: What the loss's sums over the step are divided by.
         after: The position once they are done.
         epochs: The epochs done by then, with the part of the current one.
         idle: So many of the last batches count for nothing: they keep the process in step with the others.
@@ -39,6 +40,7 @@ class Group:
     batches: list[Batch]
     tokens: int
     supervised: int
+    counts: tuple[int, ...]
     after: Position
     epochs: float
     idle: int = 0
@@ -46,6 +48,23 @@ class Group:
     def to(self, device: torch.device) -> Group:
         """The same on a device."""
         return replace(self, batches=[batch.to(device) for batch in self.batches])
+
+
+def means_of(sums: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """A batch's part of a step's means, of the same shape as its sums.
+
+    Args:
+        sums: As a loss gives them: (), or (k,), of which those beyond `counts` are divided by the first of them.
+        counts: Of the step.
+    """
+    if sums.ndim == 0:
+        return sums / counts[0]
+    return sums / sums.new_tensor([*counts, *[counts[0]] * (len(sums) - len(counts))])
+
+
+def minimised(means: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The scalar that a step minimises, from its means."""
+    return means if means.ndim == 0 else means[: len(counts)].sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +171,7 @@ def _group(held: list[Upcoming], after: Position, epochs: float, ranks: Ranks) -
         [batch.built() for batch in [*mine, *[smallest] * idle]],
         tokens=sum(batch.tokens for batch in held),
         supervised=sum(batch.supervised for batch in held),
+        counts=tuple(map(sum, zip(*(batch.counts for batch in held), strict=True))),
         after=after,
         epochs=epochs,
         idle=idle,

@@ -25,6 +25,7 @@ from lowrank.tasks.kinds_of_task import TASK_KINDS
 from lowrank.training.evaluation.best import GREATER_IS_BETTER
 from lowrank.training.evaluation.comparisons import COMPARISONS
 from lowrank.training.evaluation.evaluation import Evaluation
+from lowrank.training.losses.objective_kinds import MEASURED
 from lowrank.training.optimisers.schedule import SCHEDULES
 from lowrank.training.optimisers.table import OPTIMIZERS
 from lowrank.training.transforms.recompute_modes import RecomputeMode
@@ -67,7 +68,7 @@ def test_the_chat_templates_that_are_told_are_those_that_come_with_the_package()
 
 def test_what_an_evaluation_can_be_judged_by_is_measured():
     of_tasks = {name for kind in TASK_KINDS.values() for name in kind.metrics}
-    assert set(GREATER_IS_BETTER) == of_tasks | {"loss", "exact_match"}
+    assert set(GREATER_IS_BETTER) == of_tasks | {*MEASURED, "loss", "exact_match"}
     assert {"loss", "exact_match"} <= {field.name for field in fields(Evaluation)}
 
 

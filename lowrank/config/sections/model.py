@@ -21,6 +21,10 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
 
+    adapter: PathText | None = None
+    """Go on from this adapter (the folder of a run or an adapter, or a name on the hub): it is what trains, with its
+    own method, rank and targets, and the section `adapter` is left out."""
+
     task: Task | None = None
     """What the base learns to do; found by the rows where it is plain: text and label make sequence_classification.
     All others are causal_lm; reward, of chosen and rejected, is learned only where it is named here."""

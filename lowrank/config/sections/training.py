@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lowrank.config.sections.choices import Comparison, Metric, Optim, Schedule
+from lowrank.config.sections.choices import Comparison, LossType, Metric, Objective, Optim, Schedule
 from lowrank.config.sections.section import OnResume, PathText, Section, Tokens
 from lowrank.training.transforms.recompute_modes import RecomputeMode
 
@@ -41,6 +41,38 @@ class TrainingSection(Section):
 
     output_dir: Annotated[PathText, OnResume.FREE]
     """The run's folder (relative to the current folder); it must not hold a run already."""
+
+    objective: Objective = "sft"
+    """What is learned: sft, the next token of an answer; dpo, ipo, simpo, cpo and orpo, to tell a chosen answer from
+    rejected ones; kto, wanted answers from unwanted ones."""
+
+    beta: float | None = Field(default=None, gt=0)
+    """Of preferences: how strongly answers are held to the reference, or how sharply they are told apart; 0.1 by
+    default, simpo's is 2."""
+
+    loss_type: LossType | None = None
+    """Of dpo (sigmoid, hinge, robust, apo_zero, apo_down), cpo (sigmoid, hinge) and kto (kto, apo_zero_unpaired): the
+    loss's form; the first by default."""
+
+    label_smoothing: float | None = Field(default=None, ge=0, lt=0.5)
+    """Of dpo, cpo and simpo: the share of the pairs whose order is taken to be wrong; 0 by default."""
+
+    simpo_gamma: float | None = Field(default=None, ge=0)
+    """Of simpo: by how much the chosen answer is to be better; 0.5 by default."""
+
+    cpo_alpha: float | None = Field(default=None, ge=0)
+    """Of cpo and simpo: weight of the chosen answer's own loss; 1 by default, simpo's is 0."""
+
+    desirable_weight: float | None = Field(default=None, gt=0)
+    """Of kto: weight of wanted answers; 1 by default."""
+
+    undesirable_weight: float | None = Field(default=None, gt=0)
+    """Of kto: weight of unwanted answers; 1 by default. With answers of one kind n times as many as of the other, that
+    one n times as much."""
+
+    reference: Literal["base", "adapter"] | None = None
+    """Of dpo, ipo and kto, what answers are compared with: base, with no adapter; adapter, the model as training
+    begins, which is the default with model.adapter."""
 
     num_train_epochs: Annotated[float, OnResume.FREE] = Field(default=1.0, gt=0)
     """Passes over the data."""
@@ -163,7 +195,8 @@ class TrainingSection(Section):
     """Evaluate the loss every so many steps; after training it is done anyway."""
 
     eval_on_start: bool = True
-    """Evaluate before the first step too: what the base can do is what the result is compared with."""
+    """Evaluate before the first step too: what the base (or the adapter of model.adapter) can do is what the result is
+    compared with."""
 
     save_steps: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)
     """Write a checkpoint every so many steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -41,22 +42,34 @@ def assess(
         losses = losses_of(model, held_out, loss, advance, ranks)
     if exam is None:
         return Evaluation(losses.mean, losses.count)
-    answers = _answers_to(exam, model, tokenizer, task, ranks)
-    same = COMPARISONS[exam.comparison]
     examples = held_out.examples
     of_row = losses.by_row(examples.table.example_rows[examples.order])
-    samples = tuple(
+    samples = samples_of(exam, of_row, model, tokenizer, task, ranks)
+    return Evaluation(losses.mean, losses.count, sum(sample.correct for sample in samples) / len(samples), samples)
+
+
+def samples_of(
+    exam: Exam,
+    losses: Mapping[int | None, float],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    ranks: Ranks,
+) -> tuple[Sample, ...]:
+    """The model's answers to an exam, each with the loss of its row, where that is known."""
+    answers = _answers_to(exam, model, tokenizer, task, ranks)
+    same = COMPARISONS[exam.comparison]
+    return tuple(
         Sample(
             str(tokenizer.decode(question.prompt)),
             right,
             answer,
             same(answer, right),
             question.turns,
-            of_row.get(question.row),
+            losses.get(question.row),
         )
         for question, right, answer in zip(exam.questions, exam.expected, answers, strict=True)
     )
-    return Evaluation(losses.mean, losses.count, sum(sample.correct for sample in samples) / len(samples), samples)
 
 
 def _answers_to(exam: Exam, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, ranks: Ranks) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank.config.sections import DataSection, SourceSection, TrainingSection
@@ -19,6 +20,8 @@ from lowrank.data import (
     stream_batches,
 )
 from lowrank.data.batches.order import Batches
+from lowrank.data.examples.token_table import Outcome
+from lowrank.errors import InputError
 from lowrank.models import positions_of, vocabulary_of
 from lowrank.recipes.parts.sharing import if_worth_it
 from lowrank.training.machine.ranks import ALONE, Ranks
@@ -107,7 +110,7 @@ def _stream(
         **_as_read(data),
         packing=data.packing,
         batch_size=training.per_device_train_batch_size,
-        max_tokens=_pack_tokens(data, training),
+        max_tokens=pack_tokens(data, training),
         pad_token_id=tokenizer.pad_token_id,
         seed=training.seed,
     )
@@ -130,7 +133,7 @@ def batch_plan(
         examples,
         packing=data.packing,
         batch_size=training.per_device_train_batch_size,
-        max_tokens=_pack_tokens(data, training) if data.packing else None,
+        max_tokens=pack_tokens(data, training) if data.packing else None,
         pad_token_id=tokenizer.pad_token_id,
         seed=training.seed,
         share_prefixes=data.share_prefixes is not False and undrawn,
@@ -150,7 +153,7 @@ def evaluation_plan(
         examples,
         packing=data.packing,
         batch_size=training.per_device_eval_batch_size,
-        max_tokens=_pack_tokens(data, training) if data.packing else None,
+        max_tokens=pack_tokens(data, training) if data.packing else None,
         pad_token_id=tokenizer.pad_token_id,
         seed=training.seed,
         shuffle=False,
@@ -159,14 +162,15 @@ def evaluation_plan(
     return if_worth_it(data.share_prefixes, plan)
 
 
-def _pack_tokens(data: DataSection, training: TrainingSection) -> int:
+def pack_tokens(data: DataSection, training: TrainingSection) -> int:
+    """Tokens that go through the model with one pack, where no example is longer."""
     return training.tokens_per_batch or data.max_length
 
 
 def _step_tokens(data: DataSection, training: TrainingSection, ranks: Ranks) -> int:
     """Tokens of the examples of an optimiser step of packs, over all processes."""
     packs = training.gradient_accumulation_steps * ranks.count
-    return training.tokens_per_step or packs * _pack_tokens(data, training)
+    return training.tokens_per_step or packs * pack_tokens(data, training)
 
 
 def step_size(data: DataSection, training: TrainingSection, ranks: Ranks, plan: Batches) -> StepSize:
@@ -175,7 +179,8 @@ def step_size(data: DataSection, training: TrainingSection, ranks: Ranks, plan: 
     if training.tokens_per_step is not None:
         return StepSize(tokens=training.tokens_per_step)
     batches = training.gradient_accumulation_steps * ranks.count
-    return StepSize(batches, _step_tokens(data, training, ranks) if plan.shares else None)
+    limited = plan.shares and not (isinstance(plan, BatchPlan) and plan.trees is not None)
+    return StepSize(batches, _step_tokens(data, training, ranks) if limited else None)
 
 
 def fitting(
@@ -191,9 +196,28 @@ def fitting(
         InputError: a row does not fit.
     """
     limits = vocabulary_of(model), positions_of(model)
+    if isinstance(plan, BatchPlan) and plan.trees is not None:
+        for one in (plan, held_out):
+            if one is not None:
+                refuse_what_does_not_fit(one.examples, tokenizer, model)
+        return plan
     for examples in (plan.sample(SAMPLE_ROWS), *([] if held_out is None else [held_out.examples])):
         check_fits(examples, tokenizer, *limits)
     return plan.for_model(*limits)
+
+
+def refuse_what_does_not_fit(examples: Examples, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raises InputError for a token that the model has no embedding for, or a text longer than its positions."""
+    check_fits(examples, tokenizer, vocabulary_of(model), None)
+    table, positions = examples.table, positions_of(model)
+    kept = examples.row_mask & (table.outcomes == Outcome.KEPT)
+    over = np.flatnonzero(kept & (table.row_lengths > positions)) if positions is not None else []
+    if len(over):
+        raise InputError(
+            f"the row has a text of {table.row_lengths[over[0]]} tokens, and the model has only {positions} positions",
+            where=examples.rows.where(int(over[0])),
+            fix=f"Set data.max_length: {positions}, and data.too_long to drop or truncate.",
+        )
 
 
 def sources_of(given: Any) -> Any:

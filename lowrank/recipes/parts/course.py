@@ -40,10 +40,10 @@ def begin(run: Run, config: RunConfig, checkpoint: Path | None, ranks: Ranks) ->
     ranks.wait()
 
 
-def evaluate_the_base(run: Run, followers: Followers) -> None:
-    """What the result is compared with."""
+def evaluate_the_base(run: Run, followers: Followers, *, goes_on: bool = False) -> None:
+    """What the result is compared with: the base alone, or the adapter that training goes on from."""
     if followers.evaluate is not None:
-        with disabled(run.model) if describe(run.model) else nullcontext():
+        with disabled(run.model) if describe(run.model) and not goes_on else nullcontext():
             run.before = followers.evaluate()
         run.tell(Callback.on_eval, run.before)
 

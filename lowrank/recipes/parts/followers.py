@@ -18,6 +18,7 @@ from lowrank.adapters import describe
 from lowrank.config.sections import TrainingSection
 from lowrank.recipes.parts.assess import assess
 from lowrank.recipes.parts.companion import companions
+from lowrank.recipes.parts.preference_assess import assess_preferences
 from lowrank.recipes.parts.setup import Setup
 from lowrank.recipes.parts.show import show_line
 from lowrank.recipes.parts.task_assess import assess_task
@@ -127,11 +128,14 @@ def _evaluation_of(
     if setup.task is not None:
         held = (setup.model, setup.tokenizer, setup.held_out, setup.task, screen.task, setup.products.dtype, ranks)
         return partial(assess_task, *held)
-    given = (setup.model, setup.tokenizer, setup.held_out, setup.plain_loss, screen.task, setup.exam, ranks)
+    held_out, judge = setup.held_out, setup.judge
+    after = (screen.task, setup.exam, ranks)
 
     def evaluate() -> Evaluation:
         with acting():
-            return assess(*given)
+            if judge is not None:
+                return assess_preferences(setup.model, setup.tokenizer, held_out, judge, *after)
+            return assess(setup.model, setup.tokenizer, held_out, setup.plain_loss, *after)
 
     return evaluate
 

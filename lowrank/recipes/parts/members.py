@@ -52,6 +52,8 @@ def why_alone(config: RunConfig) -> str | None:
     reasons = {
         "the base is quantised": config.quantization is not None,
         "model.task is not the next token": config.tasked,
+        "model.adapter is set": config.model.adapter is not None,
+        f"training.objective is {training.objective}": config.preferring,
         "data.packing is false": not data.packing,
         "data.streaming is true": data.streaming,
         "training.parameter_groups is set": bool(training.parameter_groups),

@@ -12,6 +12,7 @@ from lowrank.recipes.parts.setup import Setup
 from lowrank.training.estimate import MemoryEstimate, measured_memory, take_trial_steps
 from lowrank.training.evaluation.answers import answer_all
 from lowrank.training.machine.memory import freed_blocks_kept
+from lowrank.training.machine.ranks import ALONE
 from lowrank.training.transforms.neftune import noisy_embeddings
 
 
@@ -45,6 +46,7 @@ def estimate_memory(base: ModelSection, training: TrainingSection, setup: Setup,
             size=setup.size,
             max_grad_norm=training.max_grad_norm,
             penalty=budget[0].penalty if budget else None,
+            prepare=setup.prepare(ALONE),
         )
     elsewhere = 0 if setup.offloaded is None else setup.offloaded.elsewhere
     return measured_memory(run, program, training.num_processes or 1, elsewhere)

@@ -24,7 +24,9 @@ from lowrank.data import complete_template, use_template
 from lowrank.data.batches.order import Batches
 from lowrank.errors import InputError
 from lowrank.models import Head, load_model, load_tokenizer, new_modules
+from lowrank.recipes.parts.starting import folder_of
 from lowrank.training.diagnosis import refuse_broken_weights
+from lowrank.weights import load as load_onto
 
 EVA_BATCHES = 8
 
@@ -106,6 +108,8 @@ def put_in(
             raise InputError(f"{type(model).__name__} has no biases to train", where="adapter.method")
         for bias in biases:
             bias.requires_grad_(True)
+    elif base.adapter is not None:
+        load_onto(model, folder_of(base.adapter), name, trainable=True)
     else:
         config = adapter_config(adapter)
         if task_type is not None:

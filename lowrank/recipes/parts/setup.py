@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,14 +22,19 @@ from lowrank.models import positions_of, usable_device
 from lowrank.ops.cross_entropy import LossOptions
 from lowrank.recipes.parts.batches import SAMPLE_ROWS, fitting, read_batches, step_size
 from lowrank.recipes.parts.exam import Exam, exam_of
+from lowrank.recipes.parts.preference_rows import read_preferences
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
 from lowrank.recipes.parts.products import Products, choose_products
 from lowrank.recipes.parts.sharing import drawing, if_exact, unless_it_drops_out
 from lowrank.storage.machine_load import load_since, usage_now
 from lowrank.tasks.task import Task
-from lowrank.training.losses.supervised import Autocast, Loss, supervised_loss
+from lowrank.training.losses.objective import Numbers
+from lowrank.training.losses.objective_kinds import OBJECTIVE_KINDS
+from lowrank.training.losses.objectives import OBJECTIVES
+from lowrank.training.losses.preference import PreferenceLoss
+from lowrank.training.losses.supervised import Autocast, LogProbs, Loss, supervised_loss
 from lowrank.training.machine.ranks import ALONE, Ranks
-from lowrank.training.steps import Length, StepSize, run_length
+from lowrank.training.steps import Group, Length, StepSize, run_length
 from lowrank.training.transforms.gates import fused_gates
 from lowrank.training.transforms.keep_less import keep_less
 from lowrank.training.transforms.layer_offload import Offloaded, offload_layers
@@ -39,6 +46,8 @@ from lowrank.training.transforms.rotary import fused_rotary
 from lowrank.training.transforms.sharding import shard
 from lowrank.training.transforms.shared_inputs import share_inputs
 from lowrank.weights.files.notes import stop_at
+
+L = TypeVar("L", bound=Loss)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Setup:
         crowded: What to do about other programs on the cores that the run computes with; None where there are none.
         offloaded: The layers whose weights come and go, None where all stay.
         task: What is learned, None for the next token.
+        judge: The loss, where it is of preferences.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,6 +92,12 @@ class Setup:
     crowded: str | None
     offloaded: Offloaded | None
     task: Task | None = None
+    judge: PreferenceLoss | None = None
+
+    def prepare(self, ranks: Ranks) -> Callable[[Group], None] | None:
+        """What is to be known of a step's batches before any is learned from; None where nothing is."""
+        judge, model = self.judge, self.model
+        return None if judge is None else lambda group: judge.prepare(model, group.batches, group.idle, ranks)
 
     @property
     def asking(self) -> dict[str, str]:
@@ -118,7 +134,11 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
     """
     data, training = config.data, config.training
     tokenizer = base_tokenizer(config.model, data.chat_template)
-    plan, held_out = read_batches(data, training, tokenizer, ranks, drawing(config.adapter, training))
+    drawn = drawing(config.adapter, training)
+    if config.preferring:
+        plan, held_out = read_preferences(data, training, tokenizer, drawn)
+    else:
+        plan, held_out = read_batches(data, training, tokenizer, ranks, drawn)
 
     away = training.fsdp or training.offload == "layers"  # the device has no room for the whole base
     model = base_model(config.model, config.quantization, device="cpu" if away else None)
@@ -149,15 +169,14 @@ def set_up(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> Set
     if training.torch_compile:
         compile_layers(model)
 
-    options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
-    loss = _exact_loss(model, products.dtype, options)
-    plain = loss if options == LossOptions() else _exact_loss(model, products.dtype)
+    loss, plain = _losses(training, model, products.dtype)
     ends = stop_at(model, tokenizer, end_tokens(plan.sample(SAMPLE_ROWS), tokenizer))
     exam = None
     if training.predict_with_generate and held_out is not None:
         exam = exam_of(held_out.examples, tokenizer, data, training, positions_of(model))
     parts = (tokenizer, plan, size, length, held_out, exam, model, dtype, products, attention, loss, plain)
-    return Setup(*parts, data.date, ends, crowding(device), offloaded)
+    judge = loss if isinstance(loss, PreferenceLoss) else None
+    return Setup(*parts, data.date, ends, crowding(device), offloaded, judge=judge)
 
 
 def crowding(device: torch.device) -> str | None:
@@ -203,10 +222,29 @@ def _rigid(training: TrainingSection) -> str | None:
     return named and f"training.{named} takes the weights as they are"
 
 
-def _exact_loss(model: PreTrainedModel, products: torch.dtype, options: LossOptions | None = None) -> Loss:
-    return in_products(supervised_loss(model, options), model, products)
+def _losses(training: TrainingSection, model: PreTrainedModel, products: torch.dtype) -> tuple[Loss, Loss]:
+    """What is minimised, and what evaluations measure."""
+    plain = in_products(supervised_loss(model), model, products)
+    if training.objective in OBJECTIVES:
+        judge = preference_loss(training, plain)
+        return judge, judge
+    options = LossOptions(label_smoothing=training.label_smoothing_factor, z_loss=training.z_loss)
+    if options == LossOptions():
+        return plain, plain
+    return in_products(supervised_loss(model, options), model, products), plain
 
 
-def in_products(loss: Loss, model: PreTrainedModel, products: torch.dtype) -> Loss:
+def preference_loss(training: TrainingSection, log_probs: LogProbs) -> PreferenceLoss:
+    """The loss of the objective that a config names, with its numbers."""
+    name, kind = training.objective, OBJECTIVE_KINDS[training.objective]
+    given = {key: getattr(training, key) for key in kind.defaults if getattr(training, key) is not None}
+    loss_type, smoothing = training.loss_type or kind.loss_types[0], training.label_smoothing or 0.0
+    numbers = Numbers(**{**kind.defaults, **given}, loss_type=loss_type, label_smoothing=smoothing)
+    told = f"{name} ({loss_type})" if loss_type else name
+    objective = OBJECTIVES[name](numbers)
+    return PreferenceLoss(log_probs, objective, told, paired=kind.paired, referenced=kind.referenced)
+
+
+def in_products(loss: L, model: PreTrainedModel, products: torch.dtype) -> L | Autocast:
     """The loss; where weights have more digits than products shall have, those are computed with fewer."""
     return Autocast(loss, products) if model.dtype == torch.float32 != products else loss

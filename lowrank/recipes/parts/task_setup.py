@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank.attention import AttentionChoice
 from lowrank.config import RunConfig
 from lowrank.config.sections import ModelSection
-from lowrank.data import Examples, check_fits
-from lowrank.data.examples.token_table import Outcome
-from lowrank.errors import InputError
-from lowrank.models import Head, positions_of, vocabulary_of
-from lowrank.recipes.parts.batches import step_size
+from lowrank.models import Head
+from lowrank.recipes.parts.batches import refuse_what_does_not_fit, step_size
 from lowrank.recipes.parts.prepare import base_model, base_tokenizer, put_in, swap_attention
 from lowrank.recipes.parts.products import choose_products
 from lowrank.recipes.parts.setup import Setup, crowding, in_products
@@ -72,20 +68,6 @@ def set_up_task(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -
         offloaded=None,
         task=task,
     )
-
-
-def refuse_what_does_not_fit(examples: Examples, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raises InputError for a token that the model has no embedding for, or a text longer than its positions."""
-    check_fits(examples, tokenizer, vocabulary_of(model), None)
-    table, positions = examples.table, positions_of(model)
-    kept = examples.row_mask & (table.outcomes == Outcome.KEPT)
-    over = np.flatnonzero(kept & (table.row_lengths > positions)) if positions is not None else []
-    if len(over):
-        raise InputError(
-            f"the row has a text of {table.row_lengths[over[0]]} tokens, and the model has only {positions} positions",
-            where=examples.rows.where(int(over[0])),
-            fix=f"Set data.max_length: {positions}, and data.too_long to drop or truncate.",
-        )
 
 
 def head_of(task: Task, tokenizer: PreTrainedTokenizerBase) -> Head:

@@ -23,7 +23,7 @@ def with_task(config: RunConfig) -> RunConfig:
         InputError: the task that is named is not that of the rows, or does not go with what else the config says.
     """
     named = config.model.task
-    if named == CAUSAL_LM or (named is None and not _may_be_found(config.data)):
+    if named == CAUSAL_LM or (named is None and (config.preferring or not _may_be_found(config.data))):
         return config
     first, found = _plainest(sources_of(config.data.train), config.data.columns, config.data.transform, named)
     if found is None and named is None:

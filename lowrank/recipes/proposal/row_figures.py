@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lowrank.config.sections import DataSection, TrainingSection
 from lowrank.data import Examples, answer_of, load_examples, use_template
 from lowrank.data.reading.sources import Joined, open_sources
 from lowrank.data.supervision.choose_template import TEMPLATES, fitting_templates
 from lowrank.errors import InputError
+from lowrank.recipes.parts.preference_rows import read_preference_examples
 from lowrank.recipes.parts.tasked import task_of_rows
 from lowrank.tasks.reading import read_task_rows
 from lowrank.tasks.registry import TASKS
@@ -36,6 +38,8 @@ class RowFacts:
         duplicates: Of the sample, how many have occurred before.
         task: The task that they make plain, None for the next token.
         template: The chat template that the tokenizer lacks and the rows need; None where it has one or none is needed.
+        objective: What rows of preferences are for; None for others. Their lengths are those of the longer answer, the
+            prompt's too.
     """
 
     path: str
@@ -47,6 +51,7 @@ class RowFacts:
     duplicates: int = 0
     template: str | None = None
     task: str | None = None
+    objective: str | None = None
 
     @property
     def sampled(self) -> bool:
@@ -75,6 +80,9 @@ def rows_of(path: str, tokenizer: PreTrainedTokenizerBase) -> RowFacts:
     template = _missing_template(kind, tokenizer)
     if template is not None:
         use_template(tokenizer, template)
+    objective = "kto" if _rated(joined) else "dpo" if kind == "preference" else None
+    if objective is not None:
+        return _preferred(path, len(joined), kind, objective, template, tokenizer)
     examples = load_examples(
         path,
         tokenizer,
@@ -94,6 +102,23 @@ def rows_of(path: str, tokenizer: PreTrainedTokenizerBase) -> RowFacts:
         duplicates=examples.report.duplicates,
         template=template,
     )
+
+
+def _rated(rows: Joined) -> bool:
+    """Whether the first row says of an answer that it is wanted, or not."""
+    return isinstance(rows[0].get("label"), bool)
+
+
+def _preferred(
+    path: str, count: int, kind: str, objective: str, template: str | None, tokenizer: PreTrainedTokenizerBase
+) -> RowFacts:
+    """Rows of preferences."""
+    data = DataSection(train=path, max_length=ANY_LENGTH, too_long="drop", max_train_rows=SAMPLE)
+    examples, _ = read_preference_examples(data, TrainingSection(output_dir="", objective=objective), tokenizer)
+    longest = examples.table.row_lengths[examples.table.example_rows]
+    supervised = np.array([int(examples.arrays(at)[1].sum()) for at in range(len(examples))])
+    repeats = examples.report.duplicates
+    return RowFacts(path, count, kind, longest, supervised, duplicates=repeats, template=template, objective=objective)
 
 
 def _labelled(path: str, count: int, task: str, tokenizer: PreTrainedTokenizerBase) -> RowFacts:

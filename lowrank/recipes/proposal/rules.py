@@ -69,9 +69,10 @@ def propose(
         Setting("adapter", "target_modules", "all-linear", _targets(base)),
         *_data(base, rows, held_out, length, told),
         Setting("training", "output_dir", output, "adapter, checkpoints, metrics and report.html go here"),
+        *_objective(rows),
         Setting("training", "num_train_epochs", epochs, why_epochs),
         *_batches(base, way, rows, step, why_step),
-        Setting("training", "learning_rate", _learning_rate(base), _why_rate(base)),
+        Setting("training", "learning_rate", _learning_rate(base, rows), _why_rate(base, rows)),
         *_recompute(base, way, r, machine),
         Setting("training", "save_minutes", 10, "what a crash can cost"),
         *_answers(rows),
@@ -102,7 +103,7 @@ def _rows_in_a_step(training: Mapping[str, Any], rows: RowFacts) -> float:
     processes = training.get("num_processes") or 1
     accumulated = training.get("gradient_accumulation_steps", 1) * processes
     if (tokens := training.get("tokens_per_step") or training.get("tokens_per_batch", 0) * accumulated) > 0:
-        return tokens / float(rows.lengths.mean())
+        return tokens / float(rows.lengths.mean()) / (2 if rows.objective == "dpo" else 1)
     return training["per_device_train_batch_size"] * accumulated
 
 
@@ -132,6 +133,8 @@ def _max_length(rows: RowFacts, base: Base) -> tuple[int, str]:
 def _passes(rows: RowFacts) -> tuple[int, str]:
     """How often the rows are gone through."""
     count = f"{rows.count:,} rows"
+    if rows.objective:
+        return 1, f"{count}, each seen once: preferences are soon learned by heart"
     if rows.text:
         return 1, "text seen twice is learned by heart"
     if rows.count >= 20_000:
@@ -214,14 +217,27 @@ def _why_dtype(way: Way, machine: Machine) -> str:
     return "half of float32's memory" if way.dtype == "bfloat16" else "no slower here than bfloat16"
 
 
-def _learning_rate(base: Base) -> float:
-    """5e-4 at a width of 2,000, less for wider bases, to two digits."""
+def _learning_rate(base: Base, rows: RowFacts) -> float:
+    """5e-4 at a width of 2,000, less for wider bases, to two digits; for preferences a tenth of it."""
     rate = 5e-4 * math.sqrt(2000 / base.hidden)
-    return float(f"{rate:.1e}")
+    return float(f"{rate / 10 if rows.objective else rate:.1e}")
 
 
-def _why_rate(base: Base) -> str:
+def _why_rate(base: Base, rows: RowFacts) -> str:
+    if rows.objective:
+        return "a tenth of what answers are learned with: telling them apart takes little, and too much spoils them"
     return f"ten times full fine-tuning's for states {base.hidden:,} wide (5e-4 at 2,000, by the root of the width)"
+
+
+def _objective(rows: RowFacts) -> list[Setting]:
+    """What is learned of preferences."""
+    if rows.objective is None:
+        return []
+    why = {"dpo": "each row has a better and a worse answer", "kto": "each row says whether its answer is wanted"}
+    return [
+        Setting("training", "objective", rows.objective, why[rows.objective]),
+        Setting("training", "beta", 0.1, "how strongly answers are held to the base's; the papers' own"),
+    ]
 
 
 def _targets(base: Base) -> str:
@@ -257,12 +273,19 @@ def _data(base: Base, rows: RowFacts, held_out: str | None, length: int, told: s
         Setting("data", "max_length", length, told),
         *([Setting("data", "too_long", "split" if rows.text else "drop", "what is longer does not end the run")]
           if (rows.lengths > length).any() or rows.sampled else []),
-        Setting("data", "train_on", "all", "plain text: every token is learned") if rows.text
-        else Setting("data", "train_on", "assistant", "only the answers carry loss"),
+        *_train_on(rows),
         Setting("data", "packing", base.packs, "examples share a row without padding, and do not see one another")
         if base.packs
         else Setting("data", "packing", False, f"the layers of {base.model_class} would mix examples that share a row"),
     ]  # fmt: skip
+
+
+def _train_on(rows: RowFacts) -> list[Setting]:
+    if rows.objective:
+        return []
+    if rows.text:
+        return [Setting("data", "train_on", "all", "plain text: every token is learned")]
+    return [Setting("data", "train_on", "assistant", "only the answers carry loss")]
 
 
 def _template(rows: RowFacts) -> Setting:
@@ -286,6 +309,12 @@ def _batches(base: Base, way: Way, rows: RowFacts, step: int, why: str) -> list[
             Setting("training", "per_device_train_batch_size", size, "rows of like length are padded together"),
             Setting("training", "gradient_accumulation_steps", accumulate, why),
         ]
+    if rows.objective:
+        room = max(way.tokens, 2 * int(rows.lengths.max()))
+        told = "holds both answers to the longest prompt, which is computed once"
+        packs = max(1, round(2 * step / room))
+        accumulate = [Setting("training", "gradient_accumulation_steps", packs, why)] if packs > 1 else []
+        return [Setting("training", "tokens_per_batch", room, told), *accumulate]
     settings = [Setting("training", "tokens_per_batch", way.tokens, why if way.tokens >= step else "what fits at once")]
     if way.tokens < step:
         settings.append(Setting("training", "tokens_per_step", step, why))
@@ -312,7 +341,7 @@ def _looks(steps: int) -> list[Setting]:
 
 def _answers(rows: RowFacts) -> list[Setting]:
     longest = int(np.percentile(rows.supervised, 99))
-    if rows.text or rows.task or longest > SHORT_ANSWER:
+    if rows.text or rows.task or rows.objective or longest > SHORT_ANSWER:
         return []
     compared = "json" if rows.json else "text"
     return [

@@ -112,7 +112,9 @@ def _of_task(before: Evaluation | None, after: Evaluation | None) -> list[tuple[
     """The loss and the scores of a task."""
     names = dict.fromkeys(name for one in (before, after) if one is not None for name in one.scores or {})
     rows = [("loss", _number(before, "loss", ".4f"), _number(after, "loss", ".4f"))]
-    return rows + [(name, _score(before, name), _score(after, name)) for name in names]
+    rows += [(name, _score(before, name), _score(after, name)) for name in names]
+    answered = ("exact match", _number(before, "exact_match", ".1%"), _number(after, "exact_match", ".1%"))
+    return rows if answered[1:] == ("", "") else [*rows, answered]
 
 
 def _score(evaluation: Evaluation | None, name: str) -> str:
@@ -193,8 +195,20 @@ def _charts(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
     evaluation = Curve("evaluation", at, [line["eval_loss"] for line in evaluations], points=True)
     losses = [of("loss", "training"), evaluation] if evaluations else [of("loss")]
     return [
-        ("Loss per supervised token", chart(losses)),
+        ("Loss" if "margin" in steps[0] else "Loss per supervised token", chart(losses)),
+        *_of_preferences(steps, of),
         ("Learning rate", chart([of("learning_rate", noisy=False)], from_zero=True)),
         ("Supervised tokens a second", chart([of("supervised_per_second")], from_zero=True)),
         ("Gradient norm", chart([of("grad_norm")], from_zero=True)),
     ]
+
+
+def _of_preferences(steps: Sequence[Mapping[str, Any]], of: Callable[..., Curve]) -> list[tuple[str, str]]:
+    """What a run that learns from preferences tells of its steps; of other runs nothing."""
+    found = []
+    if "reward_chosen" in steps[0]:
+        found.append(("Rewards", chart([of("reward_chosen", "chosen"), of("reward_rejected", "rejected")])))
+    if "margin" in steps[0]:
+        found.append(("Share of answers told apart", chart([of("accuracy")], from_zero=True)))
+        found.append(("Margin of rewards", chart([of("margin")])))
+    return found

@@ -47,7 +47,8 @@ class Evaluation:
         supervised: How many there are.
         exact_match: Share of right answers, None where none were generated.
         samples: The answers, in the order of the rows.
-        scores: What a task other than the next token measures beside the loss, by name; None for the next token.
+        scores: What a task other than the next token, or preferences, measure beside the loss, by name; None for the
+            next token.
     """
 
     loss: float
@@ -64,8 +65,9 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """The figures, for `metrics.jsonl`."""
         if self.scores is not None:
-            return {"eval_loss": self.loss, **{f"eval_{name}": value for name, value in self.scores.items()}}
-        figures = {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
+            figures = {"eval_loss": self.loss, **{f"eval_{name}": value for name, value in self.scores.items()}}
+        else:
+            figures = {"eval_loss": self.loss, "eval_perplexity": self.perplexity}
         return figures if self.exact_match is None else {**figures, "eval_exact_match": self.exact_match}
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,9 +81,9 @@ class Evaluation:
         return cls(state["loss"], state["supervised"], state["exact_match"], samples, state.get("scores"))
 
     def __str__(self) -> str:
-        if self.scores is not None:
-            return ", ".join([f"evaluation loss {self.loss:.4f}", *(f"{k} {v:.4f}" for k, v in self.scores.items())])
-        figures = f"evaluation loss {self.loss:.4f}, perplexity {self.perplexity:,.3f}"
+        told = [f"{name} {value:.4f}" for name, value in (self.scores or {}).items()]
+        told = [f"perplexity {self.perplexity:,.3f}"] if self.scores is None else told
+        figures = ", ".join([f"evaluation loss {self.loss:.4f}", *told])
         return figures if self.exact_match is None else f"{figures}, exact match {self.exact_match:.1%}"
 
 

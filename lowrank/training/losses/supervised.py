@@ -27,14 +27,26 @@ from lowrank.ops.cross_entropy import (
     each_cross_entropy,
     linear_cross_entropy,
 )
+from lowrank.ops.token_log_probs import token_log_probs
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
 class Loss(Protocol):
-    """Sum of the cross-entropy over the supervised tokens of a batch's examples."""
+    """Sum of the cross-entropy over the supervised tokens of a batch's examples.
+
+    Attributes:
+        why: How it is computed, for a person.
+        figures: Names of what a call gives behind the sums that are minimised; where there are any, or several such
+            sums, it gives them as (k,).
+    """
 
     why: str
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What a run tells of each step beside the loss, by name."""
+        ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """A scalar that gradients flow from; float32 at least."""
@@ -46,7 +58,17 @@ class Loss(Protocol):
         ...
 
 
-def supervised_loss(model: Any, options: LossOptions | None = None) -> Loss:
+class LogProbs(Protocol):
+    """The log-probability of each of a batch's targets."""
+
+    why: str
+
+    def log_probs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(m,), float32 at least, however many examples hold a target; gradients flow from it."""
+        ...
+
+
+def supervised_loss(model: Any, options: LossOptions | None = None) -> HiddenLoss | LogitsLoss:
     """The cheapest loss that is exact for this model.
 
     Args:
@@ -73,6 +95,7 @@ class HiddenLoss:
     """Taps the head, and never holds more logits than one chunk."""
 
     why = "from hidden states, supervised tokens only"
+    figures: tuple[str, ...] = ()
 
     def __init__(self, head: Any, options: LossOptions) -> None:
         self.head, self.options = head, options
@@ -103,6 +126,11 @@ class HiddenLoss:
         tokens = batch.targets.tokens
         return each_cross_entropy(self.head, hidden, tokens, self.head.out_features, self.options)
 
+    def log_probs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(m,); gradients flow from it."""
+        hidden = self._hidden(model, batch).index_select(0, batch.targets.places)
+        return token_log_probs(self.head, hidden, batch.targets.tokens, self.head.out_features, self.options)
+
     def _hidden(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """What the head is given, (b·n, d)."""
         with _tapped(self.head) as given:
@@ -114,6 +142,8 @@ class HiddenLoss:
 
 class LogitsLoss:
     """From the model's own logits: for models that do more to them than their config says."""
+
+    figures: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, options: LossOptions, why: str) -> None:
         self.options = options
@@ -128,6 +158,10 @@ class LogitsLoss:
     def each(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """(m,)."""
         return self._of(model, batch, None, "none")
+
+    def log_probs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(m,); gradients flow from it."""
+        return -self._of(model, batch, None, "none")
 
     def _of(self, model: nn.Module, batch: Batch, weights: torch.Tensor | None, reduction: str) -> torch.Tensor:
         places, length = batch.targets.places, batch.input_ids.shape[1]
@@ -147,6 +181,7 @@ class Autocast:
     def __init__(self, loss: Loss, dtype: torch.dtype) -> None:
         self.loss, self.dtype = loss, dtype
         self.why = f"{loss.why}; products in {str(dtype).removeprefix('torch.')}"
+        self.figures = loss.figures
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """A scalar, in float32."""
@@ -157,6 +192,12 @@ class Autocast:
         """(m,), in float32."""
         with torch.autocast(batch.input_ids.device.type, self.dtype):
             return self.loss.each(model, batch)
+
+    def log_probs(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """(m,), in float32, of a loss that is made of them."""
+        assert isinstance(self.loss, (HiddenLoss, LogitsLoss))
+        with torch.autocast(batch.input_ids.device.type, self.dtype):
+            return self.loss.log_probs(model, batch)
 
 
 def _forward(model: nn.Module, batch: Batch, logits_to_keep: torch.Tensor | None = None) -> Any:
