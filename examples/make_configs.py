@@ -1,4 +1,4 @@
-"""Make the configs of configs/, all but quickstart's: what `lowrank init` would write for eleven situations.
+"""Make the configs of configs/, all but quickstart's: what `lowrank init` would write for each situation.
 
     python examples/make_configs.py    # needs no model and no rows: sizes and lengths are stated here
 
@@ -8,6 +8,7 @@ its reason, as after `lowrank init --set`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from statistics import NormalDist
@@ -67,6 +68,12 @@ def labelled(path: str, count: int, tokens: int, longest: int, task: str) -> Row
     return RowFacts(path, count, task, lengths, np.ones_like(lengths), task=task)
 
 
+def judged(path: str, count: int, tokens: int, longest: int, objective: str) -> RowFacts:
+    """Rows of preferences."""
+    known = rows(path, count, tokens, longest)
+    return replace(known, format="preference" if objective == "dpo" else "prompt_completion", objective=objective)
+
+
 CHATS = rows("data/train.jsonl", 10_000, 400, 2048)
 
 
@@ -90,6 +97,20 @@ class Situation(NamedTuple):
     asked: tuple[Setting, ...] = ()
     left_out: tuple[str, ...] = ()
     held_out: str | None = "data/eval.jsonl"
+
+
+def preferred(name: str, what: str, *asked: Setting, kind: str = "dpo") -> Situation:
+    """A config for one objective of those that learn from preferences."""
+    keys = '{"prompt": ..., "chosen": ..., "rejected": ...}'
+    keys = keys if kind == "dpo" else '{"prompt": ..., "completion": ..., "label": true or false}'
+    head = f"""{what} Rows are {keys}.
+
+  lowrank train configs/{name}.yaml
+
+To go on from an adapter that has learned answers, name its folder under model.adapter, in place of all of adapter."""
+    base = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    named = () if name == kind else (Setting("training", "objective", name, "what tells answers apart"),)
+    return Situation(head, base, judged("data/train.jsonl", 10_000, 400, 1024, kind), MIDDLE, (*named, *asked))
 
 
 SITUATIONS = {
@@ -246,6 +267,30 @@ For more text than fits on the disk: --set data.streaming=true --set training.ma
             Setting("training", "gradient_accumulation_steps", 1, "steps of several batches tell no more apart"),
             Setting("training", "metric_for_best_model", "ndcg@10", "of each anchor's own positive among all"),
         ),
+    ),
+    "dpo": preferred("dpo", "DPO: the better answer is to gain on the base more than the worse one."),
+    "ipo": preferred("ipo", "IPO: DPO whose gain is bounded, for pairs that are easily told apart."),
+    "simpo": preferred(
+        "simpo",
+        "SimPO: the better answer's tokens are to be likelier, with no reference.",
+        Setting("training", "beta", 2.0, "of mean log-probabilities; the paper's"),
+        Setting("training", "simpo_gamma", 0.5, "by how much; from 0.3 to 1.6 in the paper"),
+    ),
+    "cpo": preferred(
+        "cpo",
+        "CPO: DPO without a reference, held by the chosen answer's own loss.",
+        Setting("training", "cpo_alpha", 1.0, "weight of that loss"),
+    ),
+    "orpo": preferred(
+        "orpo",
+        "ORPO: answers are learned and told apart at once, from a base that has not been tuned.",
+        Setting("training", "beta", 0.1, "weight of telling apart beside learning; the paper's"),
+    ),
+    "kto": preferred(
+        "kto",
+        "KTO: answers that are wanted and others that are not, without pairs.",
+        Setting("training", "desirable_weight", 1.0, "n, where unwanted answers are n times as many"),
+        kind="kto",
     ),
     "fsdp": Situation(
         """A 70B model on a machine with eight cards: the frozen base is sharded, adapters are whole on each.
