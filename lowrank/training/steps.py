@@ -59,7 +59,8 @@ def means_of(sums: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """
     if sums.ndim == 0:
         return sums / counts[0]
-    return sums / sums.new_tensor([*counts, *[counts[0]] * (len(sums) - len(counts))])
+    minimised = [sums[at : at + 1] / count for at, count in enumerate(counts)]  # no table of counts goes to the device
+    return torch.cat([*minimised, sums[len(counts) :] / counts[0]])
 
 
 def minimised(means: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:

@@ -92,7 +92,7 @@ class PreferenceLoss:
             if batch.beside is not None:
                 with segments(model, batch.beside.segments, padded=batch.beside.padded):
                     gained = self.answer_log_probs(model, batch.beside) - batch.beside.given["reference"]
-                sums = torch.stack([gained.sum(), gained.new_tensor(float(len(gained)))])
+                sums = torch.stack([gained.sum(), gained.new_full((), float(len(gained)))])
                 found.append(sums if number < len(batches) - idle else torch.zeros_like(sums))
         model.train(was_training)
         if found:
