@@ -114,7 +114,7 @@ def _preferred(
 ) -> RowFacts:
     """Rows of preferences."""
     data = DataSection(train=path, max_length=ANY_LENGTH, too_long="drop", max_train_rows=SAMPLE)
-    examples, _ = read_preference_examples(data, TrainingSection(output_dir="", objective=objective), tokenizer)
+    examples, _ = read_preference_examples(data, TrainingSection(output_dir="-", objective=objective), tokenizer)
     longest = examples.table.row_lengths[examples.table.example_rows]
     supervised = np.array([int(examples.arrays(at)[1].sum()) for at in range(len(examples))])
     repeats = examples.report.duplicates
