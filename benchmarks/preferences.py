@@ -58,7 +58,7 @@ def main() -> None:
     for vocabulary in VOCABULARIES:
         lines += _rows(vocabulary, options.pairs, options.repeats)
         print("\n".join(lines), flush=True)
-    (HERE / "results" / "preferences-cpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (HERE / "results" / "preferences-cpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _rows(vocabulary: int, pairs: int, repeats: int) -> list[str]:
