@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.config.sections import DataSection, TrainingSection
 from lowrank.data import BatchPlan, Examples, plan_batches
 from lowrank.data.batches.trees import Trees, Verdict
-from lowrank.data.loading.load import first_rows, split_by_hash
 from lowrank.data.reading.judged import judged
 from lowrank.data.reading.row_error import RowError
 from lowrank.data.supervision.row_options import Options
 from lowrank.data.supervision.tokenise import Tokeniser
 from lowrank.errors import InputError
-from lowrank.recipes.parts.batches import pack_tokens, sources_of
-from lowrank.tasks.reading import Encoded, read_task_rows
+from lowrank.recipes.parts.batches import pack_tokens
+from lowrank.recipes.parts.encoded_rows import encoded_rows
+from lowrank.tasks.reading import Encoded
 from lowrank.training.losses.objective_kinds import OBJECTIVE_KINDS, ObjectiveKind
 
 
@@ -53,27 +53,7 @@ def read_preference_examples(
 ) -> tuple[Examples, Examples | None]:
     """The rows to train on and those held out, as `read_preferences` takes them."""
     kind = OBJECTIVE_KINDS[training.objective]
-    encode = _Encoder(kind, training, tokenizer, data)
-
-    def read(sources: object, count: int | None) -> Examples:
-        return read_task_rows(
-            sources_of(sources),
-            encode,
-            tokenizer,
-            max_length=data.max_length,
-            too_long=data.too_long,
-            bad_rows=data.bad_rows,
-            columns=data.columns,
-            transform=data.transform,
-            max_rows=count,
-        )
-
-    train, held_out = read(data.train, data.max_train_rows), None
-    if isinstance(data.eval, float):
-        train, held_out = split_by_hash(train, data.eval)
-        held_out = held_out if data.max_eval_rows is None else first_rows(held_out, data.max_eval_rows)
-    elif data.eval is not None:
-        held_out = read(data.eval, data.max_eval_rows)
+    train, held_out = encoded_rows(data, _Encoder(kind, training, tokenizer, data), tokenizer)
     if not kind.paired:
         _refuse_one_kind(train)
     return train, held_out

@@ -7,9 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from lowrank.config import RunConfig
 from lowrank.config.sections import TrainingSection
 from lowrank.data import BatchPlan, Examples, plan_batches
-from lowrank.data.loading.load import first_rows, split_by_hash
-from lowrank.recipes.parts.batches import sources_of
-from lowrank.tasks.reading import read_task_rows
+from lowrank.recipes.parts.encoded_rows import encoded_rows
 from lowrank.tasks.registry import TASKS
 from lowrank.tasks.task import Task, Wishes
 
@@ -22,26 +20,7 @@ def task_examples(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tupl
     """
     data, training, kind = config.data, config.training, TASKS[str(config.model.task)]
     wishes = Wishes(config.model.problem_type, training.class_weights, training.label_smoothing_factor)
-
-    def read(sources: object, count: int | None) -> Examples:
-        return read_task_rows(
-            sources_of(sources),
-            kind.encoder(wishes),
-            tokenizer,
-            max_length=data.max_length,
-            too_long=data.too_long,
-            bad_rows=data.bad_rows,
-            columns=data.columns,
-            transform=data.transform,
-            max_rows=count,
-        )
-
-    train, held_out = read(data.train, data.max_train_rows), None
-    if isinstance(data.eval, float):
-        train, held_out = split_by_hash(train, data.eval)
-        held_out = held_out if data.max_eval_rows is None else first_rows(held_out, data.max_eval_rows)
-    elif data.eval is not None:
-        held_out = read(data.eval, data.max_eval_rows)
+    train, held_out = encoded_rows(data, kind.encoder(wishes), tokenizer)
     task = kind.learned_from(train, wishes)
     for examples in (train, held_out):
         if examples is not None:
